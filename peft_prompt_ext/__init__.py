@@ -1,0 +1,17 @@
+"""Prompt tuning that learns: one config for PEFT and the Trainer. Only public names live here."""
+
+from ._versions import check_versions
+
+
+check_versions()  # before anything of PEFT is touched, so that a wrong version gives one clear error
+
+from . import _peft_seam  # noqa: E402
+from .config import PromptTuningExtConfig  # noqa: E402
+from .inits import available_inits, register_init  # noqa: E402
+
+
+__version__ = "0.1.0"
+__all__ = ["PromptTuningExtConfig", "available_inits", "register_init"]
+
+# Loading an adapter (`PeftModel.from_pretrained`) needs the seam before any config of ours exists.
+_peft_seam.activate()

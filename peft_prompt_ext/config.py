@@ -1,0 +1,164 @@
+"""PromptTuningExtConfig: PEFT's PromptTuningConfig with the plugin's fields, and the checks that need no model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from peft import PeftType, PromptTuningConfig, TaskType
+
+from . import _record
+from .inits import get_scheme
+from .inits.class_labels import label_names
+
+
+@dataclass
+class PromptTuningExtConfig(PromptTuningConfig):
+    """
+    This is the configuration class of prompt tuning with this plugin; pass it to `peft.get_peft_model`.
+
+    Args:
+        num_virtual_tokens (`int`, defaults to 20):
+            The number of virtual tokens. Lester et al. 2021 (section 3.2) find only marginal gains over 20.
+        task_type (Union[[`~peft.utils.config.TaskType`], `str`]):
+            The type of task; decides how the prompt enters the model, and so is needed.
+        prompt_tuning_init (`str`, defaults to `"SAMPLE_VOCAB"`):
+            The initialisation scheme, in any case: a name of `peft_prompt_ext.available_inits()`.
+        prompt_tuning_init_kwargs (`dict`, *optional*):
+            The scheme's arguments, checked against its signature when the config is built.
+        prompt_tuning_init_seed (`int`, defaults to 0):
+            Seed of the initialisation. The same seed gives the same prompt, whatever the global random state.
+        prompt_tuning_init_text (`str`, *optional*):
+            The text for `TEXT`, alone or as a fallback.
+        tokenizer_name_or_path (`str`, *optional*):
+            The tokenizer that schemes use; by default the base model's own.
+        tokenizer_kwargs (`dict`, *optional*):
+            Keyword arguments for `AutoTokenizer.from_pretrained`. `trust_remote_code` is refused.
+
+    Raises:
+        ValueError: A value that cannot work; says what was wanted and what came.
+
+    Example:
+    ```py
+    >>> from peft import get_peft_model
+    >>> from peft_prompt_ext import PromptTuningExtConfig
+
+    >>> config = PromptTuningExtConfig(
+    ...     task_type="CAUSAL_LM",
+    ...     prompt_tuning_init="CLASS_LABELS",
+    ...     prompt_tuning_init_kwargs={"labels": [" negative", " positive"]},
+    ... )
+    >>> model = get_peft_model(model, config)
+    ```
+    """
+
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens"})
+    prompt_tuning_init: str = field(
+        default="SAMPLE_VOCAB",
+        metadata={"help": "How to initialize the prompt: a name of peft_prompt_ext.available_inits(), in any case"},
+    )
+    prompt_tuning_init_kwargs: dict[str, Any] | None = field(
+        default=None, metadata={"help": "The arguments of the initialization scheme"}
+    )
+    prompt_tuning_init_seed: int = field(
+        default=0, metadata={"help": "The seed of the initialization; independent of the global random state"}
+    )
+
+    def __post_init__(self) -> None:
+        # PromptTuningConfig's own checks ask TEXT for a tokenizer name, which here defaults to the base model's, and
+        # refuse tokenizer_kwargs for every other scheme.
+        super(PromptTuningConfig, self).__post_init__()
+        # what the scheme chose; not a field, because PEFT writes every field into adapter_config.json
+        self.init_record: dict[str, Any] = {}
+        self.peft_type = PeftType.PROMPT_TUNING
+        self._check_sizes()
+        self._check_tokenizer_kwargs()
+        self._check_init()
+        if self.num_transformer_submodules is None:
+            # PEFT would make two prompts for an encoder-decoder and read only the first of them
+            self.num_transformer_submodules = 1
+
+    def _check_sizes(self) -> None:
+        if self.task_type is None:
+            raise ValueError(f"task_type is needed, got None. Set one of: {', '.join(TaskType)}.")
+        for name, least in (("num_virtual_tokens", 1), ("prompt_tuning_init_seed", 0)):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} ({value!r}) must be a whole number, {least} or more.")
+
+    def _check_tokenizer_kwargs(self) -> None:
+        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
+            raise ValueError(
+                "tokenizer_kwargs asks for trust_remote_code=True: an adapter's config must not run code. Save the "
+                "tokenizer to a folder yourself and set tokenizer_name_or_path to it."
+            )
+
+    def _check_init(self) -> None:
+        init = self.prompt_tuning_init
+        self.prompt_tuning_init = str(init.value if isinstance(init, Enum) else init).upper()
+        scheme = get_scheme(self.prompt_tuning_init)
+        kwargs = self.prompt_tuning_init_kwargs
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise ValueError(f"prompt_tuning_init_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
+        scheme.validate(self.prompt_tuning_init, self.num_virtual_tokens, kwargs or {})
+        if kwargs and "labels" in kwargs:
+            # a datasets.ClassLabel becomes plain texts, so that the config stays printable and picklable
+            self.prompt_tuning_init_kwargs = {**kwargs, "labels": label_names(kwargs["labels"])}
+        if self._uses_text() and not (self.prompt_tuning_init_text or "").strip():
+            raise ValueError(
+                f"prompt_tuning_init_text ({self.prompt_tuning_init_text!r}) must be a text with words when "
+                "prompt_tuning_init is 'TEXT' or falls back to it."
+            )
+
+    def _uses_text(self) -> bool:
+        fallback = (self.prompt_tuning_init_kwargs or {}).get("fallback", "")
+        return "TEXT" in (self.prompt_tuning_init, str(fallback).upper())
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields that stock PEFT knows, so that an adapter loads where this plugin is not installed."""
+        stock = {f.name: getattr(self, f.name) for f in fields(PromptTuningConfig)}
+        if self.prompt_tuning_init == "TEXT":
+            # PromptTuningConfig refuses TEXT without a tokenizer name
+            stock["tokenizer_name_or_path"] = self.tokenizer_name_or_path or self.base_model_name_or_path
+        else:
+            stock["tokenizer_kwargs"] = None  # PromptTuningConfig refuses it for any other scheme
+        return stock
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
+    ) -> PromptTuningExtConfig:
+        """Read the config of a saved prompt-tuning adapter, together with the plugin's record if there is one.
+
+        Args:
+            pretrained_model_name_or_path: Folder or Hub id of an adapter saved by this plugin or by stock PEFT.
+            subfolder: Folder inside it.
+            **kwargs: Passed to `huggingface_hub.hf_hub_download`.
+
+        Raises:
+            ValueError: There is no adapter config, or it is not prompt tuning.
+        """
+        name = str(pretrained_model_name_or_path)
+        stock = PromptTuningConfig.from_pretrained(name, subfolder=subfolder, **kwargs)
+        if stock.peft_type != PeftType.PROMPT_TUNING:
+            raise ValueError(f"{name!r} is a {stock.peft_type} adapter, not PROMPT_TUNING.")
+        return cls.from_stock(stock, _record.read(name, subfolder=subfolder, **kwargs))
+
+    @classmethod
+    def from_stock(cls, stock: PromptTuningConfig, record: dict[str, Any] | None) -> PromptTuningExtConfig:
+        """Build the config of a saved adapter from PEFT's half and the plugin's record.
+
+        The record tells how the prompt began. What it says is kept as it is and not checked again: a label list or a
+        source folder may be gone, and nothing is initialised a second time.
+        """
+        config = cls(task_type=stock.task_type or TaskType.CAUSAL_LM, num_virtual_tokens=stock.num_virtual_tokens)
+        for f in fields(PromptTuningConfig):
+            setattr(config, f.name, getattr(stock, f.name))
+        config.prompt_tuning_init = str(getattr(stock.prompt_tuning_init, "value", stock.prompt_tuning_init))
+        for name in _record.FIELDS:
+            if record and name in record:
+                setattr(config, name, record[name])
+        config.init_record = record or {}
+        return config

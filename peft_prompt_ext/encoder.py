@@ -1,0 +1,71 @@
+"""The soft prompt itself: PEFT's PromptEmbedding, filled by an initialisation scheme."""
+
+from __future__ import annotations
+
+import peft
+import torch
+
+from .config import PromptTuningExtConfig
+from .inits import InitContext, get_scheme
+
+
+class PromptEmbedding(peft.PromptEmbedding):
+    """
+    The model to encode virtual tokens into prompt embeddings; stock configs get stock behaviour.
+
+    Args:
+        config ([`PromptTuningExtConfig`] or [`~peft.PromptTuningConfig`]): The configuration of the prompt embedding.
+        word_embeddings (`torch.nn.Module`): The word embeddings of the base transformer model.
+
+    Raises:
+        ValueError: The scheme cannot work with this model or tokenizer, or returned something else than finite
+            numbers of shape [P, H].
+
+    Input Shape: (`batch_size`, `total_virtual_tokens`)
+
+    Output Shape: (`batch_size`, `total_virtual_tokens`, `token_dim`)
+    """
+
+    def __init__(self, config: peft.PromptTuningConfig, word_embeddings: torch.nn.Module | None) -> None:
+        if not isinstance(config, PromptTuningExtConfig):
+            super().__init__(config, word_embeddings)
+            return
+        # PEFT's __init__ would draw N(0, 1) from the global random state, then run its own schemes
+        super(peft.PromptEmbedding, self).__init__()
+        if config.inference_mode:
+            prompt = torch.zeros(config.num_virtual_tokens, config.token_dim)  # the saved prompt is loaded over it
+        else:
+            prompt = initial_prompt(config, word_embeddings)
+        self.embedding = torch.nn.Embedding.from_pretrained(
+            prompt.repeat(config.num_transformer_submodules or 1, 1), freeze=False
+        )
+
+
+def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module | None) -> torch.Tensor:
+    """Run the config's scheme, check what comes out, and keep the record of what was chosen in the config.
+
+    Returns:
+        [P, H], float32, on the CPU.
+
+    Raises:
+        ValueError: See [`PromptEmbedding`].
+    """
+    if word_embeddings is None:
+        raise ValueError(
+            "PEFT found no word embeddings in the base model: none of its parameters has config.vocab_size rows. "
+            "Prompt tuning needs a transformers model with word embeddings."
+        )
+    generator = torch.Generator().manual_seed(config.prompt_tuning_init_seed)
+    ctx = InitContext(config=config, word_embeddings=word_embeddings, generator=generator)
+    prompt = get_scheme(config.prompt_tuning_init).function(ctx, **(config.prompt_tuning_init_kwargs or {}))
+    wanted = (config.num_virtual_tokens, config.token_dim)
+    if tuple(prompt.shape) != wanted:
+        raise ValueError(
+            f"prompt_tuning_init={config.prompt_tuning_init!r} gave a prompt of shape {tuple(prompt.shape)}, "
+            f"the model needs [P, H] = {wanted}. If the scheme is right, the model's word embeddings are not as wide "
+            "as its hidden states, and prompt tuning cannot work on it."
+        )
+    if not torch.isfinite(prompt).all():
+        raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} gave NaN or infinite numbers.")
+    config.init_record = ctx.record
+    return prompt.detach().to(device="cpu", dtype=torch.float32).clone()

@@ -1,0 +1,18 @@
+"""Initialisation schemes for the soft prompt, one a file; the imports below are the table of contents."""
+
+from . import class_labels, random, random_uniform, sample_vocab, text, transfer
+from .base import InitContext, available_inits, get_scheme, register_init
+
+
+__all__ = [
+    "InitContext",
+    "available_inits",
+    "class_labels",
+    "get_scheme",
+    "random",
+    "random_uniform",
+    "register_init",
+    "sample_vocab",
+    "text",
+    "transfer",
+]

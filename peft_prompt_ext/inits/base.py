@@ -1,0 +1,241 @@
+"""The registry of initialisation schemes and what a scheme gets to see. No scheme lives here.
+
+Shapes: P virtual tokens, H hidden size of the word embeddings (`token_dim`), n any number of tokens.
+"""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft.utils.integrations import gather_params_ctx
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from ..config import PromptTuningExtConfig
+
+
+Scheme = Callable[..., torch.Tensor]
+Check = Callable[..., None]
+
+
+@dataclass(frozen=True)
+class InitContext:
+    """What an initialisation scheme works with.
+
+    Attributes:
+        config: The adapter's config; its kwargs have been checked already.
+        word_embeddings: The base model's embedding module, maps ids [n] to rows [n, H].
+        generator: The only source of randomness a scheme may use; lives on the CPU, so that a seed gives the same
+            bits on every machine.
+        record: Filled by the scheme with what it chose (ids, texts, sources); saved beside the adapter.
+    """
+
+    config: PromptTuningExtConfig
+    word_embeddings: torch.nn.Module
+    generator: torch.Generator
+    record: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_virtual_tokens(self) -> int:
+        """P."""
+        return self.config.num_virtual_tokens
+
+    @property
+    def token_dim(self) -> int:
+        """H."""
+        return self.config.token_dim
+
+    @property
+    def num_embeddings(self) -> int:
+        """Rows of the embedding table, which may be more than the tokenizer has tokens."""
+        return int(self.word_embeddings.num_embeddings)  # type: ignore[arg-type]
+
+    def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
+        """Look up rows *through the embedding module*, which may scale them (Gemma) or hold them sharded (ZeRO-3).
+
+        Args:
+            token_ids: n ids.
+
+        Returns:
+            Rows [n, H], float32, on the CPU, without gradient.
+
+        Raises:
+            ValueError: The rows have no data because the module is on the meta device.
+        """
+        weight = next(self.word_embeddings.parameters())
+        device = torch.device("cpu") if weight.is_meta else weight.device  # an offloaded module moves its input
+        with torch.no_grad(), gather_params_ctx(self.word_embeddings.parameters()):
+            rows = self.word_embeddings(torch.tensor(list(token_ids), dtype=torch.long, device=device))
+        if rows.is_meta:
+            raise ValueError(
+                "The word embeddings have no data (device meta). Load the model's weights before get_peft_model."
+            )
+        return rows.detach().to(device="cpu", dtype=torch.float32)
+
+    @cached_property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer named by the config, else the base model's own; None if the base model has none.
+
+        Raises:
+            ValueError: `tokenizer_name_or_path` cannot be loaded, or has more tokens than the embedding table.
+        """
+        from transformers import AutoTokenizer
+
+        named = self.config.tokenizer_name_or_path
+        name = named or self.config.base_model_name_or_path
+        if not name:
+            return None
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(name, **(self.config.tokenizer_kwargs or {}))
+        except Exception as error:  # AutoTokenizer raises many types for "there is no tokenizer here"
+            if named:
+                raise ValueError(
+                    f"tokenizer_name_or_path ({named!r}) could not be loaded: {error}. Give a folder or a Hub name "
+                    "that holds the base model's tokenizer."
+                ) from error
+            return None
+        self._check_vocabulary(name, tokenizer)
+        self.record["tokenizer"] = name
+        return tokenizer
+
+    def require_tokenizer(self) -> PreTrainedTokenizerBase:
+        """The tokenizer, for a scheme that cannot do without.
+
+        Raises:
+            ValueError: There is none; says how to name one.
+        """
+        if self.tokenizer is None:
+            raise ValueError(
+                f"prompt_tuning_init={self.config.prompt_tuning_init!r} needs a tokenizer, and the base model "
+                f"({self.config.base_model_name_or_path!r}) comes with none. Set tokenizer_name_or_path."
+            )
+        return self.tokenizer
+
+    def tokenize(self, text: str) -> list[int]:
+        """Ids of `text` alone: no BOS, EOS or any other special token is added."""
+        return self.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
+
+    def run(self, name: str, kwargs: Mapping[str, Any] | None = None) -> torch.Tensor:
+        """Run another scheme, as a fallback for the slots that a scheme leaves open. Returns [P, H]."""
+        return SCHEMES[name.upper()].function(self, **(kwargs or {}))
+
+    def _check_vocabulary(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
+        added = tokenizer.added_tokens_decoder
+        largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
+        if largest >= self.num_embeddings:
+            raise ValueError(
+                f"The tokenizer ({name!r}) and the model do not belong together: the tokenizer has ids up to "
+                f"{largest}, the embedding table has {self.num_embeddings} rows. Set tokenizer_name_or_path to the "
+                "model's own tokenizer."
+            )
+
+
+@dataclass(frozen=True)
+class InitScheme:
+    """One entry of the registry: the function, and the check of its values that needs no model."""
+
+    function: Scheme
+    check: Check | None
+
+    def validate(self, name: str, num_virtual_tokens: int, kwargs: Mapping[str, Any]) -> None:
+        """Check kwargs against the function's signature, then against the scheme's own rules.
+
+        Raises:
+            ValueError: An unknown, missing or wrong argument.
+        """
+        parameters = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
+        known = [p.name for p in parameters]
+        for key in kwargs:
+            if key not in known:
+                raise ValueError(
+                    f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{_nearest(key, known)}. "
+                    f"It takes: {', '.join(known) or 'none'}."
+                )
+        missing = [p.name for p in parameters if p.default is p.empty and p.name not in kwargs]
+        if missing:
+            raise ValueError(
+                f"prompt_tuning_init_kwargs: {name} needs {', '.join(map(repr, missing))}, got {sorted(kwargs)}. "
+                f"Write prompt_tuning_init_kwargs={{{missing[0]!r}: ...}}."
+            )
+        if self.check is not None:
+            defaults = {p.name: p.default for p in parameters}
+            self.check(num_virtual_tokens, **{**defaults, **kwargs})
+
+
+SCHEMES: dict[str, InitScheme] = {}
+
+
+def register_init(name: str, *, check: Check | None = None) -> Callable[[Scheme], Scheme]:
+    """Register an initialisation scheme under a name that `prompt_tuning_init` then accepts.
+
+    A scheme is one function `(ctx, *, keyword_only_arguments) -> Tensor [P, H]`; its keyword-only arguments are what
+    `prompt_tuning_init_kwargs` may hold.
+
+    Args:
+        name: Name in PEFT's UPPER_SNAKE form; stored upper.
+        check: Optional function `(num_virtual_tokens, **kwargs) -> None` that raises `ValueError` on bad values; it
+            gets every argument, defaults included, when the config is built and before any weight is loaded.
+
+    Returns:
+        A decorator that returns the function unchanged.
+
+    Raises:
+        ValueError: The name is taken; names both functions.
+
+    Example:
+        >>> @register_init("ZEROS")
+        ... def zeros(ctx):
+        ...     return torch.zeros(ctx.num_virtual_tokens, ctx.token_dim)
+    """
+
+    def decorate(function: Scheme) -> Scheme:
+        taken = SCHEMES.get(name.upper())
+        if taken is not None:
+            origin, other = (f"{f.__module__}.{f.__qualname__}" for f in (taken.function, function))
+            raise ValueError(
+                f"The init {name.upper()!r} is registered already by {origin}; {other} needs another name."
+            )
+        SCHEMES[name.upper()] = InitScheme(function, check)
+        return function
+
+    return decorate
+
+
+def available_inits() -> list[str]:
+    """Names that `prompt_tuning_init` accepts, sorted."""
+    return sorted(SCHEMES)
+
+
+def get_scheme(name: str) -> InitScheme:
+    """Look a scheme up by name, in any case.
+
+    Raises:
+        ValueError: Unknown; suggests the nearest and lists all.
+    """
+    scheme = SCHEMES.get(name.upper())
+    if scheme is None:
+        raise ValueError(
+            f"prompt_tuning_init ({name!r}) is not known{_nearest(name.upper(), available_inits())}. "
+            f"Available: {', '.join(available_inits())}."
+        )
+    return scheme
+
+
+def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise `ValueError` unless `value` is one of `choices`; suggests the nearest."""
+    if value not in choices:
+        wanted = ", ".join(map(repr, choices))
+        raise ValueError(f"{name} ({value!r}) must be one of {wanted}{_nearest(str(value), choices)}.")
+
+
+def _nearest(value: str, choices: Sequence[str]) -> str:
+    close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,105 @@
+"""CLASS_LABELS: a slot for each label, the mean of its sub-token embeddings; a fallback scheme fills the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .base import InitContext, check_choice, get_scheme, register_init
+
+
+POSITIONS = ("first", "last")
+
+
+def label_names(labels: Any) -> list[str]:
+    """The labels as a list of texts, from a sequence or a `datasets.ClassLabel`."""
+    return list(getattr(labels, "names", labels))
+
+
+def _check(
+    num_virtual_tokens: int,
+    *,
+    labels: Any,
+    position: str,
+    fallback: str,
+    fallback_kwargs: Mapping[str, Any] | None,
+    **_: Any,
+) -> None:
+    if isinstance(labels, str):
+        raise ValueError(f"CLASS_LABELS: labels must be a list of texts, got one text ({labels!r}).")
+    names = label_names(labels)
+    if not names:
+        raise ValueError("CLASS_LABELS: labels is empty. Give the text of each class, e.g. labels=['negative', ...].")
+    bad = [name for name in names if not isinstance(name, str) or not name.strip()]
+    if bad:
+        raise ValueError(f"CLASS_LABELS: every label must be a text with words, got {bad[0]!r}.")
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        raise ValueError(f"CLASS_LABELS: labels holds {twice[0]!r} more than once. Give each label one time.")
+    if len(names) > num_virtual_tokens:
+        raise ValueError(
+            f"CLASS_LABELS: {len(names)} labels need {len(names)} slots, num_virtual_tokens is {num_virtual_tokens}. "
+            "Raise num_virtual_tokens or give fewer labels."
+        )
+    check_choice("CLASS_LABELS: position", position, POSITIONS)
+    if fallback.upper() == "CLASS_LABELS":
+        raise ValueError("CLASS_LABELS: fallback ('CLASS_LABELS') must be another scheme.")
+    get_scheme(fallback).validate(fallback.upper(), num_virtual_tokens, fallback_kwargs or {})
+
+
+@register_init("CLASS_LABELS", check=_check)
+def class_labels(
+    ctx: InitContext,
+    *,
+    labels: Sequence[str],
+    position: str = "first",
+    repeat: bool = False,
+    fallback: str = "SAMPLE_VOCAB",
+    fallback_kwargs: Mapping[str, Any] | None = None,
+) -> torch.Tensor:
+    """Slot i is the mean of label i's sub-token embeddings (Lester et al. 2021, section 3.2).
+
+    Labels are tokenised as written: with a byte-level tokenizer " positive", as it stands inside a sentence, is
+    another token than "positive".
+
+    Args:
+        ctx: The context.
+        labels: Texts of the classes, or a `datasets.ClassLabel`.
+        position: Whether the labels take the "first" or the "last" slots.
+        repeat: Whether the labels are repeated over the whole prompt; the last round may be incomplete.
+        fallback: Scheme that fills the slots without a label (the paper: sampled vocabulary).
+        fallback_kwargs: Arguments of that scheme.
+
+    Returns:
+        [P, H], float32.
+
+    Raises:
+        ValueError: A label tokenises to nothing that the vocabulary knows.
+    """
+    size, names = ctx.num_virtual_tokens, label_names(labels)
+    ids = [_label_ids(ctx, name) for name in names]
+    means = torch.stack([ctx.embed(i).double().mean(0).float() for i in ids])  # [labels, H]
+    shift = 0 if position == "first" else -size  # so that a full round stands at the chosen end
+    order = [(i + shift) % len(names) for i in range(size)] if repeat else list(range(len(names)))
+    if len(order) < size:
+        rows = ctx.run(fallback, fallback_kwargs)
+    else:
+        rows = torch.empty(size, ctx.token_dim)
+    start = 0 if position == "first" else size - len(order)
+    rows[start : start + len(order)] = means[order]
+    slots = ctx.record.get("slots") or [{"fallback": fallback.upper()} for _ in range(size)]
+    slots[start : start + len(order)] = [{"label": names[i], "token_ids": ids[i]} for i in order]
+    ctx.record["slots"] = slots
+    return rows
+
+
+def _label_ids(ctx: InitContext, label: str) -> list[int]:
+    ids = ctx.tokenize(label)
+    unknown = ctx.require_tokenizer().unk_token_id
+    if not ids or all(i == unknown for i in ids):
+        raise ValueError(
+            f"CLASS_LABELS: the label {label!r} tokenises to nothing that the vocabulary knows. Give it as words."
+        )
+    return ids

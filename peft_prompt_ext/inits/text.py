@@ -1,0 +1,56 @@
+"""TEXT: the embeddings of a text's tokens, from PEFT's own field `prompt_tuning_init_text`."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+
+from .base import InitContext, check_choice, register_init
+
+
+FILLS = ("repeat", "sample_vocab")
+
+
+def _check(num_virtual_tokens: int, *, fill: str) -> None:
+    check_choice("TEXT: fill", fill, FILLS)
+
+
+@register_init("TEXT", check=_check)
+def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
+    """Token i of `prompt_tuning_init_text` initialises slot i; no BOS or EOS comes in.
+
+    Args:
+        ctx: The context.
+        fill: What fills the slots after a short text: "repeat" the text (as PEFT does) or "sample_vocab".
+
+    Returns:
+        [P, H], float32.
+
+    Raises:
+        ValueError: The text tokenises to nothing.
+
+    Warns:
+        UserWarning: The text is longer than the prompt; says what was cut.
+    """
+    tokenizer, size = ctx.require_tokenizer(), ctx.num_virtual_tokens
+    wanted = ctx.config.prompt_tuning_init_text or ""
+    ids = ctx.tokenize(wanted)
+    if not ids:
+        raise ValueError(f"prompt_tuning_init_text ({wanted!r}) tokenises to nothing. Give a text with words.")
+    if len(ids) > size:
+        warnings.warn(
+            f"prompt_tuning_init_text has {len(ids)} tokens for num_virtual_tokens={size}; cut off: "
+            f"{tokenizer.decode(ids[size:])!r}.",
+            stacklevel=2,
+        )
+        ids = ids[:size]
+    if fill == "repeat":
+        ids = (ids * -(-size // len(ids)))[:size]
+        rows = ctx.embed(ids)
+    else:
+        rows = ctx.run("SAMPLE_VOCAB") if len(ids) < size else torch.empty(size, ctx.token_dim)
+        rows[: len(ids)] = ctx.embed(ids)
+    filled = ctx.record.get("slots", [])[len(ids) :]
+    ctx.record["slots"] = [{"token_ids": [i], "text": tokenizer.decode([i])} for i in ids] + filled
+    return rows

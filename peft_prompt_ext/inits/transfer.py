@@ -1,0 +1,162 @@
+"""TRANSFER: start from the prompt of another task (SPoT, Vu et al. 2022), or from a weighted mean of several."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+
+from .base import InitContext, check_choice, register_init
+
+
+LENGTH_POLICIES = ("strict", "truncate_pad", "interpolate")
+
+
+def _check(
+    num_virtual_tokens: int, *, source: Any, weights: Sequence[float] | None, length_policy: str, **_: Any
+) -> None:
+    sources = _as_list(source)
+    if not sources or not all(isinstance(s, (str, Path)) and str(s) for s in sources):
+        raise ValueError(f"TRANSFER: source ({source!r}) must be a folder or Hub id, or a list of them.")
+    check_choice("TRANSFER: length_policy", length_policy, LENGTH_POLICIES)
+    if weights is not None and (len(weights) != len(sources) or not sum(weights) > 0 or min(weights) < 0):
+        raise ValueError(
+            f"TRANSFER: weights ({list(weights)}) must be one number >= 0 for each of the {len(sources)} sources, "
+            "with a sum above 0."
+        )
+    for path in sources:
+        if Path(path).is_dir():
+            _read_config(str(path))
+
+
+@register_init("TRANSFER", check=_check)
+def transfer(
+    ctx: InitContext,
+    *,
+    source: str | Path | Sequence[str | Path],
+    weights: Sequence[float] | None = None,
+    length_policy: str = "strict",
+    check_base_model: bool = True,
+) -> torch.Tensor:
+    """Take the prompt of an adapter saved by this plugin or by stock PEFT.
+
+    Args:
+        ctx: The context.
+        source: A folder or Hub id of a prompt-tuning adapter, or a list of them, which are averaged.
+        weights: Weight of each source in the mean; they are divided by their sum. None: all equal.
+        length_policy: What to do with a source of another length: "strict" raises, "truncate_pad" keeps the first P
+            rows and fills missing ones with SAMPLE_VOCAB, "interpolate" resamples linearly along the tokens.
+        check_base_model: Raise if the source was trained on a model of another name. Set to False where the names
+            differ and the model is the same.
+
+    Returns:
+        [P, H], float32.
+
+    Raises:
+        ValueError: A source that is missing, no prompt-tuning adapter, of another hidden size, base model or length,
+            not finite, or not in safetensors (pickles are not read).
+    """
+    prompts = [_load_prompt(ctx, str(path), check_base_model) for path in _as_list(source)]
+    fitted = torch.stack([_fit(ctx, prompt, length_policy) for prompt in prompts])  # [sources, P, H]
+    share = torch.tensor(weights if weights is not None else [1.0] * len(prompts), dtype=torch.float64)
+    share = share / share.sum()
+    ctx.record["sources"] = [
+        {"source": str(path), "weight": weight, "num_virtual_tokens": len(prompt)}
+        for path, weight, prompt in zip(_as_list(source), share.tolist(), prompts, strict=True)
+    ]
+    ctx.record.pop("slots", None)  # what padding a source drew says little once it is averaged
+    return (fitted.double() * share[:, None, None]).sum(0).float()
+
+
+def _as_list(source: Any) -> list[Any]:
+    return [source] if isinstance(source, (str, Path)) else list(source or [])
+
+
+def _find(source: str, filename: str) -> Path | None:
+    if Path(source).is_dir():
+        path = Path(source) / filename
+        return path if path.is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(source, filename))
+    except LocalEntryNotFoundError as error:  # a subclass of the next, but says "no network", not "no such file"
+        raise ValueError(
+            f"TRANSFER: source ({source!r}) is no folder, and the Hub was not reached: {error}"
+        ) from error
+    except EntryNotFoundError:
+        return None
+    except Exception as error:
+        raise ValueError(f"TRANSFER: source ({source!r}) is neither a folder nor on the Hub: {error}") from error
+
+
+def _read_config(source: str) -> dict[str, Any]:
+    path = _find(source, "adapter_config.json")
+    if path is None:
+        raise ValueError(f"TRANSFER: source ({source!r}) holds no adapter_config.json. Give the folder of an adapter.")
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("peft_type") != "PROMPT_TUNING":
+        raise ValueError(
+            f"TRANSFER: source ({source!r}) is a {config.get('peft_type')} adapter; only PROMPT_TUNING has a prompt."
+        )
+    return config
+
+
+def _load_prompt(ctx: InitContext, source: str, check_base_model: bool) -> torch.Tensor:
+    """Read and check one source. Returns its prompt [P of the source, H], float32."""
+    config = _read_config(source)
+    _check_base_model(ctx, source, config, check_base_model)
+    path = _find(source, "adapter_model.safetensors")
+    if path is None:
+        raise ValueError(
+            f"TRANSFER: source ({source!r}) holds no adapter_model.safetensors. Other formats are not read, because a "
+            "pickle can run code: load the adapter in PEFT and save it again."
+        )
+    try:
+        prompt = load_file(path).get("prompt_embeddings")
+    except SafetensorError as error:
+        raise ValueError(f"TRANSFER: {str(path)!r} is not a whole safetensors file: {error}") from error
+    if prompt is None or prompt.ndim != 2:
+        raise ValueError(f"TRANSFER: source ({source!r}) holds no `prompt_embeddings` of shape [P, H].")
+    if prompt.shape[1] != ctx.token_dim:
+        raise ValueError(
+            f"TRANSFER: source ({source!r}, base model {config.get('base_model_name_or_path')!r}) has hidden size "
+            f"{prompt.shape[1]}; the base model ({ctx.config.base_model_name_or_path!r}) has {ctx.token_dim}."
+        )
+    # stock PEFT saves two prompts for an encoder-decoder and only reads the first
+    prompt = prompt[: config["num_virtual_tokens"]].float()
+    if not torch.isfinite(prompt).all():
+        raise ValueError(f"TRANSFER: the prompt of source ({source!r}) holds NaN or infinite numbers.")
+    return prompt
+
+
+def _check_base_model(ctx: InitContext, source: str, config: dict[str, Any], wanted: bool) -> None:
+    theirs, ours = config.get("base_model_name_or_path"), ctx.config.base_model_name_or_path
+    # a Hub id and a local copy of it end in the same name
+    if wanted and theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
+        raise ValueError(
+            f"TRANSFER: source ({source!r}) was trained on {theirs!r}, the base model is {ours!r}. If they are the "
+            "same model, set prompt_tuning_init_kwargs={..., 'check_base_model': False}."
+        )
+
+
+def _fit(ctx: InitContext, prompt: torch.Tensor, length_policy: str) -> torch.Tensor:
+    """Bring a prompt [any, H] to [P, H]."""
+    size = ctx.num_virtual_tokens
+    if len(prompt) == size:
+        return prompt
+    if length_policy == "truncate_pad":
+        return torch.cat([prompt, ctx.run("SAMPLE_VOCAB")[len(prompt) :]]) if len(prompt) < size else prompt[:size]
+    if length_policy == "interpolate":
+        columns = prompt.T[None]  # [1, H, any]
+        return torch.nn.functional.interpolate(columns, size=size, mode="linear", align_corners=True)[0].T
+    raise ValueError(
+        f"TRANSFER: a source has {len(prompt)} virtual tokens, num_virtual_tokens is {size}. "
+        "Set length_policy='truncate_pad' or 'interpolate'."
+    )

