@@ -4,28 +4,28 @@ from __future__ import annotations
 
 from importlib.metadata import version
 
-from packaging.specifiers import SpecifierSet
+from packaging.version import Version
 
 
-# The seam rests on internals of PEFT and of transformers' Trainer, so their ranges are the ones the tests ran on.
-# pyproject.toml states the same ranges; a test compares the two.
-SUPPORTED = {"peft": ">=0.21,<0.22", "transformers": ">=5.23,<6", "torch": ">=2.13,<3"}
+# The seam rests on internals of PEFT and of the Trainer, so their ranges are narrow: from this version, up to
+# and without that one; pyproject.toml states the same ranges, and a test compares the two.
+SUPPORTED = {"peft": ("0.21", "0.22"), "transformers": ("5.23", "6"), "torch": ("2.13", "3")}
 
 
-def check_versions(supported: dict[str, str] = SUPPORTED) -> None:
+def check_versions(supported: dict[str, tuple[str, str]] = SUPPORTED) -> None:
     """Compare the installed libraries with the supported ranges.
 
     Args:
-        supported: Distribution name -> PEP 440 range.
+        supported: Distribution name -> (first version that works, first version that does not).
 
     Raises:
         ImportError: A library is outside its range; the message names what is installed, the range, and the command.
     """
-    for name, wanted in supported.items():
+    for name, (first, end) in supported.items():
         found = version(name)
-        # a local build tag (2.13.0+cpu) and pre-releases count as the release they are made for
-        if not SpecifierSet(wanted).contains(found.split("+")[0], prereleases=True):
+        # the release alone: a local build (2.13.0+cpu) or a development version counts as the release it is made for
+        if not Version(first) <= Version(Version(found).base_version) < Version(end):
+            wanted = f"{name}>={first},<{end}"
             raise ImportError(
-                f"peft_prompt_ext supports {name}{wanted}, but {name} {found} is installed. "
-                f"Run: pip install '{name}{wanted}'"
+                f"peft_prompt_ext supports {wanted}, but {name} {found} is installed. Run: pip install '{wanted}'"
             )

@@ -143,7 +143,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         name = str(pretrained_model_name_or_path)
         stock = PromptTuningConfig.from_pretrained(name, subfolder=subfolder, **kwargs)
         if stock.peft_type != PeftType.PROMPT_TUNING:
-            raise ValueError(f"{name!r} is a {stock.peft_type} adapter, not PROMPT_TUNING.")
+            raise ValueError(f"{name!r} is a {PeftType(stock.peft_type).value} adapter, not PROMPT_TUNING.")
         return cls.from_stock(stock, _record.read(name, subfolder=subfolder, **kwargs))
 
     @classmethod

@@ -40,7 +40,7 @@ class PromptTuningMixin(PeftModel):
 
     def _check_length(self, text_tokens: int) -> None:
         limit, prompt = self._max_positions, self.active_peft_config.num_virtual_tokens
-        if limit is not None and prompt + text_tokens > limit and not self._adapters_disabled:
+        if limit is not None and prompt + text_tokens > limit:
             raise ValueError(
                 f"{prompt} virtual tokens and {text_tokens} text tokens make {prompt + text_tokens}; the base model "
                 f"has {limit} positions. Truncate the text to {max(limit - prompt, 0)} tokens or lower "
@@ -102,7 +102,7 @@ class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenC
 
     def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
         """See PEFT's class; `labels` [B, T] belong to the text tokens."""
-        if labels is not None and not self._adapters_disabled:
+        if labels is not None:
             prompt_labels = labels.new_full((len(labels), self.active_peft_config.num_virtual_tokens), IGNORE_INDEX)
             labels = torch.cat([prompt_labels, labels], dim=1)
         return _of_text(self, super().forward, ["logits"], *args, labels=labels, **kwargs)
@@ -114,7 +114,7 @@ class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestion
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; `start_positions` and `end_positions` [B] count text tokens from 0."""
         for name in ("start_positions", "end_positions"):
-            if kwargs.get(name) is not None and not self._adapters_disabled:
+            if kwargs.get(name) is not None:
                 kwargs[name] = kwargs[name] + self.active_peft_config.num_virtual_tokens
         return _of_text(self, super().forward, ["start_logits", "end_logits"], *args, **kwargs)
 

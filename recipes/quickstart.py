@@ -30,7 +30,7 @@ SENTENCES = (
     "Two hours of noise with nothing to say.",
     "It starts slowly, but the ending is unforgettable.",
 )
-HELD_OUT_MOVIES = 300
+HELD_OUT_EVERY = 5  # one movie in five is held out
 MAX_TEXT_TOKENS = 64
 
 
@@ -115,7 +115,7 @@ def load_reviews(
 
     rows = load_dataset("csv", data_files=str(path), split="train").filter(lambda row: row["category"] in ANSWERS)
     movies = sorted(set(rows["movie_name"]))
-    held_out = set(movies[:: len(movies) // HELD_OUT_MOVIES])
+    held_out = set(movies[::HELD_OUT_EVERY])
 
     def tokenize(row: Mapping[str, str]) -> dict[str, list[int]]:
         before, after = TEMPLATE.split("{text}")

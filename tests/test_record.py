@@ -1,0 +1,106 @@
+import json
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+from peft import PeftModel, PromptTuningConfig
+
+from peft_prompt_ext import _record
+from tests.helpers import prompted
+
+
+@pytest.fixture
+def labelled(build_model, tokenizer_folder):
+    """Builds a tiny model with a CLASS_LABELS prompt."""
+
+    def build(**kwargs):
+        return prompted(
+            build_model("llama"),
+            "CAUSAL_LM",
+            tokenizer_name_or_path=tokenizer_folder,
+            prompt_tuning_init="CLASS_LABELS",
+            prompt_tuning_init_seed=11,
+            prompt_tuning_init_kwargs={"labels": ["great", "terrible"], **kwargs},
+        )
+
+    return build
+
+
+def read_json(path):
+    return json.loads(Path(path).read_text())
+
+
+def test_the_record_tells_a_person_how_the_prompt_began(labelled, tokenizer, tmp_path):
+    labelled().save_pretrained(tmp_path)
+
+    record = read_json(tmp_path / "prompt_init.json")
+    assert record["prompt_tuning_init"] == "CLASS_LABELS"
+    assert record["prompt_tuning_init_seed"] == 11
+    assert record["prompt_tuning_init_kwargs"] == {"labels": ["great", "terrible"]}
+    assert record["slots"][1] == {"label": "terrible", "token_ids": tokenizer("terrible")["input_ids"]}
+    assert len(record["slots"]) == 5 and record["slots"][4]["text"] == tokenizer.decode(
+        record["slots"][4]["token_ids"]
+    )
+
+
+def test_the_adapter_config_holds_only_what_stock_peft_knows(labelled, tmp_path):
+    labelled().save_pretrained(tmp_path)
+
+    assert set(read_json(tmp_path / "adapter_config.json")) == {f.name for f in fields(PromptTuningConfig)}
+
+
+def test_a_named_adapter_has_its_record_in_its_folder(labelled, tmp_path):
+    model = labelled()
+    second = labelled().peft_config["default"]
+    model.add_adapter("second", second)
+
+    model.save_pretrained(tmp_path, selected_adapters=["second"])
+
+    assert (tmp_path / "second" / "prompt_init.json").is_file() and not (tmp_path / "prompt_init.json").exists()
+
+
+def test_only_the_main_process_writes(labelled, tmp_path):
+    labelled().save_pretrained(tmp_path, is_main_process=False)
+
+    assert not (tmp_path / "prompt_init.json").exists()
+
+
+def test_the_record_survives_loading_and_saving_again(labelled, build_model, tmp_path):
+    labelled().save_pretrained(tmp_path / "first")
+
+    loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path / "first")
+    loaded.save_pretrained(tmp_path / "second")
+
+    assert read_json(tmp_path / "second" / "prompt_init.json") == read_json(tmp_path / "first" / "prompt_init.json")
+
+
+def test_large_and_unprintable_arguments_are_described(labelled, tmp_path):
+    corpus = (text for text in ["a great film with a fine cast"] * 3)
+    model = labelled(fallback_kwargs={"population": 7, "corpus": corpus})
+    config = model.peft_config["default"]
+    config.prompt_tuning_init_kwargs["texts"] = ["word"] * 1001
+
+    model.save_pretrained(tmp_path)
+
+    kwargs = read_json(tmp_path / "prompt_init.json")["prompt_tuning_init_kwargs"]
+    assert kwargs["fallback_kwargs"]["corpus"] == "<generator>" and kwargs["texts"] == "<list of 1001>"
+
+
+def test_a_failed_write_keeps_the_old_record(labelled, tmp_path, monkeypatch):
+    model = labelled()
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "prompt_init.json").read_text()
+    model.peft_config["default"].prompt_tuning_init_seed = 12
+
+    def full(self, target):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(OSError, match="No space left"):
+        model.save_pretrained(tmp_path)
+
+    assert (tmp_path / "prompt_init.json").read_text() == before
+
+
+def test_an_adapter_of_stock_peft_has_no_record(tmp_path):
+    assert _record.read(str(tmp_path)) is None
