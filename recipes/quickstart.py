@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -146,16 +147,15 @@ def build_trainer(
 ) -> Trainer:
     """An ordinary Trainer: nothing in it knows of this plugin."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, DataCollatorForSeq2Seq, Trainer, TrainingArguments
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), config)
     model.print_trainable_parameters()
     answer_ids = [tokenizer(answer)["input_ids"][0] for answer in ANSWERS.values()]
 
     def answer_scores(logits: Any, labels: Any) -> Any:
-        # the logits start with the virtual tokens, and the answer is predicted one position before it stands
-        position = (labels != -100).int().argmax(1) + logits.shape[1] - labels.shape[1] - 1
-        return logits[range(len(labels)), position][:, answer_ids]
+        _, kept = predicting_positions(labels).unique(return_inverse=True)  # each row's place in logits_to_keep
+        return logits[range(len(labels)), kept][:, answer_ids]
 
     def accuracy(prediction: Any) -> dict[str, float]:
         truth = (prediction.label_ids == answer_ids[1]).any(1)
@@ -181,10 +181,29 @@ def build_trainer(
         ),
         train_dataset=train_set,
         eval_dataset=test_set,
-        data_collator=DataCollatorForSeq2Seq(tokenizer),
+        data_collator=partial(collate, tokenizer=tokenizer, num_virtual_tokens=options.num_virtual_tokens),
         preprocess_logits_for_metrics=answer_scores,
         compute_metrics=accuracy,
     )
+
+
+def predicting_positions(labels: Any) -> Any:
+    """Text position whose logits predict the answer, the one before it. [B, T] -> [B]."""
+    return (labels != -100).int().argmax(1) - 1
+
+
+def collate(rows: list[Any], tokenizer: PreTrainedTokenizerBase, num_virtual_tokens: int) -> dict[str, Any]:
+    """Pad a batch, and ask the model for logits only where an answer is predicted.
+
+    A row has one answer, and the head over 49,152 words at every other position is work for nothing.
+    """
+    from transformers import DataCollatorForSeq2Seq
+
+    batch = DataCollatorForSeq2Seq(tokenizer)(rows)
+    wanted = predicting_positions(batch["labels"]).unique()
+    batch["shift_labels"] = batch["labels"][:, wanted + 1]
+    batch["logits_to_keep"] = wanted + num_virtual_tokens
+    return batch
 
 
 def run(trainer: Trainer, name: str, options: argparse.Namespace) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
+from peft import get_peft_model
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -21,6 +22,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peft_prompt_ext import PromptTuningExtConfig
 from tests.zoo import CORPUS, VOCAB_ROWS, tiny_config
 
 
@@ -66,6 +68,28 @@ def build_model():
     def build(architecture, task_type="CAUSAL_LM", seed=0, **changes):
         torch.manual_seed(seed)
         return AUTO_CLASSES[task_type].from_config(tiny_config(architecture, **changes)).eval()
+
+    return build
+
+
+@pytest.fixture
+def make(tokenizer_folder, tmp_path, build_model):
+    """Builds a prompted model: `make("TEXT", fill="repeat")`; sources for TRANSFER have 3 virtual tokens."""
+
+    def build(init, model=None, size=7, seed=0, task_type="CAUSAL_LM", text="great film", tokenizer=None, **kwargs):
+        if init == "TRANSFER" and "source" not in kwargs:
+            kwargs["source"] = str(tmp_path / "source")
+            build("RANDOM_UNIFORM", size=3, seed=5).save_pretrained(kwargs["source"])
+        config = PromptTuningExtConfig(
+            task_type=task_type,
+            num_virtual_tokens=size,
+            prompt_tuning_init=init,
+            prompt_tuning_init_kwargs=kwargs,
+            prompt_tuning_init_seed=seed,
+            prompt_tuning_init_text=text,
+            tokenizer_name_or_path=tokenizer or tokenizer_folder,
+        )
+        return get_peft_model(model or build_model("llama"), config)
 
     return build
 

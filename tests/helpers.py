@@ -70,3 +70,16 @@ def weights_hash(model):
     for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode() + tensor.numpy().tobytes())
     return digest.hexdigest()
+
+
+def slots(model):
+    return model.peft_config["default"].init_record["slots"]
+
+
+def ids_of(model):
+    return [slot["token_ids"][0] for slot in slots(model)]
+
+
+def rows(model, ids):
+    with torch.no_grad():
+        return model.get_base_model().get_input_embeddings()(torch.tensor(ids))
