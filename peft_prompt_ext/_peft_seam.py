@@ -80,4 +80,4 @@ def _saved_by_plugin(model_id: str, kwargs: dict[str, Any]) -> PromptTuningExtCo
     if not _is_prompt_tuning(None, model_id, kwargs):
         return None
     config = PromptTuningExtConfig.from_pretrained(model_id, **_hub_kwargs(kwargs))
-    return config if config.init_record else None
+    return None if config.init_record is None else config

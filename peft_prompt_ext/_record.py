@@ -30,7 +30,7 @@ def write(folder: str | Path, config: PromptTuningExtConfig) -> None:
         "prompt_tuning_init_text": config.prompt_tuning_init_text,
         "base_model_name_or_path": config.base_model_name_or_path,
         "peft_prompt_ext_version": version("peft-prompt-ext"),
-        **config.init_record,
+        **(config.init_record or {}),
     }
     path = Path(folder) / FILE_NAME
     partial = path.with_name(f"{FILE_NAME}.{os.getpid()}.partial")

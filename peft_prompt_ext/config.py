@@ -70,8 +70,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
         # PromptTuningConfig's own checks ask TEXT for a tokenizer name, which here defaults to the base model's, and
         # refuse tokenizer_kwargs for every other scheme.
         super(PromptTuningConfig, self).__post_init__()
-        # what the scheme chose; not a field, because PEFT writes every field into adapter_config.json
-        self.init_record: dict[str, Any] = {}
+        # What the scheme chose; None where nobody knows. No field: PEFT writes every field into adapter_config.json.
+        self.init_record: dict[str, Any] | None = None
         self.peft_type = PeftType.PROMPT_TUNING
         self._check_sizes()
         self._check_tokenizer_kwargs()
@@ -160,5 +160,5 @@ class PromptTuningExtConfig(PromptTuningConfig):
         for name in _record.FIELDS:
             if record and name in record:
                 setattr(config, name, record[name])
-        config.init_record = record or {}
+        config.init_record = record
         return config

@@ -58,7 +58,7 @@ class PromptTuningMixin(PeftModel):
             return
         for name in kwargs.get("selected_adapters") or list(self.peft_config):
             config = self.peft_config[name]
-            if isinstance(config, PromptTuningExtConfig):
+            if isinstance(config, PromptTuningExtConfig) and config.init_record is not None:
                 _record.write(save_directory if name == "default" else Path(save_directory, name), config)
 
     def load_adapter(

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 TEMPLATE = "Review: {text}\nSentiment:"
 ANSWERS = {"rotten": " negative", "fresh": " positive"}
+# the slots after the labels start as two examples in the form of the task
+EXAMPLES = "Review: Great.\nSentiment: positive\nReview: Awful.\nSentiment: negative"
 SENTENCES = (
     "A warm, funny and beautifully acted film.",
     "Two hours of noise with nothing to say.",
@@ -56,11 +58,8 @@ def main() -> None:
         task_type="CAUSAL_LM",
         num_virtual_tokens=options.num_virtual_tokens,
         prompt_tuning_init="CLASS_LABELS",
-        prompt_tuning_init_kwargs={
-            "labels": list(ANSWERS.values()),
-            "fallback": "SAMPLE_VOCAB",
-            "fallback_kwargs": {"population": 5000},
-        },
+        prompt_tuning_init_kwargs={"labels": list(ANSWERS.values()), "fallback": "TEXT"},
+        prompt_tuning_init_text=EXAMPLES,
         prompt_tuning_init_seed=options.seed,
     )
     results: list[dict[str, Any]] = []
@@ -87,10 +86,10 @@ def _options() -> argparse.Namespace:
         "--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name (default: %(default)s)"
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
-    parser.add_argument("--num_virtual_tokens", type=int, default=8)
-    parser.add_argument("--max_steps", type=int, default=120)
+    parser.add_argument("--num_virtual_tokens", type=int, default=20)
+    parser.add_argument("--max_steps", type=int, default=90)
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
-    parser.add_argument("--learning_rate", type=float, default=0.02)
+    parser.add_argument("--learning_rate", type=float, default=0.01)
     parser.add_argument("--max_eval_samples", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()

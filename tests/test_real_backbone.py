@@ -81,7 +81,7 @@ def test_a_class_label_prompt_learns_and_leaves_the_backbone_alone(rows, smollm2
 
 def test_the_quickstart_writes_its_table_picture_and_adapters(smollm2, movie_reviews, tmp_path, monkeypatch, capsys):
     command = ["quickstart.py", "A joy.", "--output_dir", str(tmp_path), "--max_steps", "2"]
-    command += ["--max_eval_samples", "8", "--num_virtual_tokens", "3", "--per_device_train_batch_size", "2"]
+    command += ["--max_eval_samples", "8", "--num_virtual_tokens", "20", "--per_device_train_batch_size", "2"]
     monkeypatch.setattr(sys, "argv", command)
 
     runpy.run_path(str(ROOT / "recipes" / "quickstart.py"), run_name="__main__")
@@ -89,7 +89,7 @@ def test_the_quickstart_writes_its_table_picture_and_adapters(smollm2, movie_rev
     table = json.loads((tmp_path / "quickstart_results.json").read_text())
     assert [row["init"] for row in table] == ["stock PEFT default (RANDOM)", "CLASS_LABELS"]
     for row in table:
-        assert row["trainable_parameters"] == 3 * 576
+        assert row["trainable_parameters"] == 20 * 576
         assert 0 <= row["accuracy_before"] <= 1 and 0 <= row["accuracy_after"] <= 1
         assert row["adapter_bytes"] == (Path(row["adapter"]) / "adapter_model.safetensors").stat().st_size
         assert row["train_time_s"] > 0 and row["seed"] == 0

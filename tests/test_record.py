@@ -3,7 +3,7 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
-from peft import PeftModel, PromptTuningConfig
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from peft_prompt_ext import _record
 from tests.helpers import prompted
@@ -104,3 +104,14 @@ def test_a_failed_write_keeps_the_old_record(labelled, tmp_path, monkeypatch):
 
 def test_an_adapter_of_stock_peft_has_no_record(tmp_path):
     assert _record.read(str(tmp_path)) is None
+
+
+def test_no_record_is_made_up_for_a_prompt_of_stock_peft(labelled, build_model, tmp_path):
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
+    get_peft_model(build_model("llama"), config).save_pretrained(tmp_path / "stock")
+    model = labelled()
+    model.load_adapter(tmp_path / "stock", "theirs")
+
+    model.save_pretrained(tmp_path)
+
+    assert not (tmp_path / "theirs" / "prompt_init.json").exists() and (tmp_path / "prompt_init.json").is_file()
