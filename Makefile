@@ -5,20 +5,20 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .PHONY: quickstart test lint
 
-quickstart: .venv/ready ## prompt tuning of a real model on real reviews; SENTENCES='"one" "two"' to classify your own
+quickstart: .venv/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
 
-test: .venv/ready ## the tests: CPU only, no Hub
+test: .venv/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest
 
-lint: .venv/ready
+lint: .venv/dev.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch alone and first: with it in place no other package asks for a CUDA build
-.venv/ready: pyproject.toml constraints.txt
+.venv/%.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -c constraints.txt torch
-	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt -e '.[$*]'
 	touch $@

@@ -67,10 +67,8 @@ class PromptTuningMixin(PeftModel):
         """Load as PEFT does; a prompt may be loaded to be trained further as well."""
         if adapter_name not in self.peft_config:
             self._add_saved_adapter(str(model_id), adapter_name, kwargs)
-        was_training = self.training
         result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
         if is_trainable:
-            self.train(was_training)
             make_trainable(self, adapter_name)
         return result
 

@@ -34,7 +34,7 @@ SENTENCES = (
     "It starts slowly, but the ending is unforgettable.",
 )
 HELD_OUT_EVERY = 5  # one movie in five is held out
-MAX_TEXT_TOKENS = 64
+MAX_TEXT_TOKENS = 40
 
 
 def main() -> None:
@@ -46,12 +46,15 @@ def main() -> None:
     from transformers import AutoTokenizer, set_seed
 
     from peft_prompt_ext import PromptTuningExtConfig
-    from peft_prompt_ext.assets import asset_path, resolve
+    from peft_prompt_ext.assets import AssetError, asset_path, resolve
 
     set_seed(options.seed)
-    model_name = resolve(options.model_name_or_path)
+    try:
+        model_name, reviews = resolve(options.model_name_or_path), asset_path("movie-reviews")
+    except AssetError as error:
+        raise SystemExit(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model_name)
-    train_set, test_set = load_reviews(asset_path("movie-reviews"), tokenizer, options)
+    train_set, test_set = load_reviews(reviews, tokenizer, options)
     dtype = cpu_dtype() if not torch.cuda.is_available() else torch.bfloat16
     stock = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.num_virtual_tokens)
     ours = PromptTuningExtConfig(
@@ -87,7 +90,7 @@ def _options() -> argparse.Namespace:
     )
     parser.add_argument("--output_dir", type=Path, default=Path("outputs/quickstart"))
     parser.add_argument("--num_virtual_tokens", type=int, default=20)
-    parser.add_argument("--max_steps", type=int, default=90)
+    parser.add_argument("--max_steps", type=int, default=70)
     parser.add_argument("--per_device_train_batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=0.01)
     parser.add_argument("--max_eval_samples", type=int, default=512)

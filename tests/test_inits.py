@@ -1,10 +1,11 @@
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_prompt_ext import available_inits, register_init
+from peft_prompt_ext import PromptTuningExtConfig, available_inits, register_init
 from peft_prompt_ext.inits.base import SCHEMES
-from tests.helpers import prompt_of
-from tests.zoo import CASES, HIDDEN
+from tests.helpers import ids_of, prompt_of, rows, slots
+from tests.zoo import CASES, HIDDEN, VOCAB_ROWS
 
 
 SIZE = 7  # P
@@ -16,6 +17,7 @@ KWARGS = {
     "CLASS_LABELS": {"labels": ["great", "terrible"]},
     "TRANSFER": {"length_policy": "truncate_pad"},
 }
+LABELS = ["terrible acting", "great", "film"]
 all_schemes = pytest.mark.parametrize("init", sorted(KWARGS))
 
 
@@ -34,24 +36,33 @@ def test_a_prompt_is_p_by_h_in_float32_and_trainable(make, init):
     assert prompt.requires_grad and torch.isfinite(prompt).all()
 
 
+@pytest.fixture
+def source(make, tmp_path):
+    """An adapter of 3 virtual tokens, saved before the global random state is watched."""
+    make("RANDOM_UNIFORM", size=3, seed=5).save_pretrained(tmp_path / "made_before")
+    return {"source": str(tmp_path / "made_before")}
+
+
 @all_schemes
-def test_the_seed_alone_decides_and_the_global_random_state_is_left_alone(make, build_model, init):
+def test_the_seed_alone_decides_and_the_global_random_state_is_left_alone(make, build_model, source, init):
     models = [build_model("llama"), build_model("llama")]
+    kwargs = {**KWARGS[init], **(source if init == "TRANSFER" else {})}
     torch.manual_seed(1)
-    first = prompt_of(make(init, models[0], **KWARGS[init]))
+    first = prompt_of(make(init, models[0], **kwargs))
     torch.manual_seed(2)
     before = torch.random.get_rng_state()
 
-    second = prompt_of(make(init, models[1], **KWARGS[init])) if init != "TRANSFER" else first
+    second = prompt_of(make(init, models[1], **kwargs))
 
     assert torch.equal(first, second)
-    if init != "TRANSFER":  # building its source is what draws
-        assert torch.equal(torch.random.get_rng_state(), before)
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
-@pytest.mark.parametrize("init", sorted(set(KWARGS) - {"TRANSFER"}))
-def test_another_seed_gives_another_prompt(make, init):
-    prompts = [prompt_of(make(init, seed=seed, **KWARGS[init])) for seed in (0, 1)]
+@all_schemes
+def test_another_seed_gives_another_prompt(make, source, init):
+    kwargs = {**KWARGS[init], **(source if init == "TRANSFER" else {})}
+
+    prompts = [prompt_of(make(init, seed=seed, **kwargs)) for seed in (0, 1)]
 
     assert not torch.equal(*prompts)
 
@@ -73,6 +84,65 @@ def test_every_scheme_works_on_every_architecture(make, build_model, architectur
 
     assert prompt.shape == (SIZE, HIDDEN) and torch.isfinite(prompt).all()
     assert torch.equal(base.get_input_embeddings().weight, table)
+
+
+# --- what the record says
+
+
+WORD_CASES = {
+    "sample": ("SAMPLE_VOCAB", {}),
+    "population": ("SAMPLE_VOCAB", {"population": 11}),
+    "text": ("TEXT", {"fill": "repeat"}),
+    "text_filled": ("TEXT", {"fill": "sample_vocab"}),
+    "labels": ("CLASS_LABELS", {"labels": LABELS}),
+    "labels_last": ("CLASS_LABELS", {"labels": LABELS, "position": "last"}),
+    "labels_repeated": ("CLASS_LABELS", {"labels": LABELS, "repeat": True}),
+    "labels_repeated_last": ("CLASS_LABELS", {"labels": LABELS, "repeat": True, "position": "last"}),
+    "labels_and_text": ("CLASS_LABELS", {"labels": LABELS, "position": "last", "fallback": "TEXT"}),
+}
+
+
+@pytest.mark.parametrize("case", WORD_CASES)
+@pytest.mark.parametrize(
+    ("architecture", "dtype"), [("llama", torch.float32), ("llama", torch.bfloat16), ("gemma3_text", torch.float32)]
+)
+def test_a_slot_is_the_mean_of_the_tokens_that_its_record_names(make, build_model, architecture, dtype, case):
+    init, kwargs = WORD_CASES[case]
+
+    model = make(init, build_model(architecture).to(dtype), **kwargs)
+
+    expected = torch.stack([rows(model, slot["token_ids"]).float().mean(0) for slot in slots(model)])
+    torch.testing.assert_close(prompt_of(model), expected)
+    assert model.get_base_model().get_input_embeddings().weight.dtype == dtype
+
+
+@pytest.mark.parametrize("case", WORD_CASES)
+def test_the_record_names_the_tokens_in_words(make, tokenizer, tokenizer_folder, case):
+    init, kwargs = WORD_CASES[case]
+
+    record = make(init, **kwargs).peft_config["default"].init_record
+
+    words = [slot.get("label") or slot["text"] for slot in record["slots"]]
+    assert words == [tokenizer.decode(slot["token_ids"]) for slot in record["slots"]]
+    assert record["tokenizer"] == tokenizer_folder and len(words) == SIZE
+
+
+def test_the_record_names_sources_with_their_share_and_length(make, tmp_path):
+    for name, size in (("one", 3), ("two", 5)):
+        make("RANDOM_UNIFORM", size=size).save_pretrained(tmp_path / name)
+    paths = [str(tmp_path / "one"), str(tmp_path / "two")]
+
+    model = make("TRANSFER", source=paths, weights=[3, 1], length_policy="interpolate")
+
+    assert model.peft_config["default"].init_record["sources"] == [
+        {"source": paths[0], "weight": 0.75, "num_virtual_tokens": 3},
+        {"source": paths[1], "weight": 0.25, "num_virtual_tokens": 5},
+    ]
+
+
+@pytest.mark.parametrize("init", ["RANDOM", "RANDOM_UNIFORM"])
+def test_the_record_of_numbers_out_of_a_generator_names_no_token(make, init):
+    assert make(init).peft_config["default"].init_record == {}
 
 
 # --- the registry
@@ -140,3 +210,108 @@ def test_random_uniform_matches_mean_and_spread_of_the_words(make, build_model, 
 
     torch.testing.assert_close(prompt.mean(0), words.mean(0), atol=0.02, rtol=0)
     torch.testing.assert_close(prompt.std(0), words.std(0), atol=0, rtol=0.03)
+
+
+# --- CLASS_LABELS, SAMPLE_VOCAB, TRANSFER: what goes beyond test_word_inits.py and test_transfer.py
+
+
+@pytest.mark.parametrize(("position", "free"), [("first", slice(3, None)), ("last", slice(None, -3))])
+@pytest.mark.parametrize(
+    ("fallback", "kwargs"), [("RANDOM", {}), ("RANDOM_UNIFORM", {"scale": 3.0}), ("SAMPLE_VOCAB", {"population": 11})]
+)
+def test_a_fallback_fills_its_slots_as_it_would_alone(make, position, free, fallback, kwargs):
+    alone = make(fallback, **kwargs)
+
+    model = make("CLASS_LABELS", labels=LABELS, position=position, fallback=fallback, fallback_kwargs=kwargs)
+
+    assert torch.equal(prompt_of(model)[free], prompt_of(alone)[free])
+    unnamed = [{"fallback": fallback}] * SIZE  # RANDOM and RANDOM_UNIFORM take no tokens
+    assert slots(model)[free] == alone.peft_config["default"].init_record.get("slots", unnamed)[free]
+
+
+def test_a_class_label_feature_is_its_names(make):
+    datasets = pytest.importorskip("datasets")
+
+    feature, names = (make("CLASS_LABELS", labels=form) for form in (datasets.ClassLabel(names=LABELS), LABELS))
+
+    assert torch.equal(prompt_of(feature), prompt_of(names))
+
+
+@pytest.mark.parametrize(("init", "kwargs"), [("TEXT", {}), ("CLASS_LABELS", {"labels": ["<beyond399>"]})])
+def test_an_added_token_beyond_the_table_is_refused(make, tokenizer_folder, tmp_path, init, kwargs):
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
+    tokenizer.add_tokens([f"<beyond{i}>" for i in range(400)])
+    tokenizer.save_pretrained(tmp_path / "larger")
+
+    with pytest.raises(ValueError, match=str(VOCAB_ROWS)):
+        make(init, text="<beyond399>", tokenizer=str(tmp_path / "larger"), **kwargs)
+
+
+def test_without_a_tokenizer_every_row_but_padding_may_be_drawn(build_model):
+    base = build_model("llama")
+    config = PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=VOCAB_ROWS - 1)
+
+    with pytest.warns(UserWarning, match=f"sampling from all {VOCAB_ROWS} embedding rows"):
+        model = get_peft_model(base, config)
+
+    padding = base.get_input_embeddings().padding_idx
+    assert padding == 2 and sorted(ids_of(model)) == [i for i in range(VOCAB_ROWS) if i != padding]
+
+
+def test_a_population_needs_a_tokenizer(build_model):
+    config = PromptTuningExtConfig(task_type="CAUSAL_LM", prompt_tuning_init_kwargs={"population": 20})
+
+    with pytest.raises(ValueError, match=r"'SAMPLE_VOCAB' needs a tokenizer.*Set tokenizer_name_or_path"):
+        get_peft_model(build_model("llama"), config)
+
+
+def test_special_tokens_of_a_corpus_do_not_count(make, tokenizer):
+    corpus = ["</s></s></s><added><added> film film great"]
+    wanted = [tokenizer(" film")["input_ids"], tokenizer("great")["input_ids"]]
+
+    model = make("SAMPLE_VOCAB", size=1, population=1, corpus=corpus)
+
+    assert [ids_of(model)] == wanted[:1]
+
+
+@pytest.mark.parametrize("form", ["not_texts", "not_utf8"])
+def test_a_corpus_that_cannot_be_read_is_refused_by_name(make, tmp_path, form):
+    path = tmp_path / "latin1.txt"
+    path.write_bytes("ein großer film".encode("latin-1"))
+    corpus = {"not_texts": ["great film", 3], "not_utf8": str(path)}[form]
+
+    with pytest.raises(ValueError, match="SAMPLE_VOCAB: corpus"):
+        make("SAMPLE_VOCAB", population=SIZE, corpus=corpus)
+
+
+class RunsWhenUnpickled:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return self.path.touch, ()
+
+
+def test_nothing_is_unpickled(make, source, tmp_path):
+    folder = tmp_path / "made_before"
+    (folder / "adapter_model.safetensors").unlink()
+    torch.save({"prompt_embeddings": RunsWhenUnpickled(tmp_path / "ran")}, folder / "adapter_model.bin")
+
+    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+        make("TRANSFER", size=3, **source)
+
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    ("place", "message"),
+    [
+        ("org/nowhere", r"source \('org/nowhere'\) is no folder, and the Hub was not reached"),
+        ("/no/such/folder", r"source \('/no/such/folder'\) is neither a folder nor on the Hub"),
+    ],
+)
+def test_a_source_that_is_nowhere_says_where_was_looked(make, place, message):
+    with pytest.raises(ValueError, match=message):
+        make("TRANSFER", source=place)

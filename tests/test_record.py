@@ -3,10 +3,11 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from peft_prompt_ext import _record
-from tests.helpers import prompted
+from tests.helpers import prompt_of, prompted
 
 
 @pytest.fixture
@@ -59,6 +60,24 @@ def test_a_named_adapter_has_its_record_in_its_folder(labelled, tmp_path):
     assert (tmp_path / "second" / "prompt_init.json").is_file() and not (tmp_path / "prompt_init.json").exists()
 
 
+def test_every_adapter_has_its_own_record(labelled, tmp_path):
+    model = labelled()
+    model.add_adapter("second", labelled(position="last").peft_config["default"])
+
+    model.save_pretrained(tmp_path)
+
+    first, second = (read_json(tmp_path / name / "prompt_init.json")["slots"] for name in ("", "second"))
+    assert [slot.get("label") for slot in first] == ["great", "terrible", None, None, None]
+    assert [slot.get("label") for slot in second] == [None, None, None, "great", "terrible"]
+
+
+def test_the_file_reads_like_text(labelled, tmp_path):
+    labelled(labels=["groß", "klein"]).save_pretrained(tmp_path)
+
+    lines = (tmp_path / "prompt_init.json").read_text(encoding="utf-8").splitlines()
+    assert '      "groß",' in lines
+
+
 def test_only_the_main_process_writes(labelled, tmp_path):
     labelled().save_pretrained(tmp_path, is_main_process=False)
 
@@ -86,6 +105,25 @@ def test_large_and_unprintable_arguments_are_described(labelled, tmp_path):
     assert kwargs["fallback_kwargs"]["corpus"] == "<generator>" and kwargs["texts"] == "<list of 1001>"
 
 
+@pytest.mark.parametrize(("size", "written"), [(1000, ["word"] * 1000), (1001, "<list of 1001>")])
+def test_a_list_is_written_whole_up_to_a_thousand(labelled, tmp_path, size, written):
+    config = labelled().peft_config["default"]
+    config.prompt_tuning_init_kwargs = {"corpus": ["word"] * size}
+
+    _record.write(tmp_path, config)
+
+    assert read_json(tmp_path / "prompt_init.json")["prompt_tuning_init_kwargs"] == {"corpus": written}
+
+
+def test_a_path_is_written_as_text(labelled, tmp_path):
+    config = labelled().peft_config["default"]
+    config.prompt_tuning_init_kwargs = {"source": Path("runs/one")}
+
+    _record.write(tmp_path, config)
+
+    assert read_json(tmp_path / "prompt_init.json")["prompt_tuning_init_kwargs"] == {"source": "runs/one"}
+
+
 def test_a_failed_write_keeps_the_old_record(labelled, tmp_path, monkeypatch):
     model = labelled()
     model.save_pretrained(tmp_path)
@@ -104,6 +142,27 @@ def test_a_failed_write_keeps_the_old_record(labelled, tmp_path, monkeypatch):
 
 def test_an_adapter_of_stock_peft_has_no_record(tmp_path):
     assert _record.read(str(tmp_path)) is None
+
+
+def test_the_record_is_read_from_a_subfolder(labelled, tmp_path):
+    labelled().save_pretrained(tmp_path / "last")
+
+    record = _record.read(str(tmp_path), subfolder="last")
+
+    assert _record.read(str(tmp_path)) is None
+    assert record == read_json(tmp_path / "last" / "prompt_init.json")
+
+
+@pytest.mark.parametrize("content", ['{"prompt_tuning_in', "", '["a list"]'])
+def test_a_broken_record_does_not_lose_the_trained_prompt(labelled, build_model, tmp_path, content):
+    model = labelled()
+    model.save_pretrained(tmp_path)
+    (tmp_path / "prompt_init.json").write_text(content)
+
+    with pytest.warns(UserWarning, match=r"prompt_init\.json"):
+        loaded = PeftModel.from_pretrained(build_model("llama"), tmp_path)
+
+    assert torch.equal(prompt_of(loaded), prompt_of(model))
 
 
 def test_no_record_is_made_up_for_a_prompt_of_stock_peft(labelled, build_model, tmp_path):

@@ -28,3 +28,16 @@ def test_a_development_version_counts_as_its_release(monkeypatch):
     monkeypatch.setattr("peft_prompt_ext._versions.version", lambda name: "0.21.3.dev0+local")
 
     check_versions({"peft": ("0.21", "0.22")})
+
+
+@pytest.mark.parametrize(
+    ("found", "works"), [("0.20.9", 0), ("0.21", 1), ("0.21.99", 1), ("0.22", 0), ("0.22.dev0", 0)]
+)
+def test_the_first_version_is_inside_and_the_last_is_not(monkeypatch, found, works):
+    monkeypatch.setattr("peft_prompt_ext._versions.version", lambda name: found)
+
+    if works:
+        check_versions({"peft": ("0.21", "0.22")})
+    else:
+        with pytest.raises(ImportError, match=f"but peft {found} is installed"):
+            check_versions({"peft": ("0.21", "0.22")})
