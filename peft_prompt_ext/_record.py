@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
@@ -47,17 +48,31 @@ def read(name: str, *, subfolder: str | None = None, **hub_kwargs: Any) -> dict[
         **hub_kwargs: Passed to `huggingface_hub.hf_hub_download`; arguments it does not know are ignored.
 
     Returns:
-        The record, or None: the adapter was not saved by this plugin.
+        The record; None: the adapter was not saved by this plugin. A broken record is a warning and an empty one.
     """
+    path = _find(name, subfolder, hub_kwargs)
+    if path is None:
+        return None
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        record = None
+    if not isinstance(record, dict):
+        warnings.warn(f"{path} is not whole: how this prompt began is lost, the prompt is not.", stacklevel=2)
+        return {}
+    return record
+
+
+def _find(name: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path | None:
     if Path(name).is_dir():
         path = Path(name, subfolder or "", FILE_NAME)
-        return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+        return path if path.is_file() else None
     from huggingface_hub import hf_hub_download
     from huggingface_hub.errors import EntryNotFoundError
 
     known = {k: v for k, v in hub_kwargs.items() if k in {"revision", "cache_dir", "token", "local_files_only"}}
     try:
-        return json.loads(Path(hf_hub_download(name, FILE_NAME, subfolder=subfolder, **known)).read_text("utf-8"))
+        return Path(hf_hub_download(name, FILE_NAME, subfolder=subfolder, **known))
     except EntryNotFoundError:
         return None
 

@@ -85,11 +85,15 @@ class PromptTuningExtConfig(PromptTuningConfig):
             raise ValueError(f"task_type is needed, got None. Set one of: {', '.join(TaskType)}.")
         for name, least in (("num_virtual_tokens", 1), ("prompt_tuning_init_seed", 0)):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"{name} ({value!r}) must be a whole number, {least} or more.")
+            # 2**63 - 1 is the largest seed of a torch.Generator, and more than any prompt
+            if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
+                raise ValueError(f"{name} ({value!r}) must be a whole number, {least} or more, below 2**63.")
 
     def _check_tokenizer_kwargs(self) -> None:
-        if (self.tokenizer_kwargs or {}).get("trust_remote_code"):
+        kwargs = self.tokenizer_kwargs
+        if kwargs is not None and not isinstance(kwargs, dict):
+            raise ValueError(f"tokenizer_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
+        if kwargs and kwargs.get("trust_remote_code"):
             raise ValueError(
                 "tokenizer_kwargs asks for trust_remote_code=True: an adapter's config must not run code. Save the "
                 "tokenizer to a folder yourself and set tokenizer_name_or_path to it."
@@ -102,11 +106,12 @@ class PromptTuningExtConfig(PromptTuningConfig):
         kwargs = self.prompt_tuning_init_kwargs
         if kwargs is not None and not isinstance(kwargs, dict):
             raise ValueError(f"prompt_tuning_init_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
-        scheme.validate(self.prompt_tuning_init, self.num_virtual_tokens, kwargs or {})
         if kwargs and "labels" in kwargs:
-            # a datasets.ClassLabel becomes plain texts, so that the config stays printable and picklable
-            self.prompt_tuning_init_kwargs = {**kwargs, "labels": label_names(kwargs["labels"])}
-        if self._uses_text() and not (self.prompt_tuning_init_text or "").strip():
+            # a datasets.ClassLabel, or what can be read only once, becomes a list of texts
+            kwargs = self.prompt_tuning_init_kwargs = {**kwargs, "labels": label_names(kwargs["labels"])}
+        scheme.validate(self.prompt_tuning_init, self.num_virtual_tokens, kwargs or {})
+        text = self.prompt_tuning_init_text
+        if self._uses_text() and not (isinstance(text, str) and text.strip()):
             raise ValueError(
                 f"prompt_tuning_init_text ({self.prompt_tuning_init_text!r}) must be a text with words when "
                 "prompt_tuning_init is 'TEXT' or falls back to it."

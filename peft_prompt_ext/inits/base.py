@@ -120,8 +120,18 @@ class InitContext:
         return self.tokenizer
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, EOS or any other special token is added."""
-        return self.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        """Ids of `text` alone: no BOS, EOS or any other special token is added.
+
+        Raises:
+            ValueError: There is no tokenizer, or the text holds an added token that the model has no row for.
+        """
+        ids = self.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
+        if max(ids, default=0) >= self.num_embeddings:
+            raise ValueError(
+                f"{text!r} holds the token id {max(ids)}, the embedding table has {self.num_embeddings} rows. Call "
+                "model.resize_token_embeddings(len(tokenizer)) for added tokens, or write other words."
+            )
+        return ids
 
     def run(self, name: str, kwargs: Mapping[str, Any] | None = None) -> torch.Tensor:
         """Run another scheme, as a fallback for the slots that a scheme leaves open. Returns [P, H]."""
@@ -156,13 +166,13 @@ class InitScheme:
         for key in kwargs:
             if key not in known:
                 raise ValueError(
-                    f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{_nearest(key, known)}. "
+                    f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{_nearest(str(key), known)}. "
                     f"It takes: {', '.join(known) or 'none'}."
                 )
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in kwargs]
         if missing:
             raise ValueError(
-                f"prompt_tuning_init_kwargs: {name} needs {', '.join(map(repr, missing))}, got {sorted(kwargs)}. "
+                f"prompt_tuning_init_kwargs: {name} needs {', '.join(map(repr, missing))}, got {list(kwargs)}. "
                 f"Write prompt_tuning_init_kwargs={{{missing[0]!r}: ...}}."
             )
         if self.check is not None:

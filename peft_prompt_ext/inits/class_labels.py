@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,8 +14,17 @@ POSITIONS = ("first", "last")
 
 
 def label_names(labels: Any) -> list[str]:
-    """The labels as a list of texts, from a sequence or a `datasets.ClassLabel`."""
-    return list(getattr(labels, "names", labels))
+    """The labels as a list of texts, from an iterable or a `datasets.ClassLabel`.
+
+    Raises:
+        ValueError: Anything else.
+    """
+    names = getattr(labels, "names", labels)
+    if isinstance(names, str):
+        raise ValueError(f"CLASS_LABELS: labels must be a list of texts, got one text ({names!r}).")
+    if not isinstance(names, Iterable):
+        raise ValueError(f"CLASS_LABELS: labels must be a list of texts, got {names!r}.")
+    return list(names)
 
 
 def _check(
@@ -27,8 +36,6 @@ def _check(
     fallback_kwargs: Mapping[str, Any] | None,
     **_: Any,
 ) -> None:
-    if isinstance(labels, str):
-        raise ValueError(f"CLASS_LABELS: labels must be a list of texts, got one text ({labels!r}).")
     names = label_names(labels)
     if not names:
         raise ValueError("CLASS_LABELS: labels is empty. Give the text of each class, e.g. labels=['negative', ...].")
@@ -44,6 +51,10 @@ def _check(
             "Raise num_virtual_tokens or give fewer labels."
         )
     check_choice("CLASS_LABELS: position", position, POSITIONS)
+    if not isinstance(fallback, str):
+        raise ValueError(f"CLASS_LABELS: fallback ({fallback!r}) must be the name of a scheme.")
+    if not isinstance(fallback_kwargs, (Mapping, type(None))):
+        raise ValueError(f"CLASS_LABELS: fallback_kwargs ({fallback_kwargs!r}) must be a dict.")
     if fallback.upper() == "CLASS_LABELS":
         raise ValueError("CLASS_LABELS: fallback ('CLASS_LABELS') must be another scheme.")
     get_scheme(fallback).validate(fallback.upper(), num_virtual_tokens, fallback_kwargs or {})

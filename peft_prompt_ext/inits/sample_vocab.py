@@ -21,6 +21,8 @@ def _check(num_virtual_tokens: int, *, population: int | None, corpus: Iterable[
             )
     elif corpus is not None:
         raise ValueError("SAMPLE_VOCAB: corpus is only used to rank tokens. Set population as well.")
+    if corpus is not None and not isinstance(corpus, Iterable) and not isinstance(corpus, Path):
+        raise ValueError(f"SAMPLE_VOCAB: corpus ({corpus!r}) must be texts or the path of a text file.")
     if isinstance(corpus, (str, Path)) and not Path(corpus).is_file():
         raise ValueError(f"SAMPLE_VOCAB: corpus ({str(corpus)!r}) is not a text file. Give a path or a list of texts.")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,9 @@ def _check(
     if not sources or not all(isinstance(s, (str, Path)) and str(s) for s in sources):
         raise ValueError(f"TRANSFER: source ({source!r}) must be a folder or Hub id, or a list of them.")
     check_choice("TRANSFER: length_policy", length_policy, LENGTH_POLICIES)
-    if weights is not None and (len(weights) != len(sources) or not sum(weights) > 0 or min(weights) < 0):
+    if weights is not None and not _are_weights(weights, len(sources)):
         raise ValueError(
-            f"TRANSFER: weights ({list(weights)}) must be one number >= 0 for each of the {len(sources)} sources, "
+            f"TRANSFER: weights ({weights!r}) must be one number >= 0 for each of the {len(sources)} sources, "
             "with a sum above 0."
         )
     for path in sources:
@@ -74,7 +75,14 @@ def transfer(
 
 
 def _as_list(source: Any) -> list[Any]:
-    return [source] if isinstance(source, (str, Path)) else list(source or [])
+    return list(source) if isinstance(source, (list, tuple)) else [source]
+
+
+def _are_weights(weights: Any, count: int) -> bool:
+    if not isinstance(weights, (list, tuple)) or len(weights) != count:
+        return False
+    numbers = all(isinstance(w, (int, float)) and math.isfinite(w) and w >= 0 for w in weights)
+    return numbers and sum(weights) > 0
 
 
 def _find(source: str, filename: str) -> Path | None:
@@ -100,7 +108,12 @@ def _read_config(source: str) -> dict[str, Any]:
     path = _find(source, "adapter_config.json")
     if path is None:
         raise ValueError(f"TRANSFER: source ({source!r}) holds no adapter_config.json. Give the folder of an adapter.")
-    config = json.loads(path.read_text(encoding="utf-8"))
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} is not whole: {error}") from error
+    if not isinstance(config, dict):
+        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} holds no config, but a {type(config).__name__}.")
     if config.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(
             f"TRANSFER: source ({source!r}) is a {config.get('peft_type')} adapter; only PROMPT_TUNING has a prompt."

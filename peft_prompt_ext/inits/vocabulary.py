@@ -72,9 +72,12 @@ def ids_by_frequency(ctx: InitContext, corpus: Iterable[str] | str | Path | None
             )
         return words
     counts: Counter[int] = Counter()
-    for batch in _batches(corpus):
-        for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
-            counts.update(ids)
+    try:
+        for batch in _batches(corpus):
+            for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
+                counts.update(ids)
+    except (TypeError, UnicodeDecodeError) as error:
+        raise ValueError(f"SAMPLE_VOCAB: corpus must be texts, or a text file in UTF-8: {error}") from error
     allowed = set(words)
     # ties in order of id, so that the result does not hang on the order of the corpus
     return [i for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if i in allowed]
