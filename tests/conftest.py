@@ -12,28 +12,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 from peft import get_peft_model
-from transformers import (
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForQuestionAnswering,
-    AutoModelForSeq2SeqLM,
-    AutoModelForSequenceClassification,
-    AutoModelForTokenClassification,
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedTokenizerFast
 
 from peft_prompt_ext import PromptTuningExtConfig
-from tests.zoo import CORPUS, VOCAB_ROWS, tiny_config
-
-
-AUTO_CLASSES = {
-    "CAUSAL_LM": AutoModelForCausalLM,
-    "SEQ_CLS": AutoModelForSequenceClassification,
-    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
-    "TOKEN_CLS": AutoModelForTokenClassification,
-    "QUESTION_ANS": AutoModelForQuestionAnswering,
-    "FEATURE_EXTRACTION": AutoModel,
-}
+from tests.zoo import AUTO_CLASSES, CORPUS, VOCAB_ROWS, tiny_config
 
 
 @pytest.fixture(scope="session")

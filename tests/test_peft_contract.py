@@ -8,8 +8,8 @@ import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from peft_prompt_ext import PromptTuningExtConfig, _peft_seam
-from tests.conftest import AUTO_CLASSES
 from tests.helpers import make_batch, make_trainer, prompted
+from tests.zoo import AUTO_CLASSES
 
 
 CASES = {
@@ -34,7 +34,7 @@ class Block:
 sys.meta_path.insert(0, Block())
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
-from tests.conftest import AUTO_CLASSES
+from tests.zoo import AUTO_CLASSES
 from tests.helpers_stock import batch_ids
 
 # stock PEFT's own, with every model

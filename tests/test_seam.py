@@ -13,9 +13,9 @@ if sys.argv[1] == "with":
     import peft_prompt_ext
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
-from tests.conftest import AUTO_CLASSES
-from tests.zoo import tiny_config
+from tests.zoo import AUTO_CLASSES, tiny_config
 
+assert ("peft_prompt_ext" in sys.modules) == (sys.argv[1] == "with")
 for task, name in [("CAUSAL_LM", "llama"), ("SEQ_CLS", "bert"), ("SEQ_2_SEQ_LM", "t5")]:
     target = {"target_modules": ["query"]} if name == "bert" else {}
     for config in (

@@ -1,6 +1,14 @@
 """Configs of tiny models, one for each architecture that the contracts are tested on."""
 
-from transformers import AutoConfig
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForCausalLM,
+    AutoModelForQuestionAnswering,
+    AutoModelForSeq2SeqLM,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+)
 
 
 VOCAB_ROWS = 331  # more rows than the tokenizer has tokens, as in most released models
@@ -61,6 +69,15 @@ _SPECIFIC = {
 
 DECODERS = ["llama", "qwen2", "qwen3", "gemma2", "gemma3_text", "mistral", "phi", "gpt2", "gpt_neox", "opt", "bloom"]
 ENCODERS = ["bert", "roberta"]
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": AutoModelForCausalLM,
+    "SEQ_CLS": AutoModelForSequenceClassification,
+    "SEQ_2_SEQ_LM": AutoModelForSeq2SeqLM,
+    "TOKEN_CLS": AutoModelForTokenClassification,
+    "QUESTION_ANS": AutoModelForQuestionAnswering,
+    "FEATURE_EXTRACTION": AutoModel,
+}
 
 # every architecture with the task it is known for, then the other tasks
 CASES = [
