@@ -82,6 +82,13 @@ class PromptTuningMixin(PeftModel):
 class PeftModelForCausalLM(PromptTuningMixin, peft.PeftModelForCausalLM):
     """Output: as PEFT's, logits [B, P+T, V]."""
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class; a text without room behind the prompt is refused before the first token."""
+        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
+        if inputs is not None and not self._adapters_disabled:
+            self._check_length(inputs.shape[1])
+        return super().generate(*args, **kwargs)
+
 
 class PeftModelForSequenceClassification(PromptTuningMixin, peft.PeftModelForSequenceClassification):
     """Output: as PEFT's, logits [B, C]."""
@@ -98,23 +105,47 @@ class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureE
 class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenClassification):
     """Output: logits [B, T, C], one for each text token; PEFT returns P+T of them and cannot take labels [B, T]."""
 
-    def forward(self, *args: Any, labels: torch.Tensor | None = None, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """See PEFT's class; `labels` [B, T] belong to the text tokens."""
         if labels is not None:
             prompt_labels = labels.new_full((len(labels), self.active_peft_config.num_virtual_tokens), IGNORE_INDEX)
             labels = torch.cat([prompt_labels, labels], dim=1)
-        return _of_text(self, super().forward, ["logits"], *args, labels=labels, **kwargs)
+        inputs: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
+        return _of_text(self, super().forward, ["logits"], input_ids, **inputs, **kwargs)
 
 
 class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestionAnswering):
     """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them."""
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
+    def forward(  # type: ignore[override]
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        token_type_ids: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        start_positions: torch.Tensor | None = None,
+        end_positions: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
         """See PEFT's class; `start_positions` and `end_positions` [B] count text tokens from 0."""
-        for name in ("start_positions", "end_positions"):
-            if kwargs.get(name) is not None:
-                kwargs[name] = kwargs[name] + self.active_peft_config.num_virtual_tokens
-        return _of_text(self, super().forward, ["start_logits", "end_logits"], *args, **kwargs)
+        prompt = self.active_peft_config.num_virtual_tokens
+        inputs: dict[str, Any] = {
+            "attention_mask": attention_mask,
+            "token_type_ids": token_type_ids,
+            "position_ids": position_ids,
+            "inputs_embeds": inputs_embeds,
+            "start_positions": None if start_positions is None else start_positions + prompt,
+            "end_positions": None if end_positions is None else end_positions + prompt,
+        }
+        return _of_text(self, super().forward, ["start_logits", "end_logits"], input_ids, **inputs, **kwargs)
 
 
 def _of_text(
@@ -124,7 +155,9 @@ def _of_text(
     output = forward(*args, return_dict=True, **kwargs)
     for name in names:
         output[name] = output[name][:, model.active_peft_config.num_virtual_tokens :]
-    return output.to_tuple() if return_dict is False else output
+    if return_dict is None:
+        return_dict = getattr(model.config, "return_dict", True)
+    return output if return_dict else output.to_tuple()
 
 
 def make_trainable(model: PeftModel, adapter_name: str) -> None:
