@@ -61,6 +61,13 @@ class PromptTuningMixin(PeftModel):
             if isinstance(config, PromptTuningExtConfig) and config.init_record is not None:
                 _record.write(save_directory if name == "default" else Path(save_directory, name), config)
 
+    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does, which freezes the base model; heads that other adapters train stay in training."""
+        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        super().add_adapter(*args, **kwargs)
+        for parameter in trained:
+            parameter.requires_grad = True
+
     def load_adapter(
         self, model_id: Any, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
     ) -> Any:

@@ -136,3 +136,16 @@ def test_a_second_adapter_is_loaded_to_be_trained(build_model, tmp_path):
     assert torch.equal(second.logits, alone(**batch).logits)
     assert prompt_of(model, "second").grad.abs().sum() > 0
     assert torch.equal(model(**batch).logits, first)
+
+
+@pytest.mark.parametrize("is_trainable", [False, True])
+def test_loading_a_second_adapter_does_not_freeze_the_first_ones_head(build_model, tmp_path, is_trainable):
+    prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS").save_pretrained(tmp_path)
+    model = prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS")
+    before = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+    model.load_adapter(str(tmp_path), "second", is_trainable=is_trainable)
+
+    now = {name for name, parameter in model.named_parameters() if parameter.requires_grad and "second" not in name}
+    assert now == before
+    assert any("score" in name for name in before)
