@@ -14,6 +14,7 @@ from typing import Any
 import peft
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
@@ -62,8 +63,9 @@ class PromptTuningMixin(PeftModel):
                 _record.write(save_directory if name == "default" else Path(save_directory, name), config)
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter as PEFT does, which freezes the base model; heads that other adapters train stay in training."""
-        trained = [parameter for parameter in self.parameters() if parameter.requires_grad]
+        """Add an adapter as PEFT does; the heads of other adapters stay in training."""
+        heads = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        trained = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
         super().add_adapter(*args, **kwargs)
         for parameter in trained:
             parameter.requires_grad = True
