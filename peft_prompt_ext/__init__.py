@@ -8,10 +8,11 @@ check_versions()  # before anything of PEFT is touched, so that a wrong version 
 from . import _peft_seam  # noqa: E402
 from .config import PromptTuningExtConfig  # noqa: E402
 from .inits import available_inits, register_init  # noqa: E402
+from .shared_prefix import EngineStatus, engine_status  # noqa: E402
 
 
 __version__ = "0.1.0"
-__all__ = ["PromptTuningExtConfig", "available_inits", "register_init"]
+__all__ = ["EngineStatus", "PromptTuningExtConfig", "available_inits", "engine_status", "register_init"]
 
 # Loading an adapter (`PeftModel.from_pretrained`) needs the seam before any config of ours exists.
 _peft_seam.activate()

@@ -19,7 +19,13 @@ if TYPE_CHECKING:
 
 
 FILE_NAME = "prompt_init.json"
-FIELDS = ("prompt_tuning_init_kwargs", "prompt_tuning_init_seed")
+FIELDS = (
+    "prompt_tuning_init_kwargs",
+    "prompt_tuning_init_seed",
+    "shared_prefix",
+    "shared_prefix_probe",
+    "train_logits",
+)
 _LONGEST_LIST = 1000
 
 

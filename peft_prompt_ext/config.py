@@ -32,6 +32,17 @@ class PromptTuningExtConfig(PromptTuningConfig):
             Seed of the initialisation. The same seed gives the same prompt, whatever the global random state.
         prompt_tuning_init_text (`str`, *optional*):
             The text for `TEXT`, alone or as a fallback.
+        shared_prefix (`bool`, defaults to `True`):
+            Run a batch as one packed sequence, the prompt once for all rows and no pads, where the base model allows
+            it (`peft_prompt_ext.engine_status(model)` tells). The results are the same.
+        shared_prefix_probe (`bool`, defaults to `True`):
+            Before the first packed batch compare a small one with the base model's own results, and refuse to pack if
+            they differ.
+        train_logits (`str`, defaults to `"all"`):
+            `"all"`: logits as PEFT's, [B, P+T, V]. `"supervised"`: while training, the head runs only where a label
+            is predicted, and `logits` are [1, L, V], in the order of the L labels; without labels they are [B, T, V],
+            one for each text token, so that a Trainer's label smoothing or `compute_loss_func` lines up with them. The
+            loss is the same. Only a packed causal language model can leave logits out.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer that schemes use; by default the base model's own.
         tokenizer_kwargs (`dict`, *optional*):
@@ -65,6 +76,15 @@ class PromptTuningExtConfig(PromptTuningConfig):
     prompt_tuning_init_seed: int = field(
         default=0, metadata={"help": "The seed of the initialization; independent of the global random state"}
     )
+    shared_prefix: bool = field(
+        default=True, metadata={"help": "Run a batch as one packed sequence that holds the prompt once"}
+    )
+    shared_prefix_probe: bool = field(
+        default=True, metadata={"help": "Compare a small packed batch with the base model before the first one"}
+    )
+    train_logits: str = field(
+        default="all", metadata={"help": "Where the head runs in training: 'all' or 'supervised' positions"}
+    )
 
     def __post_init__(self) -> None:
         # PromptTuningConfig's own checks ask TEXT for a tokenizer name, which here defaults to the base model's, and
@@ -76,6 +96,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         self._check_sizes()
         self._check_tokenizer_kwargs()
         self._check_init()
+        self._check_engine()
         if self.num_transformer_submodules is None:
             # PEFT would make two prompts for an encoder-decoder and read only the first of them
             self.num_transformer_submodules = 1
@@ -116,6 +137,13 @@ class PromptTuningExtConfig(PromptTuningConfig):
                 f"prompt_tuning_init_text ({self.prompt_tuning_init_text!r}) must be a text with words when "
                 "prompt_tuning_init is 'TEXT' or falls back to it."
             )
+
+    def _check_engine(self) -> None:
+        for name in ("shared_prefix", "shared_prefix_probe"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} ({getattr(self, name)!r}) must be True or False.")
+        if self.train_logits not in ("all", "supervised"):
+            raise ValueError(f"train_logits ({self.train_logits!r}) must be 'all' or 'supervised'.")
 
     def _uses_text(self) -> bool:
         fallback = (self.prompt_tuning_init_kwargs or {}).get("fallback", "")

@@ -8,8 +8,9 @@ Shapes: B batch, P virtual tokens, T text tokens, C labels.
 from __future__ import annotations
 
 from functools import cached_property
+from inspect import signature
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeGuard
 
 import peft
 import torch
@@ -18,6 +19,9 @@ from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
+from .padding import pads_behind, real_first, real_last, reorder, reorder_inputs
+from .shared_prefix import SharedPrefixMixin
+from .shared_prefix import forward as packed
 
 
 IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
@@ -37,7 +41,13 @@ class PromptTuningMixin(PeftModel):
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
         if inputs is not None and kwargs.get("past_key_values") is None:
             self._check_length(inputs.shape[1])
-        return super().forward(input_ids, *args, **kwargs)
+        if args:
+            return super().forward(input_ids, *args, **kwargs)
+        return self._stock_forward(super().forward, {"input_ids": input_ids, **kwargs})
+
+    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """Run PEFT's `forward`; a task may have to move pads out of the base model's way first."""
+        return forward(**inputs)
 
     def _check_length(self, text_tokens: int) -> None:
         limit, prompt = self._max_positions, self.active_peft_config.num_virtual_tokens
@@ -88,8 +98,32 @@ class PromptTuningMixin(PeftModel):
         self.add_adapter(adapter_name, config)
 
 
-class PeftModelForCausalLM(PromptTuningMixin, peft.PeftModelForCausalLM):
-    """Output: as PEFT's, logits [B, P+T, V]."""
+class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
+    """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
+
+    _packed_forward = staticmethod(packed.causal_lm)
+    _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch"}
+
+    def _run_packed(self, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
+        supervised = self.training and self.active_peft_config.train_logits == "supervised"
+        return packed.causal_lm(self.get_base_model(), embeds, layout, supervised=supervised, **options)
+
+    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        """PEFT leaves pads between prompt and text where they stand in front: here they go behind, and back after."""
+        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
+        if not _is_padded(mask):
+            return forward(**inputs)
+        if labels is not None and labels.shape == mask.shape:
+            inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
+        if pads_behind(mask):
+            return forward(**inputs)
+        order = real_first(mask)
+        keep, return_dict = inputs.pop("logits_to_keep", 0), inputs.pop("return_dict", None)
+        output = forward(**reorder_inputs(inputs, order), return_dict=True)
+        columns = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
+        prompt = self.active_peft_config.num_virtual_tokens
+        output["logits"] = reorder(output["logits"], order.argsort(1), prompt)[:, columns]
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; a text without room behind the prompt is refused before the first token."""
@@ -98,9 +132,63 @@ class PeftModelForCausalLM(PromptTuningMixin, peft.PeftModelForCausalLM):
             self._check_length(inputs.shape[1])
         return super().generate(*args, **kwargs)
 
+    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
+        """See PEFT's class; pads are moved before the prompt, so that none stands between it and the text."""
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        mask = inputs.get("attention_mask")  # [B, P + text so far]
+        if not _is_padded(mask):
+            return inputs
+        order = real_last(mask)
+        inputs["attention_mask"] = mask.gather(1, order)
+        if inputs.get("inputs_embeds") is not None:
+            inputs["inputs_embeds"] = reorder(inputs["inputs_embeds"], order)
+        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
+        if "position_ids" in signature(self.get_base_model().forward).parameters:
+            inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
+        return inputs
 
-class PeftModelForSequenceClassification(PromptTuningMixin, peft.PeftModelForSequenceClassification):
-    """Output: as PEFT's, logits [B, C]."""
+
+class PeftModelForSequenceClassification(
+    SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForSequenceClassification
+):
+    """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
+
+    _packed_forward = staticmethod(packed.sequence_classification)
+    _packed_arguments: ClassVar[set[str]] = set()
+
+    def _run_packed(self, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
+        return packed.sequence_classification(self.get_base_model(), embeds, layout, **options)
+
+    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
+        mask = inputs.get("attention_mask")
+        base_model: Any = self.get_base_model()
+        if not _is_padded(mask) or not hasattr(base_model, "score"):
+            return forward(**inputs)
+        # without input_ids a decoder pools the last column: let it be a real token
+        rows = len(mask)
+        prompt = self.get_prompt(batch_size=rows)
+        text = inputs.pop("inputs_embeds", None)
+        ids = inputs.pop("input_ids", None)
+        text = text if text is not None else base_model.get_input_embeddings()(ids)
+        embeds = torch.cat([prompt.to(text.dtype), text], dim=1)
+        mask = torch.cat([mask.new_ones(rows, prompt.shape[1]), mask], dim=1)
+        order = real_last(mask)
+        inputs = {name: value for name, value in inputs.items() if value is not None}
+        for name in ("position_ids", "token_type_ids", "task_ids"):
+            inputs.pop(name, None)
+        inputs["attention_mask"] = mask.gather(1, order)
+        if "position_ids" in signature(base_model.forward).parameters:
+            inputs["position_ids"] = _positions(inputs["attention_mask"])
+        return base_model(inputs_embeds=reorder(embeds, order), **inputs)
+
+
+def _is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
+
+
+def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number of each real token in its row, [B, T]; pads have 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
 class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):

@@ -1,0 +1,42 @@
+"""Where the pads of a batch stand, and moving them to where a base model takes no notice of them: index maths.
+
+Shapes: B rows, T columns.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+
+def pads_behind(attention_mask: torch.Tensor) -> bool:
+    """Whether every row's real tokens come first, so that nothing has to be moved."""
+    real = attention_mask != 0
+    return not bool((real[:, 1:] & ~real[:, :-1]).any())
+
+
+def real_first(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Order of the columns, [B, T], that puts each row's real tokens first and keeps their order."""
+    return (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def real_last(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Order of the columns, [B, T], that puts each row's real tokens last and keeps their order."""
+    return (attention_mask != 0).to(torch.uint8).argsort(dim=1, stable=True)
+
+
+def reorder(x: torch.Tensor, order: torch.Tensor, first_column: int = 0) -> torch.Tensor:
+    """Take the columns of `x` [B, T, ...] in the given order [B, t]; `first_column` columns before them stay."""
+    head, body = x[:, :first_column], x[:, first_column:]
+    index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
+    return torch.cat([head, body.gather(1, index)], dim=1)
+
+
+def reorder_inputs(inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
+    """Reorder every input that has a number for each token."""
+    return {name: reorder(x, order) if _each_token(x, order) else x for name, x in inputs.items()}
+
+
+def _each_token(x: Any, order: torch.Tensor) -> bool:
+    return isinstance(x, torch.Tensor) and x.dim() >= 2 and x.shape[:2] == order.shape

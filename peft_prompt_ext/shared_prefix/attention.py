@@ -1,0 +1,151 @@
+"""Attention over a packed sequence: a prompt sees itself, a text sees its prompt and itself, both causally.
+
+Shapes: N packed tokens, K prompts of at most P tokens, B rows of at most M tokens, A query heads, G key-value heads,
+D head size.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+
+from .layout import PackedLayout, causal
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attend; no mask is larger than [M, P+M] (with prompts of several lengths: one for each row).
+
+    Args:
+        query: [1, A, N, D].
+        key: [1, G, N, D].
+        value: [1, G, N, D].
+        layout: Where each token belongs.
+        scaling: Factor of the scores, D**-0.5 by default.
+        dropout: Probability of dropping an attention weight.
+        sliding_window: A token sees this many tokens, itself included.
+        softcap: Scores are `softcap * tanh(scores / softcap)` (Gemma 2).
+
+    Returns:
+        [1, N, A, D].
+    """
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+    parts = []
+    if layout.num_prompt_tokens:
+        parts.append(_prompt_part(query, key, value, layout, sliding_window, options))
+    if len(layout.row):
+        parts.append(_text_part(query, key, value, layout, sliding_window, options))
+    return torch.cat(parts)[None]
+
+
+def _prompt_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """What the virtual tokens see, [sum P_k, A, D]."""
+    longest = layout.prompts.shape[1]
+    if len(layout.prompts) == 1:
+        query, key, value = (x[None, :longest] for x in (query, key, value))
+    else:
+        query, key, value = (x[layout.prompts] for x in (query, key, value))  # [K, P, heads, D]
+    mask = None
+    if sliding_window is not None and sliding_window < longest:
+        position = torch.arange(longest, device=query.device)
+        mask = causal(position, position, sliding_window)
+    out = _attend(query, key, value, mask, options)
+    if len(layout.prompts) == 1:
+        return out[0]
+    return torch.cat([prompt[:length] for prompt, length in zip(out, layout.prompt_lengths, strict=True)])
+
+
+def _text_part(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    sliding_window: int | None,
+    options: dict[str, Any],
+) -> torch.Tensor:
+    """What the text tokens see, [S, A, D]."""
+    if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.rows.shape[1]:
+        sliding_window = None
+    keys, values = (torch.cat([_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
+    out = _attend(_Pad.apply(query, layout), keys, values, layout.mask(sliding_window), options)  # [B, M, A, D]
+    return out.flatten(0, 1)[layout.flat]
+
+
+def _prefixes(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """The prompt's keys (or values) before each row: [N, G, D] -> [B, P, G, D]."""
+    if len(layout.prefix) == 1:
+        return x[None, : layout.prefix.shape[1]].expand(len(layout.rows), -1, -1, -1)
+    return x[layout.prefix][layout.prompt_of_row]
+
+
+class _Pad(torch.autograd.Function):
+    """Text tokens as padded rows: [N, heads, D] -> [B, M, heads, D].
+
+    The pads hold other tokens' numbers, and no real token sees them, so they have no gradient and the backward pass
+    is a gather as well. Autograd would add up all B*M rows one after another, many times slower.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+        ctx.layout = layout
+        return x[layout.rows]
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        layout = ctx.layout
+        text = grad.flatten(0, 1)[layout.flat]
+        return torch.cat([text.new_zeros(layout.num_prompt_tokens, *text.shape[1:]), text]), None
+
+
+def _attend(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> torch.Tensor:
+    """[rows, Q, A, D], [rows, L, G, D] -> [rows, Q, A, D]; without a mask causal, Q = L."""
+    query, key, value = (x.transpose(1, 2) for x in (query, key, value))
+    if options["softcap"] is not None:
+        return _softcapped(query, key, value, mask, options).transpose(1, 2)
+    out = scaled_dot_product_attention(
+        query,
+        key,
+        value,
+        attn_mask=mask,
+        is_causal=mask is None,
+        dropout_p=options["dropout"],
+        scale=options["scaling"],
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+def _softcapped(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
+) -> torch.Tensor:
+    """Attention whose scores go through a tanh, which scaled_dot_product_attention does not have."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    scaling = options["scaling"] if options["scaling"] is not None else query.shape[-1] ** -0.5
+    scores = options["softcap"] * torch.tanh(query @ key.transpose(-1, -2) * scaling / options["softcap"])
+    if mask is None:
+        position = torch.arange(query.shape[2], device=query.device)
+        mask = causal(position, position, None)
+    scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
+    return torch.dropout(weights, options["dropout"], options["dropout"] > 0) @ value

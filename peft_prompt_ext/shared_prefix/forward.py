@@ -1,0 +1,127 @@
+"""A batch through the base model as one packed sequence, and back into the shapes that PEFT gives.
+
+Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, V words, H hidden size, C classes, L labelled
+tokens.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from .interface import KEYWORD
+from .layout import PackedLayout
+
+
+IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
+
+
+def causal_lm(
+    base_model: Any,
+    embeds: torch.Tensor,
+    layout: PackedLayout,
+    labels: torch.Tensor | None = None,
+    logits_to_keep: int | torch.Tensor = 0,
+    supervised: bool = False,
+    num_items_in_batch: Any = None,
+) -> Any:
+    """Run a model with a language modelling head.
+
+    Args:
+        base_model: A `...ForCausalLM` of transformers.
+        embeds: [1, N, H].
+        layout: Where each token belongs.
+        labels: [B, T], -100 where there is none.
+        logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
+        supervised: Run the head where there is a label alone; without labels, on the text alone.
+        num_items_in_batch: See the loss functions of transformers.
+
+    Returns:
+        The base model's output with logits [B, P+T, V] (or of the columns to keep), zero at pads; with `supervised`
+        [1, L, V] in the order of the labels, or [B, T, V] without labels.
+    """
+    places, targets = _labelled(labels, layout)
+    if supervised and labels is not None:
+        output = _run(base_model, embeds, layout, logits_to_keep=places)
+        return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
+
+    sources = layout.column_sources()
+    if supervised:
+        sources = sources[:, sources.shape[1] - layout.num_columns :]
+    if isinstance(logits_to_keep, torch.Tensor):
+        sources = sources[:, logits_to_keep.to(sources.device)]
+    elif logits_to_keep:
+        sources = sources[:, -logits_to_keep:]
+    wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
+    output = _run(base_model, embeds, layout, logits_to_keep=wanted)
+    loss = None
+    if labels is not None:
+        labelled_logits = output.logits[:, number[sources.numel() :]]
+        loss = _loss(base_model, labelled_logits, targets, num_items_in_batch)
+    logits = output.logits[0][number[: sources.numel()]].view(*sources.shape, -1)
+    logits[sources < 0] = 0
+    return _with(output, logits, loss)
+
+
+def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Places whose logits predict a label, and those labels, [L]; L = 0 without labels."""
+    places = layout.previous()
+    if labels is None:
+        return places[:0], places[:0]
+    targets = labels[layout.row, layout.column]
+    labelled = (targets != IGNORE_INDEX) & (places >= 0)
+    return places[labelled], targets[labelled]
+
+
+def sequence_classification(
+    base_model: Any, embeds: torch.Tensor, layout: PackedLayout, labels: torch.Tensor | None = None
+) -> Any:
+    """Run a decoder with a classification head on each row's last real token.
+
+    Args:
+        base_model: A `...ForSequenceClassification` of transformers with the head `score`.
+        embeds: [1, N, H].
+        layout: Where each token belongs.
+        labels: [B], or [B, C] for several labels a row.
+
+    Returns:
+        The output with logits [B, C].
+    """
+    from transformers.modeling_outputs import SequenceClassifierOutputWithPast
+
+    backbone = getattr(base_model, base_model.base_model_prefix)
+    hidden = _run(backbone, embeds, layout).last_hidden_state[0, layout.last]  # [B, H]
+    logits = base_model.score(hidden)
+    loss = None
+    if labels is not None:
+        loss = base_model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=base_model.config)
+    return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
+
+
+def _run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
+    """Run a model, with or without its head; the mask's four dimensions pass it through to the attention as it is."""
+    return model(
+        inputs_embeds=embeds,
+        attention_mask=embeds.new_zeros(1, 1, 1, 1),
+        position_ids=layout.position_ids,
+        use_cache=False,
+        return_dict=True,
+        **{KEYWORD: layout},
+        **kwargs,
+    )
+
+
+def _loss(base_model: Any, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
+    """The base model's own loss on logits [1, L, V] that predict `targets` [L]."""
+    return base_model.loss_function(
+        logits=logits,
+        labels=targets[None],
+        vocab_size=logits.shape[-1],
+        shift_labels=targets[None],
+        num_items_in_batch=num_items_in_batch,
+    )
+
+
+def _with(output: Any, logits: torch.Tensor, loss: torch.Tensor | None) -> Any:
+    return type(output)(**{**output, "loss": loss, "logits": logits})

@@ -1,0 +1,159 @@
+"""PeftModels that run a batch as one packed sequence where their base model allows it.
+
+Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar
+
+import torch
+from peft import PeftModel
+
+from .interface import attached
+from .layout import PackedLayout, pack
+from .probe import EngineStatus, prove
+
+
+BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
+
+
+class SharedPrefixMixin(PeftModel):
+    """Goes in front of a model class whose `forward` is PEFT's path."""
+
+    _status: EngineStatus | None = None
+    _packed_forward: ClassVar[Callable[..., Any]]
+    _packed_arguments: ClassVar[set[str]]
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See PEFT's class.
+
+        `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
+        """
+        text = input_ids if input_ids is not None else inputs_embeds
+        extras = {
+            "output_attentions": output_attentions,
+            "output_hidden_states": output_hidden_states,
+            "task_ids": task_ids,
+            **kwargs,
+        }
+        if text is not None and self._can_pack(attention_mask, extras):
+            mask = attention_mask if attention_mask is not None else text.new_ones(text.shape[:2], dtype=torch.long)
+            names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
+            layout = self._layout(mask, names)
+            if self._short_enough(layout):
+                self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
+                options = {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
+                if labels is not None:
+                    options["labels"] = labels
+                embeds = self._embeds(layout, input_ids, inputs_embeds, names)
+                output = self._run_packed(embeds, layout, **options)
+                return output if self._wants_dict(return_dict) else output.to_tuple()
+        if adapter_names is not None:
+            raise ValueError(
+                "adapter_names needs the shared prefix, which this call cannot take: "
+                f"{engine_status(self).reason}. Run the rows of each adapter alone, after set_adapter."
+            )
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            return_dict=return_dict,
+            **extras,
+        )
+
+    def _run_packed(self, embeds: torch.Tensor, layout: PackedLayout, **options: Any) -> Any:
+        raise NotImplementedError
+
+    def _can_pack(self, attention_mask: Any, extras: dict[str, Any]) -> bool:
+        """Whether this call asks for nothing that one packed sequence cannot give."""
+        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
+            return False
+        # PEFT ignores the ids, and the packed path returns no cache in any case
+        allowed = self._packed_arguments | {"position_ids", "token_type_ids"}
+        if any(value is not None and value is not False for name, value in extras.items() if name not in allowed):
+            return False
+        config: Any = self.get_base_model().config
+        if config.output_hidden_states or config.output_attentions:
+            return False
+        return self._engine_status().packed
+
+    def _engine_status(self) -> EngineStatus:
+        config, base_model = self.active_peft_config, self.get_base_model()
+        if not config.shared_prefix:
+            return EngineStatus(False, "shared_prefix=False in the config")
+        # whoever changes the attention implementation takes our name away
+        if self._status is None or (self._status.packed and not attached(base_model)):
+            run = config.shared_prefix_probe
+            self._status = prove(base_model, type(self)._packed_forward, self.word_embeddings, run)
+        return self._status
+
+    def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
+        if len(names) != len(attention_mask):
+            raise ValueError(f"adapter_names has {len(names)} names, the batch has {len(attention_mask)} rows.")
+        known = list(self.peft_config)
+        unknown = sorted(set(names) - {*known, BASE})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}; the model's adapters are {known}, or {BASE!r} for none.")
+        used = list(dict.fromkeys(names))
+        configs: dict[str, Any] = self.peft_config
+        lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
+        prompt_of_row = torch.tensor([used.index(name) for name in names], device=attention_mask.device)
+        return pack(attention_mask, lengths, prompt_of_row)
+
+    def _short_enough(self, layout: PackedLayout) -> bool:
+        width = layout.rows.shape[1]
+        self._check_length(width)
+        limit = self._engine_status().max_tokens
+        return limit is None or max(layout.prompt_lengths) + width <= limit
+
+    def _embeds(
+        self,
+        layout: PackedLayout,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        names: list[str],
+    ) -> torch.Tensor:
+        """Embeddings of prompts and real text tokens, [1, N, H]."""
+        if inputs_embeds is not None:
+            text = inputs_embeds[layout.row, layout.column]
+        else:
+            text = self.word_embeddings(input_ids[layout.row, layout.column])  # type: ignore[index,misc]
+        prompts = [
+            self.prompt_encoder[name](self.prompt_tokens[name].to(text.device)).to(text.dtype)
+            for name in dict.fromkeys(names)
+            if name != BASE
+        ]
+        return torch.cat([*prompts, text])[None]
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
+
+
+def engine_status(model: Any) -> EngineStatus:
+    """Tell whether a model's batches run as one packed sequence, and why.
+
+    Args:
+        model: What `get_peft_model` returned; also inside a wrapper such as DistributedDataParallel.
+
+    Returns:
+        The status; the first call on a model runs the probe.
+    """
+    model = getattr(model, "module", model)
+    if isinstance(model, SharedPrefixMixin):
+        return model._engine_status()
+    return EngineStatus(False, f"{type(model).__name__} of this task or config has no shared prefix")

@@ -1,0 +1,131 @@
+"""Proof on a small ragged batch that the packed path gives a model's own results, before it is trusted with a user's.
+
+Shapes: B rows, T longest row, P virtual tokens, N packed tokens, H hidden size, V words, C classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .interface import NotPackable, attach, detach
+from .layout import PackedLayout, pack
+
+
+logger = logging.getLogger(__name__)
+
+PROMPT_LENGTH = 3
+ROW_LENGTHS = (5, 1, 9)
+# the relative error of the logits that rounding explains; a token that sees its neighbour is far beyond
+FP32_TOLERANCE = 1e-4
+LOW_PRECISION_TOLERANCE = 5e-2
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """Whether a model's batches run as one packed sequence.
+
+    Attributes:
+        packed: They do; else they take PEFT's path, with the same results.
+        reason: Why, for a person to read.
+        max_tokens: Longer rows (prompt and text together) take PEFT's path; None: there is no such length.
+    """
+
+    packed: bool
+    reason: str
+    max_tokens: int | None = None
+
+
+def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
+    """Decide whether a model may take the packed path.
+
+    Args:
+        base_model: A model of transformers with its head.
+        packed_forward: `packed_forward(base_model, embeds [1, N, H], layout)` returns an output with logits
+            [B, P+T, V] or [B, C].
+        word_embeddings: Its word embeddings.
+        run: Run the ragged batch; without it every model is trusted whose attention can be reached.
+    """
+    try:
+        _refuse_early(base_model)
+        attach(base_model)
+        status = EngineStatus(True, "not probed")
+        if run:
+            status = _probe(base_model, packed_forward, word_embeddings)
+    except NotPackable as refusal:
+        status = EngineStatus(False, str(refusal))
+    except Exception as error:  # an unknown architecture may do anything with one packed sequence
+        status = EngineStatus(False, f"its forward cannot run a packed batch ({type(error).__name__}: {error})")
+    if not status.packed:
+        detach(base_model)
+    logger.info("The shared prefix is %s: %s.", "used" if status.packed else "not used, PEFT's path is", status.reason)
+    return status
+
+
+def _refuse_early(base_model: Any) -> None:
+    config = base_model.config.get_text_config()
+    if getattr(config, "is_encoder_decoder", False):
+        raise NotPackable("an encoder's prompt sees the text, so it is not the same for every row")
+    if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
+        raise NotPackable("its attention adds a bias by the distance of tokens (ALiBi)")
+    if getattr(config, "output_router_logits", False):
+        raise NotPackable("output_router_logits is set, and the router's loss counts each row's virtual tokens")
+    if "position_ids" not in inspect.signature(base_model.forward).parameters:
+        raise NotPackable("its forward takes no position_ids")
+
+
+@torch.no_grad()
+def _probe(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any) -> EngineStatus:
+    device = word_embeddings.weight.device
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(word_embeddings.num_embeddings, (PROMPT_LENGTH + sum(ROW_LENGTHS),), generator=generator).to(
+        device
+    )
+    embeds = word_embeddings(ids)[None]
+    mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
+    layout = pack(mask.to(device), (PROMPT_LENGTH,))
+    prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
+    with _evaluating(base_model):
+        packed = packed_forward(base_model, embeds, layout).logits.float()
+        _every_layer_packed(base_model, layout)
+        alone = [
+            base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
+            for text in texts
+        ]
+    got = torch.cat([row[: len(want)] if want.dim() == 2 else row for row, want in zip(packed, alone, strict=True)])
+    want = torch.cat(alone)
+    error = float((got - want).norm() / want.norm())
+    figure = f"relative error {error:.1e} on rows of {', '.join(map(str, ROW_LENGTHS))} tokens"
+    exact = embeds.dtype in {torch.float32, torch.float64} and getattr(base_model, "hf_quantizer", None) is None
+    if not error <= (FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE):  # NaN is refused as well
+        raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
+    return EngineStatus(True, figure, _longest_row(base_model.config.get_text_config(), layout))
+
+
+def _every_layer_packed(base_model: Any, layout: PackedLayout) -> None:
+    layers = base_model.config.get_text_config().num_hidden_layers
+    if len(layout.windows) != layers:
+        raise NotPackable(f"{len(layout.windows)} of its {layers} layers use transformers' attention interface")
+
+
+def _longest_row(config: Any, layout: PackedLayout) -> int | None:
+    """The shortest window that the model has and does not hand to its attention: longer rows would need it."""
+    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
+    return min((window for window in windows if window and window not in layout.windows), default=None)
+
+
+@contextmanager
+def _evaluating(model: Any) -> Iterator[None]:
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True

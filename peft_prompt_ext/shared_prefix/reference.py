@@ -1,0 +1,46 @@
+"""The slow oracle of `attention.packed_attention`: every token against every token, one dense mask.
+
+Shapes: N packed tokens, A query heads, G key-value heads, D head size.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .layout import PackedLayout, causal
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See `attention.packed_attention`; materialises [A, N, N]."""
+    groups = query.shape[1] // key.shape[1]
+    key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)  # [A, N, D]
+    scores = query[0] @ key.transpose(1, 2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    scores = scores.masked_fill(~visible(layout, sliding_window), float("-inf"))
+    weights = torch.dropout(
+        scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype), dropout, dropout > 0
+    )
+    return (weights @ value).transpose(0, 1)[None]
+
+
+def visible(layout: PackedLayout, sliding_window: int | None = None) -> torch.Tensor:
+    """Bool [N, N]: which keys (columns) each packed token (row) sees."""
+    device = layout.row.device
+    lengths = torch.tensor(layout.prompt_lengths, device=device)
+    number = torch.arange(len(lengths), device=device)
+    prompt = torch.cat([number.repeat_interleave(lengths), layout.prompt_of_row[layout.row]])
+    row = torch.cat([torch.full((layout.num_prompt_tokens,), -1, device=device), layout.row])  # -1: a virtual token
+    same_prompt = prompt[:, None] == prompt[None]
+    same_row_or_prefix = (row[None] == -1) | (row[:, None] == row[None])
+    position = layout.position_ids[0]
+    return same_prompt & same_row_or_prefix & causal(position, position, sliding_window)

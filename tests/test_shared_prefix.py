@@ -1,0 +1,400 @@
+"""Contract 3: a row's result in any batch is its result alone, on the packed path and on PEFT's."""
+
+import copy
+import logging
+
+import pytest
+import torch
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+
+from peft_prompt_ext import PromptTuningExtConfig, engine_status
+from peft_prompt_ext.shared_prefix import interface
+from tests.helpers import make_batch, make_trainer, one_thread, prompt_of, prompted  # noqa: F401
+from tests.zoo import AUTO_CLASSES, DECODERS, tiny_config
+
+
+PACKED = [name for name in DECODERS if name != "bloom"]
+MASKS = {
+    "right": [[1] * 7 + [0] * 4, [1] * 11, [1] + [0] * 10],
+    "left": [[0] * 4 + [1] * 7, [1] * 11, [0] * 10 + [1]],
+    "holes": [[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0], [1] * 11, [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]],
+    "one row": [[1] * 11],
+}
+P = 5
+
+
+def padded(kind, task_type):
+    mask = torch.tensor(MASKS[kind])
+    ids = make_batch("CAUSAL_LM", rows=len(mask), text=mask.shape[1])["input_ids"].masked_fill(mask == 0, 2)
+    labels = ids.masked_fill(mask == 0, -100) if task_type == "CAUSAL_LM" else torch.arange(len(mask)) % 2
+    if task_type == "CAUSAL_LM" and len(labels) > 1:
+        labels[1] = -100  # a row without a label
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
+
+
+def alone(model, batch, task_type):
+    """Each row without its pads through stock PEFT's class, the loss over all of them, and its gradient."""
+    stock = get_peft_model(
+        copy.deepcopy(model.get_base_model()),
+        PromptTuningConfig(task_type=task_type, num_virtual_tokens=model_size(model)),
+    ).eval()
+    interface.detach(stock.get_base_model())
+    stock.load_state_dict(model.state_dict())
+    logits, total, count = [], 0.0, 0
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        ids = batch["input_ids"][row, real][None]
+        labels = batch["labels"][row, real][None] if task_type == "CAUSAL_LM" else batch["labels"][row : row + 1]
+        labelled = int((labels != -100).sum())
+        out = stock(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels if labelled else None)
+        if labelled:
+            total, count = total + out.loss * labelled, count + labelled
+        logits.append(out.logits[0].detach())
+    loss = total / count
+    loss.backward()
+    return loss.item(), logits, prompt_of(stock).grad
+
+
+def model_size(model):
+    return model.peft_config["default"].num_virtual_tokens
+
+
+def compare(model, batch, task_type):
+    wanted_loss, wanted_logits, wanted_grad = alone(model, batch, task_type)
+    out = model(**batch)
+    out.loss.backward()
+    assert abs(out.loss.item() - wanted_loss) <= 1e-5 * abs(wanted_loss)
+    assert (prompt_of(model).grad - wanted_grad).norm() <= 1e-5 * wanted_grad.norm()
+    size = model_size(model)
+    for row, (got, wanted) in enumerate(zip(out.logits, wanted_logits, strict=True)):
+        if task_type == "CAUSAL_LM":
+            assert got.shape[0] == size + batch["input_ids"].shape[1]
+            got = torch.cat([got[:size], got[size:][batch["attention_mask"][row].bool()]])
+        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("architecture", PACKED)
+def test_packed_batches_equal_each_row_alone_in_stock_peft(build_model, architecture, task_type, kind):
+    model = prompted(build_model(architecture, task_type), task_type)
+
+    compare(model, padded(kind, task_type), task_type)
+
+    assert engine_status(model).packed
+
+
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt", "bloom", "gemma3_text"])
+def test_without_the_engine_padded_batches_equal_each_row_alone_too(build_model, architecture, task_type, kind):
+    model = prompted(build_model(architecture, task_type), task_type, shared_prefix=False)
+
+    compare(model, padded(kind, task_type), task_type)
+
+    assert not engine_status(model).packed
+
+
+@pytest.mark.parametrize("size", [1, 2, 40])
+def test_any_number_of_virtual_tokens(build_model, size):
+    model = prompted(build_model("llama"), "CAUSAL_LM", num_virtual_tokens=size)
+
+    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+
+@pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "mistral"])
+def test_rows_longer_than_the_window(build_model, architecture):
+    """The window is 16: 13 virtual tokens and 11 real ones."""
+    model = prompted(build_model(architecture), "CAUSAL_LM", num_virtual_tokens=13)
+
+    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+    assert engine_status(model) == engine_status(model)
+    assert engine_status(model).max_tokens is None
+
+
+MORE = {
+    "mixtral": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48},
+    "phi3": {"pad_token_id": 2, "num_key_value_heads": 2},
+    "smollm3": {"pad_token_id": 2},
+    "starcoder2": {},
+    "granite": {"logits_scaling": 3.0},
+    "cohere": {"logit_scale": 0.5},
+    "olmo2": {},
+    "stablelm": {},
+    "gptj": {"n_embd": 24, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
+    "gpt_oss": {"num_local_experts": 3},
+    "mamba": {"num_hidden_layers": 2},
+    "lfm2": {"layer_types": ["conv", "full_attention"]},
+    "falcon": {"alibi": True},
+    "qwen3_next": {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_experts": 3, "num_experts_per_tok": 2},
+}
+REFUSED = {"gptj", "gpt_oss", "mamba", "lfm2", "falcon", "qwen3_next", "stablelm"}
+
+
+@pytest.mark.parametrize("architecture", MORE)
+def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
+    from transformers import AutoConfig
+
+    shape = tiny_config("llama").to_dict()
+    sizes = {k: shape[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
+    ids = {"vocab_size": 331, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 41}
+    config = AutoConfig.for_model(architecture, **{**sizes, **ids, **MORE[architecture]})
+    torch.manual_seed(0)
+    base = AUTO_CLASSES["CAUSAL_LM"].from_config(config).eval()
+    for parameter in base.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # far enough from zero for attention to matter
+    model = prompted(base, "CAUSAL_LM")
+
+    status = engine_status(model)
+
+    assert status.packed == (architecture not in REFUSED), status
+    assert status.reason
+    if status.packed:
+        compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+
+def test_a_wrong_attention_is_refused_with_its_figure(build_model, monkeypatch, caplog):
+    def sees_neighbours(query, key, value, layout, **kwargs):
+        return torch.nn.functional.scaled_dot_product_attention(
+            query, key, value, is_causal=True, enable_gqa=True
+        ).transpose(1, 2)
+
+    monkeypatch.setattr(interface, "packed_attention", sees_neighbours)
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    for parameter in model.base_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    with caplog.at_level(logging.INFO, "peft_prompt_ext"):
+        status = engine_status(model)
+        model(**padded("right", "CAUSAL_LM"))
+
+    assert not status.packed
+    assert "relative error" in status.reason
+    assert caplog.text.count("relative error") == 1
+    assert model.get_base_model().config._attn_implementation == "sdpa"
+
+
+def test_the_probe_can_be_switched_off(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix_probe=False)
+    assert engine_status(model) == type(engine_status(model))(True, "not probed")
+
+
+def test_the_probe_leaves_training_mode_and_random_state_alone(build_model):
+    base = build_model("llama").train()
+    base.model.layers[1].eval()
+    model = prompted(base, "CAUSAL_LM")
+    modes, state = [module.training for module in model.modules()], torch.get_rng_state()
+
+    engine_status(model)
+
+    assert [module.training for module in model.modules()] == modes
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_other_models_have_no_engine(build_model):
+    lora = get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    assert not engine_status(lora).packed
+    assert not engine_status(prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM")).packed
+    bert = prompted(build_model("bert", "SEQ_CLS"), "SEQ_CLS")
+    assert "causal" in engine_status(bert).reason
+
+
+def test_changing_the_attention_implementation_proves_the_model_again(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    batch = padded("left", "CAUSAL_LM")
+    before = model(**batch).loss
+    model.get_base_model().set_attn_implementation("eager")
+
+    torch.testing.assert_close(model(**batch).loss, before)
+
+    assert model.get_base_model().config._attn_implementation == "shared_prefix|eager"
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+def test_passes_without_a_layout_are_the_original_implementation(build_model, implementation):
+    base = build_model("llama", attn_implementation=implementation)
+    batch = padded("right", "CAUSAL_LM")
+    inputs = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+    before = base(**inputs).logits
+    model = prompted(base, "CAUSAL_LM")
+    assert engine_status(model).packed
+
+    with model.disable_adapter():
+        assert torch.equal(model(**inputs).logits, before)
+
+
+def test_supervised_logits_have_the_same_loss_and_gradient(build_model):
+    batch = padded("holes", "CAUSAL_LM")
+    results = []
+    for train_logits in ("all", "supervised"):
+        model = prompted(build_model("llama"), "CAUSAL_LM", train_logits=train_logits).train()
+        out = model(**batch, num_items_in_batch=torch.tensor(13))
+        out.loss.backward()
+        results.append((out.loss, prompt_of(model).grad))
+    labelled = int((batch["labels"] != -100).sum())
+    assert out.logits.shape == (1, labelled, 331)
+    torch.testing.assert_close(results[0], results[1], rtol=1e-6, atol=1e-7)
+    assert model.eval()(**batch).logits.shape == (3, P + 11, 331)
+
+
+def test_supervised_logits_without_labels_line_up_with_the_text(build_model):
+    batch = padded("left", "CAUSAL_LM")
+    del batch["labels"]
+    model = prompted(build_model("llama"), "CAUSAL_LM", train_logits="supervised").eval()
+    wanted = model(**batch).logits[:, P:]
+
+    assert torch.equal(model.train()(**batch).logits, wanted)
+
+
+@pytest.mark.parametrize("keep", [1, 3, torch.tensor([2, 7, 9])])
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_logits_to_keep_counts_columns_of_the_padded_batch(build_model, keep, shared_prefix):
+    model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix)
+    batch = padded("left", "CAUSAL_LM")
+    del batch["labels"]
+    columns = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+    real = torch.cat([torch.ones(3, P), batch["attention_mask"]], 1)[:, columns].bool()
+
+    kept = model(**batch, logits_to_keep=keep).logits
+
+    torch.testing.assert_close(kept[real], model(**batch).logits[:, columns][real])
+
+
+def test_tuples_where_they_are_asked_for(build_model):
+    batch = padded("left", "CAUSAL_LM")
+    for shared_prefix in (True, False):
+        model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix)
+        loss, logits, *_ = model(**batch, return_dict=False)
+        assert loss.dim() == 0
+        assert logits.shape == (3, P + 11, 331)
+
+
+@pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "use_cache"])
+def test_what_a_packed_batch_cannot_give_comes_from_pefts_path(build_model, asked):
+    model = prompted(build_model("llama", attn_implementation="eager"), "CAUSAL_LM")
+    out = model(**make_batch("CAUSAL_LM"), **{asked: True})
+    name = {"use_cache": "past_key_values"}.get(asked, asked.removeprefix("output_"))
+    assert out[name] is not None
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_gives_the_same_gradients(build_model, reentrant):
+    batch = padded("holes", "CAUSAL_LM")
+    gradients = []
+    for checkpointing in (False, True):
+        model = prompted(build_model("llama"), "CAUSAL_LM").train()
+        if checkpointing:
+            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        model(**batch).loss.backward()
+        gradients.append(prompt_of(model).grad)
+    torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
+
+
+def test_autocast_and_bf16_backbones_are_as_close_as_pefts_own_path(build_model):
+    batch = padded("right", "CAUSAL_LM")
+    exact = prompted(build_model("llama"), "CAUSAL_LM")(**batch).loss.item()
+    for low in ("autocast", "bf16"):
+        errors = []
+        for shared_prefix in (True, False):
+            base = build_model("llama")
+            model = prompted(base.bfloat16() if low == "bf16" else base, "CAUSAL_LM", shared_prefix=shared_prefix)
+            with torch.autocast("cpu", torch.bfloat16, enabled=low == "autocast"):
+                out = model(**batch)
+            out.loss.backward()
+            assert prompt_of(model).grad.dtype == torch.float32
+            errors.append(abs(out.loss.item() - exact))
+        assert errors[0] <= errors[1] + 5e-3, (low, errors)
+
+
+@pytest.mark.parametrize("train_logits", ["all", "supervised"])
+def test_the_trainer_gets_the_same_losses_with_and_without_the_engine(build_model, tmp_path, train_logits):
+    losses = []
+    for shared_prefix in (True, False):
+        options = {"shared_prefix": shared_prefix, "train_logits": train_logits}
+        model = prompted(build_model("llama"), "CAUSAL_LM", **options)
+        trainer = make_trainer(model, "CAUSAL_LM", tmp_path / str(shared_prefix), gradient_accumulation_steps=2)
+        trainer.train()
+        losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
+    torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+
+
+def mixed_model(build_model, task_type="CAUSAL_LM"):
+    model = prompted(build_model("llama", task_type), task_type)
+    for name, size in (("b", 3), ("c", 9)):
+        changes = {"num_virtual_tokens": size, "prompt_tuning_init_seed": size}
+        model.add_adapter(
+            name, PromptTuningExtConfig(task_type=task_type, prompt_tuning_init="RANDOM_UNIFORM", **changes)
+        )
+    return model
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+def test_mixed_batches_equal_each_row_with_its_own_adapter(build_model, kind):
+    model = mixed_model(build_model)
+    batch = padded(kind, "CAUSAL_LM")
+    ids, mask = (batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask"))
+    names = ["default", "b", "c", "__base__", "c", "b"]
+
+    logits = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
+
+    assert logits.shape == (6, 9 + 11, 331)  # the longest prompt; a shorter one stands right before the text
+    for row, name in enumerate(names):
+        real = mask[row].bool()
+        text = ids[row, real][None]
+        if name == "__base__":
+            wanted = model.get_base_model()(input_ids=text).logits[0]
+        else:
+            model.set_adapter(name)
+            wanted = model(input_ids=text).logits[0, -text.shape[1] :]
+        torch.testing.assert_close(logits[row, 9:][real], wanted, rtol=0, atol=1e-4)
+
+
+def test_a_mixed_batch_trains_every_adapter_in_it(build_model):
+    model = mixed_model(build_model).train()
+    batch = padded("right", "CAUSAL_LM")
+    model(**batch, adapter_names=["default", "b", "c"]).loss.backward()
+    assert prompt_of(model).grad.abs().sum() > 0
+    assert prompt_of(model, "c").grad is not None
+
+
+def test_wrong_adapter_names_are_refused(build_model):
+    model = mixed_model(build_model)
+    batch = padded("right", "CAUSAL_LM")
+    with pytest.raises(ValueError, match=r"\['d'\].*'default', 'b', 'c'"):
+        model(**batch, adapter_names=["default", "d", "b"])
+    with pytest.raises(ValueError, match="1 names, the batch has 3 rows"):
+        model(**batch, adapter_names=["default"])
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma3_text", "opt"])
+@pytest.mark.parametrize("use_cache", [True, False])
+@pytest.mark.filterwarnings("ignore:Position ids are not supported")
+def test_generating_from_left_padded_rows_equals_each_row_alone(build_model, architecture, use_cache):
+    model = prompted(build_model(architecture), "CAUSAL_LM")
+    batch = padded("left", "CAUSAL_LM")
+    options = {
+        "max_new_tokens": 6,
+        "do_sample": False,
+        "use_cache": use_cache,
+        "eos_token_id": None,
+        "pad_token_id": 2,
+    }
+    together = model.generate(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], **options)[:, 11:]
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        text = batch["input_ids"][row, real][None]
+        one = model.generate(input_ids=text, attention_mask=torch.ones_like(text), **options)[0, text.shape[1] :]
+        assert together[row].tolist() == one.tolist()
+
+
+@pytest.mark.parametrize("values", [{"shared_prefix": 1}, {"shared_prefix_probe": "no"}, {"train_logits": "some"}])
+def test_bad_values_are_refused_by_name(values):
+    (name,) = values
+    with pytest.raises(ValueError, match=name):
+        PromptTuningExtConfig(task_type="CAUSAL_LM", **values)
+
+
+def test_a_batch_without_any_label_has_the_loss_that_peft_gives(build_model):
+    batch = padded("right", "CAUSAL_LM")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for shared_prefix in (True, False):
+        assert prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix)(**batch).loss.isnan()
