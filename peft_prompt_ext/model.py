@@ -21,7 +21,6 @@ from . import _record
 from .config import PromptTuningExtConfig
 from .padding import pads_behind, real_first, real_last, reorder, reorder_inputs
 from .shared_prefix import SharedPrefixMixin
-from .shared_prefix import forward as packed
 
 
 IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
@@ -101,12 +100,17 @@ class PromptTuningMixin(PeftModel):
 class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
-    _packed_forward = staticmethod(packed.causal_lm)
-    _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch"}
+    _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}
 
-    def _run_packed(self, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
-        supervised = self.training and self.active_peft_config.train_logits == "supervised"
-        return packed.causal_lm(self.get_base_model(), embeds, layout, supervised=supervised, **options)
+    @staticmethod
+    def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
+        from .shared_prefix.forward import causal_lm
+
+        return causal_lm(base_model, embeds, layout, **options)
+
+    def _packed_options(self) -> dict[str, Any]:
+        train_logits = getattr(self.active_peft_config, "train_logits", "all")  # a stock config has no such field
+        return {"supervised": self.training and train_logits == "supervised"}
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """PEFT leaves pads between prompt and text where they stand in front: here they go behind, and back after."""
@@ -115,7 +119,7 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
             return forward(**inputs)
         if labels is not None and labels.shape == mask.shape:
             inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
-        if pads_behind(mask):
+        if pads_behind(mask) or inputs.get("shift_labels") is not None:  # those name columns as they stand
             return forward(**inputs)
         order = real_first(mask)
         keep, return_dict = inputs.pop("logits_to_keep", 0), inputs.pop("return_dict", None)
@@ -153,11 +157,11 @@ class PeftModelForSequenceClassification(
 ):
     """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
 
-    _packed_forward = staticmethod(packed.sequence_classification)
-    _packed_arguments: ClassVar[set[str]] = set()
+    @staticmethod
+    def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
+        from .shared_prefix.forward import sequence_classification
 
-    def _run_packed(self, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
-        return packed.sequence_classification(self.get_base_model(), embeds, layout, **options)
+        return sequence_classification(base_model, embeds, layout, **options)
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         mask = inputs.get("attention_mask")

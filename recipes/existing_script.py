@@ -22,6 +22,7 @@ config = PromptTuningExtConfig(  # prompt tuning
     task_type="CAUSAL_LM",  # prompt tuning
     prompt_tuning_init="CLASS_LABELS",  # prompt tuning
     prompt_tuning_init_kwargs={"labels": list(ANSWERS.values())},  # prompt tuning
+    train_logits="supervised",  # prompt tuning
 )  # prompt tuning
 model = get_peft_model(model, config)  # prompt tuning
 

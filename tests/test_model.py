@@ -77,8 +77,8 @@ def test_every_row_of_the_prompt_gets_a_gradient(build_model, architecture, task
 
 
 @cases
-def test_outputs_are_those_of_stock_peft(build_model, architecture, task_type):
-    model = prompted(build_model(architecture, task_type), task_type)
+def test_without_the_engine_outputs_are_those_of_stock_peft_bit_by_bit(build_model, architecture, task_type):
+    model = prompted(build_model(architecture, task_type), task_type, shared_prefix=False)
     twin = stock_twin(build_model, architecture, task_type, model)
     batch = make_batch(task_type)
     if task_type in PER_TOKEN:  # stock PEFT cannot take the targets of the text

@@ -260,6 +260,33 @@ def test_logits_to_keep_counts_columns_of_the_padded_batch(build_model, keep, sh
     torch.testing.assert_close(kept[real], model(**batch).logits[:, columns][real])
 
 
+@pytest.mark.parametrize("train_logits", ["all", "supervised"])
+def test_shift_labels_name_what_the_kept_columns_predict(build_model, train_logits):
+    batch = padded("right", "CAUSAL_LM")
+    columns = torch.tensor([P - 1, P, P + 3])
+    shift_labels = batch["input_ids"][:, [0, 1, 4]].masked_fill(batch["attention_mask"][:, [0, 1, 4]] == 0, -100)
+    losses = []
+    for shared_prefix in (True, False):
+        options = {"shared_prefix": shared_prefix, "train_logits": train_logits}
+        model = prompted(build_model("llama"), "CAUSAL_LM", **options).train()
+        out = model(**batch, logits_to_keep=columns, shift_labels=shift_labels)
+        assert out.logits.shape == (3, 3, 331)
+        losses.append(out.loss)
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("train_logits", ["all", "supervised"])
+def test_a_first_token_is_predicted_by_the_prompts_last_one(build_model, train_logits):
+    batch = padded("right", "CAUSAL_LM")
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    batch["labels"][:, 0] = batch["input_ids"][:, 0]
+    losses = []
+    for shared_prefix in (True, False):
+        options = {"shared_prefix": shared_prefix, "train_logits": train_logits}
+        losses.append(prompted(build_model("llama"), "CAUSAL_LM", **options).train()(**batch).loss)
+    torch.testing.assert_close(*losses)
+
+
 def test_tuples_where_they_are_asked_for(build_model):
     batch = padded("left", "CAUSAL_LM")
     for shared_prefix in (True, False):

@@ -24,6 +24,7 @@ def causal_lm(
     labels: torch.Tensor | None = None,
     logits_to_keep: int | torch.Tensor = 0,
     supervised: bool = False,
+    shift_labels: torch.Tensor | None = None,
     num_items_in_batch: Any = None,
 ) -> Any:
     """Run a model with a language modelling head.
@@ -34,14 +35,18 @@ def causal_lm(
         layout: Where each token belongs.
         labels: [B, T], -100 where there is none.
         logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
-        supervised: Run the head where there is a label alone; without labels, on the text alone.
+        supervised: Run the head where there is a label alone; without labels, on the text alone. Columns asked for by
+            `logits_to_keep` or `shift_labels` go before it.
+        shift_labels: What each kept column predicts, the shape of the kept columns; then `labels` only ask for a loss.
         num_items_in_batch: See the loss functions of transformers.
 
     Returns:
         The base model's output with logits [B, P+T, V] (or of the columns to keep), zero at pads; with `supervised`
         [1, L, V] in the order of the labels, or [B, T, V] without labels.
     """
-    places, targets = _labelled(labels, layout)
+    places, targets = _labelled(labels if shift_labels is None else None, layout)
+    columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+    supervised = supervised and not columns_asked
     if supervised and labels is not None:
         output = _run(base_model, embeds, layout, logits_to_keep=places)
         return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
@@ -53,6 +58,9 @@ def causal_lm(
         sources = sources[:, logits_to_keep.to(sources.device)]
     elif logits_to_keep:
         sources = sources[:, -logits_to_keep:]
+    if labels is not None and shift_labels is not None:
+        labelled = (shift_labels != IGNORE_INDEX) & (sources >= 0)
+        places, targets = sources[labelled], shift_labels[labelled]
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
     output = _run(base_model, embeds, layout, logits_to_keep=wanted)
     loss = None

@@ -1,19 +1,23 @@
 """PeftModels that run a batch as one packed sequence where their base model allows it.
 
+The rest of the engine is imported where it is first needed: every import of the plugin pays for this file.
+
 Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftModel
 
-from .interface import attached
-from .layout import PackedLayout, pack
-from .probe import EngineStatus, prove
+from .status import EngineStatus
+
+
+if TYPE_CHECKING:
+    from .layout import PackedLayout
 
 
 BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
@@ -23,8 +27,16 @@ class SharedPrefixMixin(PeftModel):
     """Goes in front of a model class whose `forward` is PEFT's path."""
 
     _status: EngineStatus | None = None
-    _packed_forward: ClassVar[Callable[..., Any]]
-    _packed_arguments: ClassVar[set[str]]
+    _packed_arguments: ClassVar[set[str]] = set()
+
+    @staticmethod
+    def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: PackedLayout, **options: Any) -> Any:
+        """A function of `shared_prefix.forward`."""
+        raise NotImplementedError
+
+    def _packed_options(self) -> dict[str, Any]:
+        """Arguments of `_packed_forward` that the config decides."""
+        return {}
 
     def forward(
         self,
@@ -56,11 +68,12 @@ class SharedPrefixMixin(PeftModel):
             layout = self._layout(mask, names)
             if self._short_enough(layout):
                 self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
-                options = {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
+                options = self._packed_options()
+                options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
                 if labels is not None:
                     options["labels"] = labels
                 embeds = self._embeds(layout, input_ids, inputs_embeds, names)
-                output = self._run_packed(embeds, layout, **options)
+                output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
                 return output if self._wants_dict(return_dict) else output.to_tuple()
         if adapter_names is not None:
             raise ValueError(
@@ -76,9 +89,6 @@ class SharedPrefixMixin(PeftModel):
             **extras,
         )
 
-    def _run_packed(self, embeds: torch.Tensor, layout: PackedLayout, **options: Any) -> Any:
-        raise NotImplementedError
-
     def _can_pack(self, attention_mask: Any, extras: dict[str, Any]) -> bool:
         """Whether this call asks for nothing that one packed sequence cannot give."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
@@ -93,16 +103,22 @@ class SharedPrefixMixin(PeftModel):
         return self._engine_status().packed
 
     def _engine_status(self) -> EngineStatus:
+        from .interface import attached
+        from .probe import prove
+
         config, base_model = self.active_peft_config, self.get_base_model()
-        if not config.shared_prefix:
+        # a stock config in a model of ours has neither field
+        if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
         # whoever changes the attention implementation takes our name away
         if self._status is None or (self._status.packed and not attached(base_model)):
-            run = config.shared_prefix_probe
-            self._status = prove(base_model, type(self)._packed_forward, self.word_embeddings, run)
+            probe = getattr(config, "shared_prefix_probe", True)
+            self._status = prove(base_model, self._packed_forward, self.word_embeddings, probe)
         return self._status
 
     def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
+        from .layout import pack
+
         if len(names) != len(attention_mask):
             raise ValueError(f"adapter_names has {len(names)} names, the batch has {len(attention_mask)} rows.")
         known = list(self.peft_config)

@@ -9,13 +9,13 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
 from .interface import NotPackable, attach, detach
 from .layout import PackedLayout, pack
+from .status import EngineStatus
 
 
 logger = logging.getLogger(__name__)
@@ -25,21 +25,6 @@ ROW_LENGTHS = (5, 1, 9)
 # the relative error of the logits that rounding explains; a token that sees its neighbour is far beyond
 FP32_TOLERANCE = 1e-4
 LOW_PRECISION_TOLERANCE = 5e-2
-
-
-@dataclass(frozen=True)
-class EngineStatus:
-    """Whether a model's batches run as one packed sequence.
-
-    Attributes:
-        packed: They do; else they take PEFT's path, with the same results.
-        reason: Why, for a person to read.
-        max_tokens: Longer rows (prompt and text together) take PEFT's path; None: there is no such length.
-    """
-
-    packed: bool
-    reason: str
-    max_tokens: int | None = None
 
 
 def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:

@@ -1,0 +1,20 @@
+"""What `engine_status` returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class EngineStatus:
+    """Whether a model's batches run as one packed sequence.
+
+    Attributes:
+        packed: They do; else they take PEFT's path, with the same results.
+        reason: Why, for a person to read.
+        max_tokens: Longer rows (prompt and text together) take PEFT's path; None: there is no such length.
+    """
+
+    packed: bool
+    reason: str
+    max_tokens: int | None = None
