@@ -48,8 +48,9 @@ class PromptTuningMixin(PeftModel):
         """Run PEFT's `forward`; a task may have to move pads out of the base model's way first."""
         return forward(**inputs)
 
-    def _check_length(self, text_tokens: int) -> None:
-        limit, prompt = self._max_positions, self.active_peft_config.num_virtual_tokens
+    def _check_length(self, text_tokens: int, virtual_tokens: int | None = None) -> None:
+        limit = self._max_positions
+        prompt = virtual_tokens if virtual_tokens is not None else self.active_peft_config.num_virtual_tokens
         if limit is not None and prompt + text_tokens > limit:
             raise ValueError(
                 f"{prompt} virtual tokens and {text_tokens} text tokens make {prompt + text_tokens}; the base model "
@@ -115,7 +116,7 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         """PEFT leaves pads between prompt and text where they stand in front: here they go behind, and back after."""
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if not _is_padded(mask):
+        if not _is_padded(mask) or inputs.get("past_key_values") is not None:
             return forward(**inputs)
         if labels is not None and labels.shape == mask.shape:
             inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
@@ -125,8 +126,12 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         keep, return_dict = inputs.pop("logits_to_keep", 0), inputs.pop("return_dict", None)
         output = forward(**reorder_inputs(inputs, order), return_dict=True)
         columns = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
-        prompt = self.active_peft_config.num_virtual_tokens
-        output["logits"] = reorder(output["logits"], order.argsort(1), prompt)[:, columns]
+        prompt, back = self.active_peft_config.num_virtual_tokens, order.argsort(1)
+        output["logits"] = reorder(output["logits"], back, prompt)[:, columns]
+        if output.get("hidden_states") is not None:
+            output["hidden_states"] = tuple(reorder(x, back, prompt) for x in output["hidden_states"])
+        if output.get("attentions") is not None:
+            output["attentions"] = tuple(_reorder_attention(x, back, prompt) for x in output["attentions"])
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -156,6 +161,8 @@ class PeftModelForSequenceClassification(
     SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForSequenceClassification
 ):
     """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
+
+    _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
@@ -188,6 +195,12 @@ class PeftModelForSequenceClassification(
 
 def _is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
+
+
+def _reorder_attention(weights: torch.Tensor, order: torch.Tensor, prompt: int) -> torch.Tensor:
+    """Queries and keys of weights [B, heads, P+T, P+T] in the given order of the text."""
+    weights = reorder(weights.transpose(1, 2), order, prompt).transpose(1, 2)
+    return reorder(weights.transpose(1, 3), order, prompt).transpose(1, 3)
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:

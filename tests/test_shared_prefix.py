@@ -8,7 +8,7 @@ import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
-from peft_prompt_ext.shared_prefix import interface
+from peft_prompt_ext.shared_prefix import forward, interface
 from tests.helpers import make_batch, make_trainer, one_thread, prompt_of, prompted  # noqa: F401
 from tests.zoo import AUTO_CLASSES, DECODERS, tiny_config
 
@@ -304,6 +304,19 @@ def test_what_a_packed_batch_cannot_give_comes_from_pefts_path(build_model, aske
     assert out[name] is not None
 
 
+@pytest.mark.parametrize("kind", ["left", "holes"])
+def test_hidden_states_and_attentions_of_padded_rows_stand_at_their_columns(build_model, kind):
+    model = prompted(build_model("llama", attn_implementation="eager"), "CAUSAL_LM")
+    batch, asked = padded(kind, "CAUSAL_LM"), {"output_hidden_states": True, "output_attentions": True}
+    together = model(**batch, **asked)
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        one = model(input_ids=batch["input_ids"][row, real][None], **asked)
+        places = torch.cat([torch.arange(P), P + real.nonzero()[:, 0]])
+        torch.testing.assert_close(together.hidden_states[-1][row, places], one.hidden_states[-1][0])
+        seen = together.attentions[-1][row][:, places][:, :, places]
+        torch.testing.assert_close(seen, one.attentions[-1][0])
+
+
 @pytest.mark.parametrize("reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradients(build_model, reentrant):
     batch = padded("holes", "CAUSAL_LM")
@@ -333,16 +346,35 @@ def test_autocast_and_bf16_backbones_are_as_close_as_pefts_own_path(build_model)
         assert errors[0] <= errors[1] + 5e-3, (low, errors)
 
 
-@pytest.mark.parametrize("train_logits", ["all", "supervised"])
-def test_the_trainer_gets_the_same_losses_with_and_without_the_engine(build_model, tmp_path, train_logits):
+@pytest.mark.parametrize(
+    ("task_type", "train_logits"), [("CAUSAL_LM", "all"), ("CAUSAL_LM", "supervised"), ("SEQ_CLS", "all")]
+)
+def test_the_trainer_gets_the_same_losses_with_and_without_the_engine(
+    build_model, tmp_path, monkeypatch, task_type, train_logits
+):
+    name = "causal_lm" if task_type == "CAUSAL_LM" else "sequence_classification"
+    packed, calls = getattr(forward, name), []
+    monkeypatch.setattr(forward, name, lambda *args, **kwargs: calls.append(1) or packed(*args, **kwargs))
     losses = []
     for shared_prefix in (True, False):
         options = {"shared_prefix": shared_prefix, "train_logits": train_logits}
-        model = prompted(build_model("llama"), "CAUSAL_LM", **options)
-        trainer = make_trainer(model, "CAUSAL_LM", tmp_path / str(shared_prefix), gradient_accumulation_steps=2)
+        model = prompted(build_model("llama", task_type), task_type, **options)
+        trainer = make_trainer(model, task_type, tmp_path / str(shared_prefix), gradient_accumulation_steps=2)
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
+    assert len(calls) == 1 + 6 * 2  # the probe, and two batches a step
+
+
+def test_a_backbone_that_was_packed_saves_and_loads_as_before(build_model, tmp_path):
+    base = build_model("llama")
+    assert engine_status(prompted(base, "CAUSAL_LM")).packed
+
+    base.save_pretrained(tmp_path)
+
+    assert "shared_prefix" not in (tmp_path / "config.json").read_text()
+    loaded = AUTO_CLASSES["CAUSAL_LM"].from_pretrained(tmp_path)
+    assert loaded.config._attn_implementation == "sdpa"
 
 
 def mixed_model(build_model, task_type="CAUSAL_LM"):
@@ -391,6 +423,25 @@ def test_wrong_adapter_names_are_refused(build_model):
         model(**batch, adapter_names=["default", "d", "b"])
     with pytest.raises(ValueError, match="1 names, the batch has 3 rows"):
         model(**batch, adapter_names=["default"])
+    with pytest.raises(ValueError, match="it asks for use_cache"):
+        model(**batch, adapter_names=["default", "b", "c"], use_cache=True)
+
+
+def test_windows_that_attention_does_not_get_limit_the_rows(build_model, monkeypatch):
+    """As if Mistral kept its window of 16 in its masks alone."""
+
+    def windowless(*args, sliding_window=None, **kwargs):
+        return attend(*args, **kwargs)
+
+    attend = interface._attention
+    monkeypatch.setattr(interface, "_attention", windowless)
+    monkeypatch.setattr(interface, "_PREFIX", "windowless|")
+    model = prompted(build_model("mistral"), "CAUSAL_LM", num_virtual_tokens=4)
+    assert engine_status(model).max_tokens == 16
+
+    compare(model, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 4 + 11 tokens are packed
+    wide = prompted(build_model("mistral"), "CAUSAL_LM", num_virtual_tokens=9)
+    compare(wide, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 9 + 11 are not
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma3_text", "opt"])

@@ -83,7 +83,11 @@ def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.
 
 
 def sequence_classification(
-    base_model: Any, embeds: torch.Tensor, layout: PackedLayout, labels: torch.Tensor | None = None
+    base_model: Any,
+    embeds: torch.Tensor,
+    layout: PackedLayout,
+    labels: torch.Tensor | None = None,
+    num_items_in_batch: Any = None,
 ) -> Any:
     """Run a decoder with a classification head on each row's last real token.
 
@@ -92,6 +96,7 @@ def sequence_classification(
         embeds: [1, N, H].
         layout: Where each token belongs.
         labels: [B], or [B, C] for several labels a row.
+        num_items_in_batch: The Trainer passes it; the classification losses of transformers take a mean without it.
 
     Returns:
         The output with logits [B, C].

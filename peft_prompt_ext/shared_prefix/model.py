@@ -62,11 +62,13 @@ class SharedPrefixMixin(PeftModel):
             "task_ids": task_ids,
             **kwargs,
         }
-        if text is not None and self._can_pack(attention_mask, extras):
+        obstacle = "it has no text" if text is None else self._obstacle(attention_mask, extras)
+        if text is not None and obstacle is None:
             mask = attention_mask if attention_mask is not None else text.new_ones(text.shape[:2], dtype=torch.long)
             names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
             layout = self._layout(mask, names)
-            if self._short_enough(layout):
+            obstacle = self._too_long(layout)
+            if obstacle is None:
                 self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
@@ -77,8 +79,8 @@ class SharedPrefixMixin(PeftModel):
                 return output if self._wants_dict(return_dict) else output.to_tuple()
         if adapter_names is not None:
             raise ValueError(
-                "adapter_names needs the shared prefix, which this call cannot take: "
-                f"{engine_status(self).reason}. Run the rows of each adapter alone, after set_adapter."
+                f"adapter_names needs the shared prefix, which this call cannot take: {obstacle}. Run the rows of "
+                "each adapter alone, after set_adapter."
             )
         return super().forward(
             input_ids,
@@ -89,18 +91,19 @@ class SharedPrefixMixin(PeftModel):
             **extras,
         )
 
-    def _can_pack(self, attention_mask: Any, extras: dict[str, Any]) -> bool:
-        """Whether this call asks for nothing that one packed sequence cannot give."""
+    def _obstacle(self, attention_mask: Any, extras: dict[str, Any]) -> str | None:
+        """What one packed sequence cannot give of this call; None if there is nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
-            return False
+            return "attention_mask is not a tensor [B, T]"
         # PEFT ignores the ids, and the packed path returns no cache in any case
         allowed = self._packed_arguments | {"position_ids", "token_type_ids"}
-        if any(value is not None and value is not False for name, value in extras.items() if name not in allowed):
-            return False
         config: Any = self.get_base_model().config
-        if config.output_hidden_states or config.output_attentions:
-            return False
-        return self._engine_status().packed
+        asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
+        asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)}
+        if asked:
+            return f"it asks for {', '.join(sorted(asked))}"
+        status = self._engine_status()
+        return None if status.packed else status.reason
 
     def _engine_status(self) -> EngineStatus:
         from .interface import attached
@@ -131,11 +134,13 @@ class SharedPrefixMixin(PeftModel):
         prompt_of_row = torch.tensor([used.index(name) for name in names], device=attention_mask.device)
         return pack(attention_mask, lengths, prompt_of_row)
 
-    def _short_enough(self, layout: PackedLayout) -> bool:
-        width = layout.rows.shape[1]
-        self._check_length(width)
+    def _too_long(self, layout: PackedLayout) -> str | None:
+        text, prompt = layout.rows.shape[1], max(layout.prompt_lengths)
+        self._check_length(text, prompt)
         limit = self._engine_status().max_tokens
-        return limit is None or max(layout.prompt_lengths) + width <= limit
+        if limit is None or prompt + text <= limit:
+            return None
+        return f"{prompt + text} tokens are more than its window of {limit}"
 
     def _embeds(
         self,

@@ -1,0 +1,26 @@
+"""Command line: `python -m benchmarks speed --help`."""
+
+from __future__ import annotations
+
+import sys
+from importlib import import_module
+
+
+COMMANDS = {
+    "speed": "time and memory of a training step: this plugin, stock PEFT, LoRA, full fine-tuning, the floor",
+    "mixed": "one batch of many tasks beside one batch for each task",
+}
+
+
+def main() -> None:
+    """Run a command; what it needs is imported by it."""
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name not in COMMANDS:
+        print("usage: python -m benchmarks COMMAND [--help]\n")
+        print("\n".join(f"  {command}  {text}" for command, text in COMMANDS.items()))
+        raise SystemExit(0 if name in {"-h", "--help"} else 2)
+    import_module(f"benchmarks.{name}").main(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,107 @@
+"""One mixed-task batch beside one batch for each task: the same rows, the same results, other times.
+
+Forward passes without gradients, as in serving; the two take turns in one process.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+
+def main(arguments: list[str]) -> None:
+    """Measure, print a line, and append it to the results file as JSON."""
+    options = _options(arguments)
+    row = measure(options)
+    options.output.parent.mkdir(parents=True, exist_ok=True)
+    with options.output.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(row) + "\n")
+    together, apart = (statistics.median(row[key]) for key in ("mixed_time_s", "single_time_s"))
+    print(
+        f"{options.tasks} tasks of {options.rows_per_task} rows, P={options.num_virtual_tokens}: mixed "
+        f"{together:.2f} s, one batch a task {apart:.2f} s, {apart / together:.2f} times as long; largest "
+        f"difference of the logits {row['largest_difference']:.1e}"
+    )
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("python -m benchmarks mixed", description=__doc__)
+    parser.add_argument("--tasks", type=int, default=8)
+    parser.add_argument("--rows_per_task", type=int, default=1)
+    parser.add_argument("--num_virtual_tokens", type=int, default=20)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
+    parser.add_argument("--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output", type=Path, default=Path("outputs/mixed.jsonl"))
+    return parser.parse_args(arguments)
+
+
+def measure(options: argparse.Namespace) -> dict[str, Any]:
+    """Time both ways and compare their logits at the last real token of each row."""
+    import torch
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from peft_prompt_ext import PromptTuningExtConfig, engine_status
+    from peft_prompt_ext.assets import resolve
+
+    from .speed import machine, review_batch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve(options.model_name_or_path)
+    rows = options.tasks * options.rows_per_task
+    batch = review_batch(folder, "short", rows, options.seed).to(device)
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    last = inputs["attention_mask"].sum(1) - 1
+    names = [f"task{number}" for number in range(options.tasks)]
+    configs = [
+        PromptTuningExtConfig(
+            task_type="CAUSAL_LM",
+            num_virtual_tokens=options.num_virtual_tokens,
+            prompt_tuning_init="RANDOM_UNIFORM",
+            prompt_tuning_init_seed=number,
+        )
+        for number in range(options.tasks)
+    ]
+    base = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    model = get_peft_model(base, configs[0], adapter_name=names[0])
+    for name, config in zip(names[1:], configs[1:], strict=True):
+        model.add_adapter(name, config)
+    model.eval()
+    if not engine_status(model).packed:
+        raise SystemExit(f"the engine does not take this model: {engine_status(model).reason}")
+    row_names = [name for name in names for _ in range(options.rows_per_task)]
+
+    def mixed() -> Any:
+        logits = model(**inputs, adapter_names=row_names).logits
+        return logits[torch.arange(rows), options.num_virtual_tokens + last]
+
+    def single() -> Any:
+        outputs = []
+        for number, (name, config) in enumerate(zip(names, configs, strict=True)):
+            model.set_adapter(name)
+            config.shared_prefix = options.single_path == "packed"
+            part = slice(number * options.rows_per_task, (number + 1) * options.rows_per_task)
+            width = int(last[part].max()) + 1
+            logits = model(**{key: value[part, :width] for key, value in inputs.items()}).logits
+            config.shared_prefix = True
+            outputs.append(logits[torch.arange(len(logits)), options.num_virtual_tokens + last[part]])
+        return torch.cat(outputs)
+
+    times: dict[str, list[float]] = {"mixed_time_s": [], "single_time_s": []}
+    with torch.inference_mode():
+        difference = float((mixed() - single()).abs().max())
+        for _ in range(options.repeats):
+            for key, function in (("mixed_time_s", mixed), ("single_time_s", single)):
+                start = time.perf_counter()
+                function()
+                if device == "cuda":
+                    torch.cuda.synchronize()
+                times[key].append(time.perf_counter() - start)
+    spec = {key: value for key, value in vars(options).items() if key != "output"}
+    return {**spec, **times, "largest_difference": difference, **machine(device)}
