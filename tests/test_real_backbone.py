@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from peft_prompt_ext import PromptTuningExtConfig
+from peft_prompt_ext import PromptTuningExtConfig, engine_status
 
 
 pytestmark = pytest.mark.real
@@ -95,3 +95,35 @@ def test_the_quickstart_writes_its_table_picture_and_adapters(smollm2, movie_rev
         assert row["train_time_s"] > 0 and row["seed"] == 0
     assert (tmp_path / "learning_curves.png").read_bytes().startswith(b"\x89PNG")
     assert "A joy." in capsys.readouterr().out
+
+
+def test_the_engine_gives_the_loss_the_gradient_and_the_logits_of_stock_peft(rows, smollm2):
+    """On the real weights: rows of several lengths in one batch against each of them alone, without pads."""
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    chosen = [rows[0], rows[5], rows[11]]
+    batch = DataCollatorForSeq2Seq(tokenizer)(chosen)
+    results = {}
+    for name, config_class in (("ours", PromptTuningExtConfig), ("stock", PromptTuningConfig)):
+        torch.manual_seed(0)
+        model = get_peft_model(
+            AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32),
+            config_class(task_type="CAUSAL_LM", num_virtual_tokens=20, prompt_tuning_init="RANDOM"),
+        ).eval()
+        prompt = model.prompt_encoder["default"].embedding.weight
+        with torch.no_grad():
+            prompt.copy_(model.word_embeddings.weight[1000:1020])
+        if name == "ours":
+            assert engine_status(model).packed
+            out = model(**batch)
+            loss, logits = out.loss, [row[row.abs().sum(1) > 0] for row in out.logits.detach()]
+        else:
+            outs = [model(**{key: torch.tensor([row[key]]) for key in ("input_ids", "labels")}) for row in chosen]
+            loss, logits = torch.stack([out.loss for out in outs]).mean(), [out.logits[0].detach() for out in outs]
+        loss.backward()
+        results[name] = loss.item(), prompt.grad, logits
+
+    (loss, grad, logits), (stock_loss, stock_grad, stock_logits) = results["ours"], results["stock"]
+    assert abs(loss - stock_loss) <= 1e-5 * stock_loss
+    assert (grad - stock_grad).norm() <= 1e-5 * stock_grad.norm()
+    for ours, stock in zip(logits, stock_logits, strict=True):
+        torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
