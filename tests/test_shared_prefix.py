@@ -2,6 +2,8 @@
 
 import copy
 import logging
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -208,6 +210,24 @@ def test_changing_the_attention_implementation_proves_the_model_again(build_mode
     torch.testing.assert_close(model(**batch).loss, before)
 
     assert model.get_base_model().config._attn_implementation == "shared_prefix|eager"
+
+
+def test_a_packed_model_works_in_a_process_that_never_packed_one(build_model, tmp_path, pytestconfig):
+    model = prompted(build_model("llama"), "CAUSAL_LM").eval()
+    batch = padded("left", "CAUSAL_LM")
+    torch.save((model, batch, model(**batch).loss), tmp_path / "model.pt")
+    command = (
+        "import sys, torch, peft_prompt_ext\n"
+        "model, batch, loss = torch.load(sys.argv[1], weights_only=False)\n"
+        "torch.testing.assert_close(model(**batch).loss, loss)\n"
+    )
+    ran = subprocess.run(
+        [sys.executable, "-c", command, str(tmp_path / "model.pt")],
+        capture_output=True,
+        text=True,
+        cwd=pytestconfig.rootpath,
+    )
+    assert ran.returncode == 0, ran.stderr
 
 
 @pytest.mark.parametrize("implementation", ["sdpa", "eager"])

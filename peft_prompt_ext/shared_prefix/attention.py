@@ -100,7 +100,7 @@ class _Pad(torch.autograd.Function):
     """Text tokens as padded rows: [N, heads, D] -> [B, M, heads, D].
 
     The pads hold other tokens' numbers, and no real token sees them, so they have no gradient and the backward pass
-    is a gather as well. Autograd would add up all B*M rows one after another, many times slower.
+    is a gather as well, where autograd would add up all B*M rows.
     """
 
     @staticmethod

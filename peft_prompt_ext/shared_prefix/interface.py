@@ -38,16 +38,16 @@ def attach(base_model: Any) -> None:
         NotPackable: Its attention implementation is one that the packed path does not stand in for.
     """
     config = base_model.config
-    if attached(base_model):
-        return
-    name = config._attn_implementation or ""
+    # a model that another process packed comes with the name, but this process has yet to register it
+    name = (config._attn_implementation or "").removeprefix(_PREFIX)
     if name not in {"sdpa", "eager"}:
         raise NotPackable(f"attn_implementation is {name!r}; load the model with attn_implementation='sdpa'")
     if _PREFIX + name not in AttentionInterface():
         AttentionInterface.register(_PREFIX + name, partial(_attention, implementation=name))
         # the masks of other passes stay those of `name`
         AttentionMaskInterface.register(_PREFIX + name, AttentionMaskInterface()[name])
-    config._attn_implementation = _PREFIX + name
+    if not attached(base_model):
+        config._attn_implementation = _PREFIX + name
 
 
 def detach(base_model: Any) -> None:

@@ -99,14 +99,14 @@ class SharedPrefixMixin(PeftModel):
         allowed = self._packed_arguments | {"position_ids", "token_type_ids"}
         config: Any = self.get_base_model().config
         asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
-        asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name)}
+        asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)}
         if asked:
             return f"it asks for {', '.join(sorted(asked))}"
         status = self._engine_status()
         return None if status.packed else status.reason
 
     def _engine_status(self) -> EngineStatus:
-        from .interface import attached
+        from .interface import attach, attached
         from .probe import prove
 
         config, base_model = self.active_peft_config, self.get_base_model()
@@ -117,6 +117,8 @@ class SharedPrefixMixin(PeftModel):
         if self._status is None or (self._status.packed and not attached(base_model)):
             probe = getattr(config, "shared_prefix_probe", True)
             self._status = prove(base_model, self._packed_forward, self.word_embeddings, probe)
+        elif self._status.packed:
+            attach(base_model)
         return self._status
 
     def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
