@@ -22,7 +22,8 @@ def main(arguments: list[str]) -> None:
         file.write(json.dumps(row) + "\n")
     together, apart = (statistics.median(row[key]) for key in ("mixed_time_s", "single_time_s"))
     print(
-        f"{options.tasks} tasks of {options.rows_per_task} rows, P={options.num_virtual_tokens}: mixed "
+        f"{options.tasks} tasks of {options.rows_per_task} rows, P={options.num_virtual_tokens}, {options.logits} "
+        f"logits: mixed "
         f"{together:.2f} s, one batch a task {apart:.2f} s, {apart / together:.2f} times as long; largest "
         f"difference of the logits {row['largest_difference']:.1e}"
     )
@@ -33,6 +34,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=int, default=8)
     parser.add_argument("--rows_per_task", type=int, default=1)
     parser.add_argument("--num_virtual_tokens", type=int, default=20)
+    parser.add_argument("--logits", choices=["last", "all"], default="last", help="of the next token, or of all")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
     parser.add_argument("--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name")
@@ -42,13 +44,14 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time both ways and compare their logits at the last real token of each row."""
+    """Time both ways, on left-padded rows, and compare their logits of the next token."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
     from peft_prompt_ext import PromptTuningExtConfig, engine_status
     from peft_prompt_ext.assets import resolve
+    from peft_prompt_ext.padding import real_last
 
     from .speed import machine, review_batch
 
@@ -56,8 +59,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     folder = resolve(options.model_name_or_path)
     rows = options.tasks * options.rows_per_task
     batch = review_batch(folder, "short", rows, options.seed).to(device)
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-    last = inputs["attention_mask"].sum(1) - 1
+    order = real_last(batch["attention_mask"])
+    inputs = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
+    keep = {"logits_to_keep": 1} if options.logits == "last" else {}
     names = [f"task{number}" for number in range(options.tasks)]
     configs = [
         PromptTuningExtConfig(
@@ -78,8 +82,7 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     row_names = [name for name in names for _ in range(options.rows_per_task)]
 
     def mixed() -> Any:
-        logits = model(**inputs, adapter_names=row_names).logits
-        return logits[torch.arange(rows), options.num_virtual_tokens + last]
+        return model(**inputs, adapter_names=row_names, **keep).logits[:, -1]
 
     def single() -> Any:
         outputs = []
@@ -87,10 +90,9 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
             model.set_adapter(name)
             config.shared_prefix = options.single_path == "packed"
             part = slice(number * options.rows_per_task, (number + 1) * options.rows_per_task)
-            width = int(last[part].max()) + 1
-            logits = model(**{key: value[part, :width] for key, value in inputs.items()}).logits
+            width = int(inputs["attention_mask"][part].sum(1).max())
+            outputs.append(model(**{key: value[part, -width:] for key, value in inputs.items()}, **keep).logits[:, -1])
             config.shared_prefix = True
-            outputs.append(logits[torch.arange(len(logits)), options.num_virtual_tokens + last[part]])
         return torch.cat(outputs)
 
     times: dict[str, list[float]] = {"mixed_time_s": [], "single_time_s": []}

@@ -7,6 +7,8 @@ Shapes: B batch, P virtual tokens, T text tokens, C labels.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
 from pathlib import Path
@@ -79,6 +81,26 @@ class PromptTuningMixin(PeftModel):
         super().add_adapter(*args, **kwargs)
         for parameter in trained:
             parameter.requires_grad = True
+
+    @contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """The base model alone, with its own head; PEFT's leaves the trained one, and raises without generation."""
+        heads = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
+        before = [head.disable_adapters for head in heads]
+        forward, disabled = self.forward, self._adapters_disabled
+        try:
+            for head in heads:
+                head.enable_adapters(False)
+            if hasattr(self.base_model, "prepare_inputs_for_generation"):
+                with super().disable_adapter():
+                    yield
+            else:
+                self.forward, self._adapters_disabled = self.base_model.forward, True  # type: ignore[method-assign]
+                yield
+        finally:
+            self.forward, self._adapters_disabled = forward, disabled  # type: ignore[method-assign]
+            for head, was in zip(heads, before, strict=True):
+                head.enable_adapters(not was)
 
     def load_adapter(
         self, model_id: Any, adapter_name: str, is_trainable: bool = False, *args: Any, **kwargs: Any
@@ -163,12 +185,16 @@ class PeftModelForSequenceClassification(
     """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
 
     _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
+    _heads_of_rows: ClassVar[set[str]] = {"score"}
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
         from .shared_prefix.forward import sequence_classification
 
         return sequence_classification(base_model, embeds, layout, **options)
+
+    def _mixed_options(self, names: list[str]) -> dict[str, Any]:
+        return {"adapter_names": names}
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         mask = inputs.get("attention_mask")

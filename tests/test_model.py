@@ -282,6 +282,25 @@ def test_a_disabled_adapter_leaves_the_base_model(build_model):
     assert model(**batch).logits.shape[1] == VIRTUAL + TEXT
 
 
+@pytest.mark.parametrize("architecture", ["bert", "llama"])
+def test_a_disabled_adapter_leaves_the_base_models_head_too(build_model, architecture):
+    model, batch = prompted(build_model(architecture, "SEQ_CLS"), "SEQ_CLS").eval(), make_batch("SEQ_CLS")
+    expected = build_model(architecture, "SEQ_CLS").eval()(**batch)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            torch.nn.init.ones_(parameter)
+    trained = model(**batch).logits
+
+    with pytest.raises(KeyboardInterrupt), model.disable_adapter():
+        with model.disable_adapter():
+            pass
+        output = model(**batch)
+        raise KeyboardInterrupt
+
+    assert torch.equal(output.logits, expected.logits) and torch.equal(output.loss, expected.loss)
+    assert torch.equal(model(**batch).logits, trained)
+
+
 def test_a_copy_of_a_model_is_its_own(build_model):
     model, batch = prompted(build_model("llama"), "CAUSAL_LM"), make_batch("CAUSAL_LM")
     expected = model(**batch).logits

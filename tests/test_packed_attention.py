@@ -48,6 +48,19 @@ def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, sof
         torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
 
 
+@settings(max_examples=50, deadline=None)
+@given(layouts(), st.sampled_from([None, 2]))
+def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
+    layout, _ = case
+    if not len(layout.row):
+        return
+    query, key, value = tokens(layout)
+    for function in (packed_attention, reference.packed_attention):
+        whole = function(query, key, value, layout, sliding_window=sliding_window)
+        text = function(query[:, :, layout.num_prompt_tokens :], key, value, layout, sliding_window=sliding_window)
+        torch.testing.assert_close(text, whole[:, layout.num_prompt_tokens :], rtol=1e-9, atol=1e-9)
+
+
 @settings(max_examples=100, deadline=None)
 @given(layouts())
 def test_the_oracle_sees_the_own_prompt_and_the_own_row_causally_and_nothing_else(case):

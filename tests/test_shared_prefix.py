@@ -8,6 +8,7 @@ import sys
 import pytest
 import torch
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import AutoConfig
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from peft_prompt_ext.shared_prefix import forward, interface
@@ -136,8 +137,17 @@ REFUSED = {"gptj", "gpt_oss", "mamba", "lfm2", "falcon", "qwen3_next", "stablelm
 
 @pytest.mark.parametrize("architecture", MORE)
 def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
-    from transformers import AutoConfig
+    model = prompted(other_model(architecture), "CAUSAL_LM")
 
+    status = engine_status(model)
+
+    assert status.packed == (architecture not in REFUSED), status
+    assert status.reason
+    if status.packed:
+        compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+
+def other_model(architecture):
     shape = tiny_config("llama").to_dict()
     sizes = {k: shape[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
     ids = {"vocab_size": 331, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 41}
@@ -146,14 +156,7 @@ def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
     base = AUTO_CLASSES["CAUSAL_LM"].from_config(config).eval()
     for parameter in base.parameters():
         torch.nn.init.normal_(parameter, std=0.3)  # far enough from zero for attention to matter
-    model = prompted(base, "CAUSAL_LM")
-
-    status = engine_status(model)
-
-    assert status.packed == (architecture not in REFUSED), status
-    assert status.reason
-    if status.packed:
-        compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+    return base
 
 
 def test_a_wrong_attention_is_refused_with_its_figure(build_model, monkeypatch, caplog):
@@ -178,7 +181,7 @@ def test_a_wrong_attention_is_refused_with_its_figure(build_model, monkeypatch, 
 
 def test_the_probe_can_be_switched_off(build_model):
     model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix_probe=False)
-    assert engine_status(model) == type(engine_status(model))(True, "not probed")
+    assert engine_status(model) == type(engine_status(model))(True, "not probed", keeps_prompts=True)
 
 
 def test_the_probe_leaves_training_mode_and_random_state_alone(build_model):
@@ -383,7 +386,7 @@ def test_the_trainer_gets_the_same_losses_with_and_without_the_engine(
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
-    assert len(calls) == 1 + 6 * 2  # the probe, and two batches a step
+    assert len(calls) == 2 + 6 * 2  # the probe, with its prompt kept as well, and two batches a step
 
 
 def test_a_backbone_that_was_packed_saves_and_loads_as_before(build_model, tmp_path):
@@ -434,6 +437,153 @@ def test_a_mixed_batch_trains_every_adapter_in_it(build_model):
     model(**batch, adapter_names=["default", "b", "c"]).loss.backward()
     assert prompt_of(model).grad.abs().sum() > 0
     assert prompt_of(model, "c").grad is not None
+
+
+def test_each_row_of_a_mixed_batch_has_its_adapters_own_head(build_model):
+    model = mixed_model(build_model, "SEQ_CLS").eval()
+    for number, head in enumerate(model.base_model.score.modules_to_save.values()):
+        torch.nn.init.normal_(head.weight, std=number + 1.0)
+    batch = padded("left", "SEQ_CLS")
+    del batch["labels"]
+    names = ["c", "__base__", "b"]
+
+    logits = model(**batch, adapter_names=names).logits
+
+    wanted = []
+    for row, name in enumerate(names):
+        model.set_adapter("default" if name == "__base__" else name)
+        one = {key: value[row : row + 1] for key, value in batch.items()}
+        if name == "__base__":
+            with model.disable_adapter():
+                text = one["input_ids"][one["attention_mask"].bool()][None]
+                wanted.append(model(input_ids=text).logits[0])
+        else:
+            wanted.append(model(**one).logits[0])
+    torch.testing.assert_close(logits, torch.stack(wanted), rtol=0, atol=1e-4)
+
+
+def test_mixed_batches_are_refused_where_adapters_have_other_modules_of_their_own(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", modules_to_save=["lm_head"])
+    with pytest.raises(ValueError, match="each adapter has its own lm_head"):
+        model(**padded("right", "CAUSAL_LM"), adapter_names=["default", "default", "__base__"])
+
+
+def packed_tokens(monkeypatch):
+    """The number of tokens of each packed pass from here on."""
+    seen, run = [], forward.run
+    monkeypatch.setattr(
+        forward, "run", lambda model, embeds, *a, **k: seen.append(embeds.shape[1]) or run(model, embeds, *a, **k)
+    )
+    return seen
+
+
+@pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+@pytest.mark.parametrize("architecture", [*PACKED, "phi3", "mixtral"])
+def test_without_gradients_the_prompt_runs_once_and_the_results_stay(
+    build_model, architecture, task_type, monkeypatch
+):
+    if architecture in MORE:
+        if task_type == "SEQ_CLS":
+            pytest.skip("CAUSAL_LM alone is built from MORE")
+        model = prompted(other_model(architecture), task_type)
+    else:
+        model = prompted(build_model(architecture, task_type), task_type, num_virtual_tokens=13)
+    model.eval()
+    batch = padded("holes", task_type)
+    wanted = model(**batch)
+    assert engine_status(model).keeps_prompts
+    seen = packed_tokens(monkeypatch)
+
+    with torch.no_grad():
+        results = [model(**batch) for _ in range(3)]
+
+    text = int(batch["attention_mask"].sum())
+    assert seen.count(text) == 3
+    assert len(seen) == 4 + (task_type == "CAUSAL_LM")  # the prompt, and once more for its logits
+    for result in results:
+        torch.testing.assert_close(result.loss, wanted.loss, rtol=1e-5, atol=0)
+        torch.testing.assert_close(result.logits, wanted.logits, rtol=0, atol=1e-4)
+
+
+def change_the_prompt(model):
+    prompt_of(model).data.mul_(3)
+
+
+def change_the_base_model(model):
+    with torch.no_grad():
+        model.get_base_model().get_parameter("model.layers.0.self_attn.k_proj.weight").mul_(3)
+
+
+def replace_a_weight(model):
+    weight = model.get_base_model().get_parameter("model.layers.0.self_attn.v_proj.weight")
+    weight.data = weight.data * 3
+
+
+def train_through_a_raw_pointer(model):
+    model.train()
+    weight = model.get_base_model().get_parameter("model.layers.0.self_attn.v_proj.weight")
+    weight.detach().numpy()[:] *= 3
+    model.eval()
+
+
+def change_the_attention(model):
+    model.get_base_model().set_attn_implementation("eager")
+
+
+def change_the_precision(model):
+    model.double()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        change_the_prompt,
+        change_the_base_model,
+        replace_a_weight,
+        train_through_a_raw_pointer,
+        change_the_attention,
+        change_the_precision,
+    ],
+)
+def test_a_kept_prompt_runs_again_after(build_model, change):
+    model = prompted(build_model("llama"), "CAUSAL_LM").eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    batch = padded("left", "CAUSAL_LM")
+    with torch.no_grad():
+        model(**batch)
+        change(model)
+        kept = model(**batch).logits
+    torch.testing.assert_close(kept, model(**batch).logits, rtol=0, atol=1e-4)
+
+
+def test_autocast_and_heads_have_kept_prompts_of_their_own(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", modules_to_save=["lm_head"]).eval()
+    model.add_adapter("b", model.peft_config["default"])
+    torch.nn.init.normal_(model.base_model.lm_head.modules_to_save["b"].weight)
+    model.prompt_encoder["b"].load_state_dict(model.prompt_encoder["default"].state_dict())
+    batch = padded("left", "CAUSAL_LM")
+    for name in ("default", "b"):
+        model.set_adapter(name)
+        for low in (False, True):
+            with torch.autocast("cpu", torch.bfloat16, enabled=low):
+                wanted = model(**batch).logits
+                with torch.no_grad():
+                    torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=2e-2 if low else 1e-5)
+
+
+def test_kept_prompts_are_not_pickled_and_rows_without_text_take_theirs_along(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM").eval()
+    batch = padded("left", "CAUSAL_LM")
+    batch["attention_mask"][2] = 0
+    del batch["labels"]
+    with torch.no_grad():
+        model(**padded("left", "CAUSAL_LM"))
+        assert model._states
+        kept = model(**batch).logits
+    assert copy.deepcopy(model)._states is None
+    torch.testing.assert_close(kept, model(**batch).logits)
 
 
 def test_wrong_adapter_names_are_refused(build_model):

@@ -27,7 +27,7 @@ def packed_attention(
     """Attend; no mask is larger than [M, P+M] (with prompts of several lengths: one for each row).
 
     Args:
-        query: [1, A, N, D].
+        query: [1, A, N, D]; without the prompts' tokens they have no output either.
         key: [1, G, N, D].
         value: [1, G, N, D].
         layout: Where each token belongs.
@@ -37,12 +37,12 @@ def packed_attention(
         softcap: Scores are `softcap * tanh(scores / softcap)` (Gemma 2).
 
     Returns:
-        [1, N, A, D].
+        [1, N, A, D], or as many tokens as `query` has.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
     parts = []
-    if layout.num_prompt_tokens:
+    if len(query) == len(key) and layout.num_prompt_tokens:
         parts.append(_prompt_part(query, key, value, layout, sliding_window, options))
     if len(layout.row):
         parts.append(_text_part(query, key, value, layout, sliding_window, options))
@@ -85,7 +85,11 @@ def _text_part(
     if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.rows.shape[1]:
         sliding_window = None
     keys, values = (torch.cat([_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
-    out = _attend(_Pad.apply(query, layout), keys, values, layout.mask(sliding_window), options)  # [B, M, A, D]
+    if len(query) == len(key):
+        query = _Pad.apply(query, layout)
+    else:
+        query = query[(layout.rows - layout.num_prompt_tokens).clamp(min=0)]
+    out = _attend(query, keys, values, layout.mask(sliding_window), options)  # [B, M, A, D]
     return out.flatten(0, 1)[layout.flat]
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from peft.utils import ModulesToSaveWrapper
 
 from .interface import KEYWORD
 from .layout import PackedLayout
@@ -31,7 +32,7 @@ def causal_lm(
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H].
+        embeds: [1, N, H]; of the text alone if the layout has cached prompts.
         layout: Where each token belongs.
         labels: [B, T], -100 where there is none.
         logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
@@ -48,7 +49,7 @@ def causal_lm(
     columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
     supervised = supervised and not columns_asked
     if supervised and labels is not None:
-        output = _run(base_model, embeds, layout, logits_to_keep=places)
+        output = _logits_at(places, base_model, embeds, layout)
         return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
 
     sources = layout.column_sources()
@@ -62,7 +63,7 @@ def causal_lm(
         labelled = (shift_labels != IGNORE_INDEX) & (sources >= 0)
         places, targets = sources[labelled], shift_labels[labelled]
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
-    output = _run(base_model, embeds, layout, logits_to_keep=wanted)
+    output = _logits_at(wanted, base_model, embeds, layout)
     loss = None
     if labels is not None:
         labelled_logits = output.logits[:, number[sources.numel() :]]
@@ -70,6 +71,20 @@ def causal_lm(
     logits = output.logits[0][number[: sources.numel()]].view(*sources.shape, -1)
     logits[sources < 0] = 0
     return _with(output, logits, loss)
+
+
+def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, layout: PackedLayout) -> Any:
+    """The output with the logits of the given places of the packed sequence, [1, L, V]."""
+    if layout.cached is None:
+        return run(base_model, embeds, layout, logits_to_keep=places)
+    in_text = places >= layout.num_prompt_tokens
+    output = run(base_model, embeds, layout, logits_to_keep=places[in_text] - layout.num_prompt_tokens)
+    if bool(in_text.all()):
+        return output
+    logits = output.logits.new_empty(1, len(places), output.logits.shape[-1])
+    logits[0, in_text] = output.logits[0]
+    logits[0, ~in_text] = torch.cat([state.logits for state in layout.cached])[places[~in_text]]
+    return _with(output, logits, None)
 
 
 def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
@@ -88,15 +103,17 @@ def sequence_classification(
     layout: PackedLayout,
     labels: torch.Tensor | None = None,
     num_items_in_batch: Any = None,
+    adapter_names: list[str] | None = None,
 ) -> Any:
     """Run a decoder with a classification head on each row's last real token.
 
     Args:
         base_model: A `...ForSequenceClassification` of transformers with the head `score`.
-        embeds: [1, N, H].
+        embeds: [1, N, H]; of the text alone if the layout has cached prompts: then every row needs a real token.
         layout: Where each token belongs.
         labels: [B], or [B, C] for several labels a row.
         num_items_in_batch: The Trainer passes it; the classification losses of transformers take a mean without it.
+        adapter_names: Whose head each row has, where adapters have heads of their own; by default the active one's.
 
     Returns:
         The output with logits [B, C].
@@ -104,20 +121,22 @@ def sequence_classification(
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     backbone = getattr(base_model, base_model.base_model_prefix)
-    hidden = _run(backbone, embeds, layout).last_hidden_state[0, layout.last]  # [B, H]
-    logits = base_model.score(hidden)
+    last = layout.last if layout.cached is None else layout.last - layout.num_prompt_tokens
+    hidden = run(backbone, embeds, layout).last_hidden_state[0, last]  # [B, H]
+    own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
+    logits = base_model.score(hidden, **({"adapter_names": adapter_names} if own_heads else {}))
     loss = None
     if labels is not None:
         loss = base_model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=base_model.config)
     return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
 
 
-def _run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
+def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
     """Run a model, with or without its head; the mask's four dimensions pass it through to the attention as it is."""
     return model(
         inputs_embeds=embeds,
         attention_mask=embeds.new_zeros(1, 1, 1, 1),
-        position_ids=layout.position_ids,
+        position_ids=layout.position_ids[:, -embeds.shape[1] :],
         use_cache=False,
         return_dict=True,
         **{KEYWORD: layout},

@@ -78,6 +78,13 @@ def _attention(
     if not (kwargs.get("is_causal", getattr(module, "is_causal", True))):
         raise NotPackable("its attention is not causal: the prompt sees the text")
     layout.windows.append(kwargs.get("sliding_window"))
+    if layout.recorded is not None:
+        if module in layout.recorded:
+            raise NotPackable("it runs an attention layer twice")
+        layout.recorded[module] = key, value
+    if layout.cached:
+        keys, values = zip(*(state.keys_values[module] for state in layout.cached), strict=True)
+        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
     options = {key: value for key, value in kwargs.items() if key in _OURS}
     if not module.training:
         options["dropout"] = 0.0

@@ -7,8 +7,13 @@ tokens, M real tokens of the longest row, N = sum P_k + S packed tokens.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
+
+
+if TYPE_CHECKING:
+    from .cache import KeysValues, PromptState
 
 
 @dataclass(eq=False)
@@ -28,6 +33,8 @@ class PackedLayout:
         rows: Place in the packed sequence of each row's text tokens; behind its end any place, [B, M].
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
         windows: The sliding window of each attention call that used this layout, None without one.
+        recorded: Where attention leaves its keys and values, if anybody wants them.
+        cached: The prompts that have tokens, in order, if they ran before: then the text tokens run alone.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -42,6 +49,8 @@ class PackedLayout:
     rows: torch.Tensor
     last: torch.Tensor
     windows: list[int | None] = field(default_factory=list)
+    recorded: KeysValues | None = None
+    cached: list[PromptState] | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
 
     @property

@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
 
 from .status import EngineStatus
 
 
 if TYPE_CHECKING:
+    from .cache import PromptState
     from .layout import PackedLayout
 
 
@@ -27,12 +29,19 @@ class SharedPrefixMixin(PeftModel):
     """Goes in front of a model class whose `forward` is PEFT's path."""
 
     _status: EngineStatus | None = None
+    # by adapter: what must not have changed since, and what its prompt left to the texts
+    _states: dict[str, tuple[Any, PromptState]] | None = None
     _packed_arguments: ClassVar[set[str]] = set()
+    _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: PackedLayout, **options: Any) -> Any:
         """A function of `shared_prefix.forward`."""
         raise NotImplementedError
+
+    def _mixed_options(self, names: list[str]) -> dict[str, Any]:
+        """Arguments of `_packed_forward` for rows that name their adapters."""
+        return {}
 
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of `_packed_forward` that the config decides."""
@@ -55,26 +64,33 @@ class SharedPrefixMixin(PeftModel):
 
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
-        text = input_ids if input_ids is not None else inputs_embeds
+        inputs = input_ids if input_ids is not None else inputs_embeds
         extras = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
             "task_ids": task_ids,
             **kwargs,
         }
-        obstacle = "it has no text" if text is None else self._obstacle(attention_mask, extras)
-        if text is not None and obstacle is None:
-            mask = attention_mask if attention_mask is not None else text.new_ones(text.shape[:2], dtype=torch.long)
+        obstacle = "it has no text" if inputs is None else self._obstacle(attention_mask, extras)
+        if inputs is not None and obstacle is None:
+            mask = attention_mask
+            if mask is None:
+                mask = inputs.new_ones(inputs.shape[:2], dtype=torch.long)
             names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
             layout = self._layout(mask, names)
-            obstacle = self._too_long(layout)
+            obstacle = self._too_long(layout) or self._unshared(names)
             if obstacle is None:
                 self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
                 if labels is not None:
                     options["labels"] = labels
-                embeds = self._embeds(layout, input_ids, inputs_embeds, names)
+                if adapter_names is not None:
+                    options |= self._mixed_options(names)
+                text = self._text(layout, input_ids, inputs_embeds)
+                prompts = self._prompts(names, text)
+                layout.cached = self._kept_states(layout, prompts)
+                embeds = torch.cat([*prompts.values(), text] if layout.cached is None else [text])[None]
                 output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
                 return output if self._wants_dict(return_dict) else output.to_tuple()
         if adapter_names is not None:
@@ -144,24 +160,56 @@ class SharedPrefixMixin(PeftModel):
             return None
         return f"{prompt + text} tokens are more than its window of {limit}"
 
-    def _embeds(
-        self,
-        layout: PackedLayout,
-        input_ids: torch.Tensor | None,
-        inputs_embeds: torch.Tensor | None,
-        names: list[str],
+    def _unshared(self, names: list[str]) -> str | None:
+        """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
+        if set(names) == {self.active_adapter}:
+            return None
+        own = (name for name, module in self.base_model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+        unshared = sorted(set(own) - self._heads_of_rows)
+        return f"each adapter has its own {', '.join(unshared)}" if unshared else None
+
+    def _text(
+        self, layout: PackedLayout, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
     ) -> torch.Tensor:
-        """Embeddings of prompts and real text tokens, [1, N, H]."""
+        """Embeddings of the real text tokens, [S, H]."""
         if inputs_embeds is not None:
-            text = inputs_embeds[layout.row, layout.column]
-        else:
-            text = self.word_embeddings(input_ids[layout.row, layout.column])  # type: ignore[index,misc]
-        prompts = [
-            self.prompt_encoder[name](self.prompt_tokens[name].to(text.device)).to(text.dtype)
+            return inputs_embeds[layout.row, layout.column]
+        return self.word_embeddings(input_ids[layout.row, layout.column])  # type: ignore[index,misc]
+
+    def _prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
+        return {
+            name: self.prompt_encoder[name](self.prompt_tokens[name].to(like.device)).to(like.dtype)
             for name in dict.fromkeys(names)
             if name != BASE
-        ]
-        return torch.cat([*prompts, text])[None]
+        }
+
+    def _kept_states(self, layout: PackedLayout, prompts: dict[str, torch.Tensor]) -> list[PromptState] | None:
+        """What the prompts left to the texts when they ran; None where they have to run with them."""
+        rows_without_text = bool((layout.last < layout.num_prompt_tokens).any())
+        if torch.is_grad_enabled() or self.training or rows_without_text or not prompts:
+            return None
+        from .cache import fingerprint, prompt_state
+
+        base_model = self.get_base_model()
+        now = fingerprint(base_model, next(iter(prompts.values())))
+        if now is None or not self._engine_status().keeps_prompts:
+            return None
+        kept = self._states = self._states or {}
+        for name, prompt in prompts.items():
+            if name not in kept or kept[name][0] != now or not torch.equal(kept[name][1].prompt, prompt):
+                kept[name] = now, prompt_state(base_model, prompt)
+        return [kept[name][1] for name in prompts]
+
+    def train(self, mode: bool = True) -> Any:
+        """See torch; training makes prompts run again."""
+        if mode:
+            self._states = None
+        return super().train(mode)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """What the prompts left is not part of the model."""
+        return {**self.__dict__, "_states": None}
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return return_dict if return_dict is not None else getattr(self.config, "return_dict", True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from .cache import prompt_state
 from .interface import NotPackable, attach, detach
 from .layout import PackedLayout, pack
 from .status import EngineStatus
@@ -40,7 +41,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
     try:
         _refuse_early(base_model)
         attach(base_model)
-        status = EngineStatus(True, "not probed")
+        status = EngineStatus(True, "not probed", keeps_prompts=True)
         if run:
             status = _probe(base_model, packed_forward, word_embeddings)
     except NotPackable as refusal:
@@ -79,18 +80,39 @@ def _probe(base_model: Any, packed_forward: Callable[..., Any], word_embeddings:
     with _evaluating(base_model):
         packed = packed_forward(base_model, embeds, layout).logits.float()
         _every_layer_packed(base_model, layout)
+        cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask.to(device))
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
             for text in texts
         ]
-    got = torch.cat([row[: len(want)] if want.dim() == 2 else row for row, want in zip(packed, alone, strict=True)])
-    want = torch.cat(alone)
-    error = float((got - want).norm() / want.norm())
+    error = _relative_error(packed, alone)
     figure = f"relative error {error:.1e} on rows of {', '.join(map(str, ROW_LENGTHS))} tokens"
     exact = embeds.dtype in {torch.float32, torch.float64} and getattr(base_model, "hf_quantizer", None) is None
-    if not error <= (FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE):  # NaN is refused as well
+    tolerance = FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
+    if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
-    return EngineStatus(True, figure, _longest_row(base_model.config.get_text_config(), layout))
+    keeps = cached is not None and _relative_error(cached, alone) <= tolerance
+    return EngineStatus(True, figure, _longest_row(base_model.config.get_text_config(), layout), keeps)
+
+
+def _relative_error(got: torch.Tensor, rows: list[torch.Tensor]) -> float:
+    want = torch.cat(rows)
+    # a language model's rows have pads behind them
+    cut = torch.cat([row[: len(alone)] if alone.dim() == 2 else row for row, alone in zip(got, rows, strict=True)])
+    return float((cut - want).norm() / want.norm())
+
+
+def _with_kept_prompt(
+    base_model: Any, packed_forward: Callable[..., Any], prompt: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
+) -> torch.Tensor | None:
+    """Logits of the ragged batch behind a prompt that ran before; None if the model cannot run so."""
+    layout = pack(mask, (len(prompt),))
+    try:
+        layout.cached = [prompt_state(base_model, prompt)]
+        return packed_forward(base_model, text[None], layout).logits.float()
+    except Exception as error:  # every batch can take its prompt along
+        logger.debug("Prompts are not kept: %s", error)
+        return None
 
 
 def _every_layer_packed(base_model: Any, layout: PackedLayout) -> None:

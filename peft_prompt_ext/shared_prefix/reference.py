@@ -26,7 +26,7 @@ def packed_attention(
     scores = query[0] @ key.transpose(1, 2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible(layout, sliding_window), float("-inf"))
+    scores = scores.masked_fill(~visible(layout, sliding_window)[-scores.shape[1] :], float("-inf"))
     weights = torch.dropout(
         scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype), dropout, dropout > 0
     )

@@ -13,8 +13,10 @@ class EngineStatus:
         packed: They do; else they take PEFT's path, with the same results.
         reason: Why, for a person to read.
         max_tokens: Longer rows (prompt and text together) take PEFT's path; None: there is no such length.
+        keeps_prompts: Without gradients each prompt runs once and its keys and values are kept for the next batches.
     """
 
     packed: bool
     reason: str
     max_tokens: int | None = None
+    keeps_prompts: bool = False
