@@ -21,7 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
-from .padding import pads_behind, real_first, real_last, reorder, reorder_inputs
+from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
 
 
@@ -30,6 +30,9 @@ IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of tra
 
 class PromptTuningMixin(PeftModel):
     """Goes in front of PEFT's model class of a task."""
+
+    _token_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
+    _token_outputs: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
 
     def __new__(cls, model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Build PEFT's own class unless the config is the plugin's (no config at all: a copy is being made)."""
@@ -47,8 +50,22 @@ class PromptTuningMixin(PeftModel):
         return self._stock_forward(super().forward, {"input_ids": input_ids, **kwargs})
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        """Run PEFT's `forward`; a task may have to move pads out of the base model's way first."""
-        return forward(**inputs)
+        """Run PEFT's `forward` with pads behind the text, so that none stands between it and the prompt."""
+        mask = inputs.get("attention_mask")
+        if not _is_padded(mask) or pads_behind(mask):
+            return forward(**inputs)
+        order, return_dict = real_first(mask), inputs.pop("return_dict", None)
+        prompt, back = self.active_peft_config.num_virtual_tokens, order.argsort(1)
+        output = forward(**self._move_pads(inputs, order), return_dict=True)
+        _move_back(output, self._token_outputs, back, prompt)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
+
+    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
+        moved = {name: inputs[name] for name in self._token_inputs if inputs.get(name) is not None}
+        return {**inputs, **{name: reorder(x, order) for name, x in moved.items()}}
+
+    def _wants_dict(self, return_dict: bool | None) -> bool:
+        return return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
 
     def _check_length(self, text_tokens: int, virtual_tokens: int | None = None) -> None:
         limit = self._max_positions
@@ -124,6 +141,8 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}
+    _token_inputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_inputs, "labels")
+    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "logits")
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
@@ -136,7 +155,6 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         return {"supervised": self.training and train_logits == "supervised"}
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        """PEFT leaves pads between prompt and text where they stand in front: here they go behind, and back after."""
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
         if not _is_padded(mask) or inputs.get("past_key_values") is not None:
             return forward(**inputs)
@@ -144,16 +162,10 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
             inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
         if pads_behind(mask) or inputs.get("shift_labels") is not None:  # those name columns as they stand
             return forward(**inputs)
-        order = real_first(mask)
         keep, return_dict = inputs.pop("logits_to_keep", 0), inputs.pop("return_dict", None)
-        output = forward(**reorder_inputs(inputs, order), return_dict=True)
+        output = super()._stock_forward(forward, {**inputs, "return_dict": True})
         columns = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
-        prompt, back = self.active_peft_config.num_virtual_tokens, order.argsort(1)
-        output["logits"] = reorder(output["logits"], back, prompt)[:, columns]
-        if output.get("hidden_states") is not None:
-            output["hidden_states"] = tuple(reorder(x, back, prompt) for x in output["hidden_states"])
-        if output.get("attentions") is not None:
-            output["attentions"] = tuple(_reorder_attention(x, back, prompt) for x in output["attentions"])
+        output["logits"] = output["logits"][:, columns]
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -200,7 +212,7 @@ class PeftModelForSequenceClassification(
         mask = inputs.get("attention_mask")
         base_model: Any = self.get_base_model()
         if not _is_padded(mask) or not hasattr(base_model, "score"):
-            return forward(**inputs)
+            return super()._stock_forward(forward, inputs)
         # without input_ids a decoder pools the last column: let it be a real token
         rows = len(mask)
         prompt = self.get_prompt(batch_size=rows)
@@ -213,20 +225,45 @@ class PeftModelForSequenceClassification(
         inputs = {name: value for name, value in inputs.items() if value is not None}
         for name in ("position_ids", "token_type_ids", "task_ids"):
             inputs.pop(name, None)
+        return_dict = inputs.pop("return_dict", None)
         inputs["attention_mask"] = mask.gather(1, order)
         if "position_ids" in signature(base_model.forward).parameters:
             inputs["position_ids"] = _positions(inputs["attention_mask"])
-        return base_model(inputs_embeds=reorder(embeds, order), **inputs)
+        output = base_model(inputs_embeds=reorder(embeds, order), return_dict=True, **inputs)
+        _move_back(output, self._token_outputs, order.argsort(1), 0)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
 def _is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
 
 
+def _move_back(output: Any, names: tuple[str, ...], back: torch.Tensor, prompt: int) -> None:
+    """Give the named outputs the order of columns that the caller has; `prompt` columns before them stay."""
+    for name in names:
+        value = output.get(name)
+        if isinstance(value, torch.Tensor):
+            output[name] = reorder(value, back, prompt)
+        elif value is not None:  # of each layer
+            moving = _MOVING.get(name, reorder)
+            output[name] = tuple(moving(x, back, prompt) for x in value)
+
+
 def _reorder_attention(weights: torch.Tensor, order: torch.Tensor, prompt: int) -> torch.Tensor:
     """Queries and keys of weights [B, heads, P+T, P+T] in the given order of the text."""
     weights = reorder(weights.transpose(1, 2), order, prompt).transpose(1, 2)
+    return _reorder_keys(weights, order, prompt)
+
+
+def _reorder_keys(weights: torch.Tensor, order: torch.Tensor, prompt: int) -> torch.Tensor:
     return reorder(weights.transpose(1, 3), order, prompt).transpose(1, 3)
+
+
+_MOVING = {
+    "attentions": _reorder_attention,
+    "encoder_attentions": _reorder_attention,
+    "cross_attentions": _reorder_keys,
+}
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -237,13 +274,37 @@ def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
 class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
     """Output: as PEFT's, logits of the decoder, which has no prompt."""
 
+    _token_outputs: ClassVar[tuple[str, ...]] = (
+        "encoder_last_hidden_state",
+        "encoder_hidden_states",
+        "encoder_attentions",
+        "cross_attentions",
+    )
+
+    def generate(self, **kwargs: Any) -> Any:
+        """See PEFT's class; pads in front of the text go behind it."""
+        mask = kwargs.get("attention_mask")
+        if _is_padded(mask) and not self._adapters_disabled:
+            kwargs = self._move_pads(kwargs, real_first(mask))
+        return super().generate(**kwargs)
+
 
 class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureExtraction):
     """Output: as PEFT's, hidden states [B, P+T, H]."""
 
+    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "last_hidden_state")
+
 
 class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenClassification):
     """Output: logits [B, T, C], one for each text token; PEFT returns P+T of them and cannot take labels [B, T]."""
+
+    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "logits")
+
+    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
+        inputs = super()._move_pads(inputs, order)
+        if inputs.get("labels") is not None:
+            inputs["labels"] = reorder(inputs["labels"], order, self.active_peft_config.num_virtual_tokens)
+        return inputs
 
     def forward(  # type: ignore[override]
         self,
@@ -263,6 +324,18 @@ class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenC
 
 class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestionAnswering):
     """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them."""
+
+    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "start_logits", "end_logits")
+
+    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
+        inputs, prompt = super()._move_pads(inputs, order), self.active_peft_config.num_virtual_tokens
+        for name in ("start_positions", "end_positions"):
+            if inputs.get(name) is not None:
+                column = inputs[name] - prompt
+                inside = (column >= 0) & (column < order.shape[1])
+                moved = order.argsort(1).gather(1, column.where(inside, 0)[:, None])[:, 0]
+                inputs[name] = torch.where(inside, moved + prompt, inputs[name])
+        return inputs
 
     def forward(  # type: ignore[override]
         self,
@@ -289,15 +362,18 @@ class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestion
 
 
 def _of_text(
-    model: PeftModel, forward: Any, names: list[str], *args: Any, return_dict: bool | None = None, **kwargs: Any
+    model: PromptTuningMixin,
+    forward: Any,
+    names: list[str],
+    *args: Any,
+    return_dict: bool | None = None,
+    **kwargs: Any,
 ) -> Any:
     """Run `forward` and cut the virtual tokens off the named outputs, so that item t belongs to text token t."""
     output = forward(*args, return_dict=True, **kwargs)
     for name in names:
         output[name] = output[name][:, model.active_peft_config.num_virtual_tokens :]
-    if return_dict is None:
-        return_dict = getattr(model.config, "return_dict", True)
-    return output if return_dict else output.to_tuple()
+    return output if model._wants_dict(return_dict) else output.to_tuple()
 
 
 def make_trainable(model: PeftModel, adapter_name: str) -> None:

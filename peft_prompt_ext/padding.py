@@ -5,8 +5,6 @@ Shapes: B rows, T columns.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
 
@@ -31,12 +29,3 @@ def reorder(x: torch.Tensor, order: torch.Tensor, first_column: int = 0) -> torc
     head, body = x[:, :first_column], x[:, first_column:]
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
     return torch.cat([head, body.gather(1, index)], dim=1)
-
-
-def reorder_inputs(inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
-    """Reorder every input that has a number for each token."""
-    return {name: reorder(x, order) if _each_token(x, order) else x for name, x in inputs.items()}
-
-
-def _each_token(x: Any, order: torch.Tensor) -> bool:
-    return isinstance(x, torch.Tensor) and x.dim() >= 2 and x.shape[:2] == order.shape

@@ -211,9 +211,6 @@ class SharedPrefixMixin(PeftModel):
         """What the prompts left is not part of the model."""
         return {**self.__dict__, "_states": None}
 
-    def _wants_dict(self, return_dict: bool | None) -> bool:
-        return return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
-
 
 def engine_status(model: Any) -> EngineStatus:
     """Tell whether a model's batches run as one packed sequence, and why.
