@@ -104,9 +104,10 @@ def test_hidden_states_and_attentions_stand_at_their_columns(build_model, archit
 
 def test_encoder_decoders_generate_what_they_generate_alone(build_model):
     model, batch = model_and_batch(build_model, "t5", "SEQ_2_SEQ_LM")
-    options = {"max_new_tokens": 5, "do_sample": False}
-    together = model.generate(input_ids=batch["input_ids"], attention_mask=MASK, **options)
+    options = {"max_new_tokens": 5, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    together = model.generate(input_ids=batch["input_ids"], attention_mask=MASK, **options).scores
     for row in range(len(MASK)):
         one = alone(batch, "SEQ_2_SEQ_LM", row)
         del one["labels"]
-        assert model.generate(**one, **options)[0].tolist() == together[row].tolist()
+        scores = model.generate(**one, **options).scores
+        torch.testing.assert_close(torch.cat(scores), torch.stack([step[row] for step in together]))

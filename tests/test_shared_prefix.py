@@ -527,10 +527,6 @@ def train_through_a_raw_pointer(model):
     model.eval()
 
 
-def change_the_attention(model):
-    model.get_base_model().set_attn_implementation("eager")
-
-
 def change_the_precision(model):
     model.double()
 
@@ -542,7 +538,6 @@ def change_the_precision(model):
         change_the_base_model,
         replace_a_weight,
         train_through_a_raw_pointer,
-        change_the_attention,
         change_the_precision,
     ],
 )
@@ -573,13 +568,14 @@ def test_autocast_and_heads_have_kept_prompts_of_their_own(build_model):
                     torch.testing.assert_close(model(**batch).logits, wanted, rtol=0, atol=2e-2 if low else 1e-5)
 
 
-def test_kept_prompts_are_not_pickled_and_rows_without_text_take_theirs_along(build_model):
-    model = prompted(build_model("llama"), "CAUSAL_LM").eval()
-    batch = padded("left", "CAUSAL_LM")
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
+def test_kept_prompts_are_not_pickled_and_rows_without_text_take_theirs_along(build_model, task_type):
+    model = prompted(build_model("llama", task_type), task_type).eval()
+    batch = padded("left", task_type)
     batch["attention_mask"][2] = 0
     del batch["labels"]
     with torch.no_grad():
-        model(**padded("left", "CAUSAL_LM"))
+        model(**padded("left", task_type))
         assert model._states
         kept = model(**batch).logits
     assert copy.deepcopy(model)._states is None

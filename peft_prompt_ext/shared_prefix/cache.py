@@ -10,7 +10,6 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from .layout import pack
@@ -64,5 +63,4 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
     except RuntimeError:  # made in inference mode, or spread over machines
         return None
-    heads = [module.active_adapters for module in base_model.modules() if isinstance(module, ModulesToSaveWrapper)]
-    return prompt.dtype, prompt.device, autocast, base_model.config._attn_implementation, heads, weights
+    return prompt.dtype, prompt.device, autocast, weights
