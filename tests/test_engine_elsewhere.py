@@ -1,0 +1,99 @@
+"""The engine under torch.compile, in several processes, and over quantised backbones."""
+
+import contextlib
+import logging
+import tempfile
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import BitsAndBytesConfig
+
+from peft_prompt_ext import engine_status
+from tests.helpers import one_thread, prompt_of, prompted  # noqa: F401
+from tests.test_shared_prefix import padded
+from tests.zoo import AUTO_CLASSES, tiny_config
+
+
+def tiny_model(**changes):
+    torch.manual_seed(0)
+    return AUTO_CLASSES["CAUSAL_LM"].from_config(tiny_config("llama", **changes)).eval()
+
+
+def ragged(seed):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, 300, (3 + seed % 2, 9 + seed), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, : seed % 5] = 0
+    return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
+
+
+@pytest.mark.filterwarnings("ignore")  # tracing touches whatever the traced code could reach
+@pytest.mark.parametrize("mode", ["train", pytest.param("eval", marks=pytest.mark.slow)])
+def test_a_compiled_model_is_not_compiled_again_for_other_shapes(mode):
+    from torch._dynamo.testing import CompileCounter
+
+    model = getattr(prompted(tiny_model(num_hidden_layers=1), "CAUSAL_LM", train_logits="supervised"), mode)()
+    counter = CompileCounter()
+    compiled, counts = torch.compile(model, backend=counter), []
+    for seed in range(6):
+        with torch.set_grad_enabled(mode == "train"):
+            torch.testing.assert_close(compiled(**ragged(seed)).loss, model(**ragged(seed)).loss)
+        counts.append(counter.frame_count)
+    assert engine_status(model).packed
+    assert 0 < counts[2] == counts[-1], counts
+
+
+def in_one_of_two_processes(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    model = prompted(tiny_model(), "CAUSAL_LM").train()
+    parallel = torch.nn.parallel.DistributedDataParallel(model)
+    for step in range(2):  # rows of other lengths in each process
+        with contextlib.nullcontext() if step else parallel.no_sync():
+            parallel(**ragged(2 * step + rank)).loss.backward()
+    assert engine_status(parallel).packed
+    torch.save(prompt_of(model).grad, Path(folder, f"{rank}.pt"))
+    dist.destroy_process_group()
+
+
+def test_two_processes_get_the_mean_of_their_gradients():
+    with tempfile.TemporaryDirectory() as folder:
+        torch.multiprocessing.spawn(in_one_of_two_processes, (folder,), nprocs=2)
+        gradients = [torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)]
+    model = prompted(tiny_model(), "CAUSAL_LM").train()
+    for seed in range(4):
+        (model(**ragged(seed)).loss / 2).backward()
+    assert torch.equal(*gradients)
+    torch.testing.assert_close(gradients[0], prompt_of(model).grad)
+
+
+QUANTIZED = {
+    "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
+    "int8": {"load_in_8bit": True},
+}
+
+
+@pytest.fixture(params=QUANTIZED)
+def quantized_base(request, tmp_path):
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each int8 product
+    # bitsandbytes quantises in blocks of 64
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
+    tiny_model(**sizes).save_pretrained(tmp_path)
+    config = BitsAndBytesConfig(**QUANTIZED[request.param], llm_int8_skip_modules=["lm_head"])
+    return request.param, AUTO_CLASSES["CAUSAL_LM"].from_pretrained(
+        tmp_path, quantization_config=config, dtype=torch.float32
+    )
+
+
+def test_quantised_backbones_give_what_pefts_path_gives(quantized_base):
+    kind, base = quantized_base
+    results = []
+    for shared_prefix in (True, False):
+        model = prompted(base, "CAUSAL_LM", shared_prefix=shared_prefix, prompt_tuning_init_seed=1)
+        out = model(**padded("holes", "CAUSAL_LM"))
+        out.loss.backward()
+        assert engine_status(model).packed == shared_prefix
+        results.append((out.loss, prompt_of(model).grad))
+    # int8 rounds the activations as well, by the largest of each token
+    torch.testing.assert_close(*results, rtol=1e-5 if kind == "nf4" else 2e-2, atol=1e-7 if kind == "nf4" else 1e-3)
