@@ -10,6 +10,8 @@ Shapes: B rows, P virtual tokens.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import json
 import os
 import platform
@@ -32,6 +34,7 @@ WHAT = {
     "full": "full fine-tuning",
     "floor": "the frozen model over the real tokens alone, backward to its input embeddings, head at labels",
 }
+PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
 # tokens of a row without the answer: short ones are a review line, long ones several
 LENGTHS = {"short": (8, 54), "long": (256, 512)}
 
@@ -49,7 +52,7 @@ def main(arguments: list[str]) -> None:
     options.output.parent.mkdir(parents=True, exist_ok=True)
     progress = tqdm(specs * options.turns)
     for spec in progress:
-        progress.set_description(f"{spec['method']} P={spec['num_virtual_tokens']} {spec['text']} {spec['dtype']}")
+        progress.set_description(f"{spec['method']} P={spec['num_virtual_tokens']} {spec['text']} {spec['precision']}")
         row = _run(spec)
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
@@ -63,7 +66,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[20, 100])
     parser.add_argument("--text", nargs="+", choices=LENGTHS, default=["short"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16])
-    parser.add_argument("--dtype", nargs="+", choices=["float32", "bfloat16"], default=["float32"])
+    parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"])
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one untimed")
     parser.add_argument("--turns", type=int, default=2, help="how often each method is measured")
@@ -78,7 +81,7 @@ WHAT_FOR = "Time and memory of one training step: " + "; ".join(f"{name}: {text}
 
 
 def _grid(options: argparse.Namespace) -> Any:
-    for text, batch_size, dtype in product(options.text, options.batch_size, options.dtype):
+    for text, batch_size, precision in product(options.text, options.batch_size, options.precision):
         for method in options.methods:
             for virtual in options.num_virtual_tokens if method in PROMPTED else [0]:
                 yield {
@@ -86,7 +89,7 @@ def _grid(options: argparse.Namespace) -> Any:
                     "num_virtual_tokens": virtual,
                     "text": text,
                     "batch_size": batch_size,
-                    "dtype": dtype,
+                    "precision": precision,
                     "gradient_checkpointing": options.gradient_checkpointing,
                     "steps": options.steps,
                     "model": options.model_name_or_path,
@@ -108,8 +111,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     """Run the steps of one method in this process.
 
     Returns:
-        The spec with `step_time_s` (one for each step), `peak_memory_bytes` above the loaded model, `real_tokens` of
-        the batch, `trainable_parameters`, versions and machine.
+        The spec with `step_time_s` (one for each step), `weights_bytes`, `peak_memory_bytes` above the loaded model,
+        `real_tokens` of the batch, `trainable_parameters`, versions and machine.
     """
     import torch
     import transformers
@@ -122,12 +125,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
-    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, spec["dtype"])).to(device)
-    model, step = _method(model, spec, batch)
+    model = load(folder, spec["precision"]).to(device)
+    weights = model.get_memory_footprint()
+    model, step = method_step(model, spec, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     for parameter in model.parameters():
-        parameter.detach().sum()  # weights that are still on the disk alone would count as memory of the step
-    before = _reset_peak(device)
+        parameter.detach().view(
+            torch.uint8
+        ).max()  # weights that are still on the disk alone would count as memory of the step
+    before = reset_peak(device)
     step()  # the first step allocates its buffers and is not timed
     for parameter in parameters:
         parameter.grad = None
@@ -143,11 +149,23 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     return {
         **spec,
         "step_time_s": times,
-        "peak_memory_bytes": _peak(device) - before,
+        "weights_bytes": weights,
+        "peak_memory_bytes": peak(device) - before,
         "real_tokens": int(batch["attention_mask"].sum()),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
         **machine(device),
     }
+
+
+def load(folder: str, precision: str) -> Any:
+    """The frozen base model in one of `PRECISIONS`."""
+    import torch
+
+    from peft_prompt_ext import load_frozen_backbone
+
+    if precision in {"int8", "nf4"}:
+        return load_frozen_backbone(folder, quantization=precision)
+    return load_frozen_backbone(folder, dtype=getattr(torch, precision))
 
 
 def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
@@ -182,7 +200,7 @@ def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
     return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
 
-def _method(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:
+def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:
     """The model of a method, in training mode, and a function that runs one step's forward and backward pass."""
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
@@ -204,6 +222,10 @@ def _method(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:
             raise RuntimeError(f"the engine does not take this model: {status.reason}")
     elif method == "lora":
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8))
+    elif method == "full":
+        if spec["precision"] not in {"float32", "bfloat16"}:
+            raise ValueError(f"quantised weights cannot be trained: full with {spec['precision']}")
+        model.requires_grad_(True)
     model.train()
     if spec["gradient_checkpointing"]:
         base = model if method == "full" else model.get_base_model()
@@ -228,18 +250,21 @@ def _floor(model: Any, batch: Any) -> Any:
     return step
 
 
-def _reset_peak(device: str) -> int:
+def reset_peak(device: str) -> int:
     """Forget the peak so far; returns the memory in use now, in bytes."""
+    gc.collect()
     if device == "cuda":
         import torch
 
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
 
 
-def _peak(device: str) -> int:
+def peak(device: str) -> int:
+    """The most memory since `reset_peak`, in bytes."""
     if device == "cuda":
         import torch
 
@@ -273,9 +298,9 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console()
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("text", "batch_size", "dtype")), []).append(row)
-    for (text, batch_size, dtype), group in groups.items():
-        table = Table(title=f"One training step: {text} text, {batch_size} rows, {dtype}")
+        groups.setdefault(tuple(row[key] for key in ("text", "batch_size", "precision")), []).append(row)
+    for (text, batch_size, precision), group in groups.items():
+        table = Table(title=f"One training step: {text} text, {batch_size} rows, {precision}")
         columns = ("method", "P", "step", "x stock", "x LoRA", "x floor", "peak above the model", "x stock", "x LoRA")
         for column in columns:
             table.add_column(column, justify="left" if column == "method" else "right")

@@ -7,12 +7,31 @@ check_versions()  # before anything of PEFT is touched, so that a wrong version 
 
 from . import _peft_seam  # noqa: E402
 from .config import PromptTuningExtConfig  # noqa: E402
+from .frozen_backbone import load_frozen_backbone  # noqa: E402
 from .inits import available_inits, register_init  # noqa: E402
 from .shared_prefix import EngineStatus, engine_status  # noqa: E402
 
 
 __version__ = "0.1.0"
-__all__ = ["EngineStatus", "PromptTuningExtConfig", "available_inits", "engine_status", "register_init"]
+__all__ = [
+    "EngineStatus",
+    "MemoryEstimate",
+    "PromptTuningExtConfig",
+    "available_inits",
+    "engine_status",
+    "estimate_memory",
+    "load_frozen_backbone",
+    "register_init",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in {"MemoryEstimate", "estimate_memory"}:  # imports that nothing else needs
+        from . import memory
+
+        return getattr(memory, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
 
 # Loading an adapter (`PeftModel.from_pretrained`) needs the seam before any config of ours exists.
 _peft_seam.activate()

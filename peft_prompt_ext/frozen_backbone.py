@@ -1,0 +1,257 @@
+"""A frozen base model, in 4 or 8 bits if wanted, ready for plain `get_peft_model`."""
+
+from __future__ import annotations
+
+import difflib
+import importlib.util
+import logging
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+
+if TYPE_CHECKING:
+    from transformers import BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+
+
+logger = logging.getLogger(__name__)
+
+QUANTIZATIONS = ("nf4", "fp4", "int8")
+DEVICES = {"cpu", "cuda", "xpu", "hpu"}  # what bitsandbytes has kernels for
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoModelForCausalLM",
+    "SEQ_CLS": "AutoModelForSequenceClassification",
+    "SEQ_2_SEQ_LM": "AutoModelForSeq2SeqLM",
+    "TOKEN_CLS": "AutoModelForTokenClassification",
+    "QUESTION_ANS": "AutoModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoModel",
+}
+
+
+def load_frozen_backbone(
+    name_or_path: str,
+    task_type: str = "CAUSAL_LM",
+    quantization: str | None = None,
+    *,
+    double_quant: bool = True,
+    dtype: torch.dtype | str = "auto",
+    quant_storage: torch.dtype | None = None,
+    gradient_checkpointing: bool = False,
+    device_map: Any = None,
+    **kwargs: Any,
+) -> PreTrainedModel:
+    """Load a model of transformers to train a prompt (or any other adapter) on.
+
+    Nothing is upcast and no weight is copied, unlike in `peft.prepare_model_for_kbit_training`: embeddings, norms and
+    head stay in `dtype`. Linear layers of the trunk are quantised, heads are not (Dettmers et al. 2023, QLoRA).
+
+    Args:
+        name_or_path: A Hub id, a local folder, a `.gguf` file, or an embedded default (`peft_prompt_ext.assets`).
+        task_type: As in the adapter's config; it decides the AutoModel class.
+        quantization: "nf4", "fp4" (4 bits), "int8" (LLM.int8), or None.
+        double_quant: Quantise the scales of 4-bit blocks as well.
+        dtype: Of what is not quantised, and of the arithmetic. "auto": the checkpoint's, or bfloat16 for a quantised
+            model; if the device has no bfloat16 of its own, float16 on a GPU and float32 on a CPU instead.
+        quant_storage: Type that holds the 4-bit weights, uint8 by default; FSDP wants it to be `dtype`.
+        gradient_checkpointing: Recompute activations in the backward pass; the inputs then carry gradients.
+        device_map: As in `from_pretrained`; by default a quantised model goes to the GPU if there is one, else to the
+            CPU.
+        **kwargs: Passed on to `from_pretrained`, such as `num_labels` or `revision`.
+
+    Returns:
+        The model in evaluation mode, no parameter of which requires a gradient.
+
+    Raises:
+        ValueError: Unknown quantization or task type; a device without bitsandbytes kernels; a checkpoint that is
+            quantised in another way; a model without layers to quantise.
+        ImportError: bitsandbytes is wanted and not installed.
+    """
+    import transformers
+
+    _check_name("task_type", task_type, list(AUTO_CLASSES))
+    check_quantization(quantization)
+    device = _device(device_map)
+    if quantization is not None:
+        _check_quantizable(device, device_map)
+    with tempfile.TemporaryDirectory() as folder:
+        source = _source(name_or_path, Path(folder))
+        config = transformers.AutoConfig.from_pretrained(source, **_config_arguments(kwargs))
+        _check_not_quantized(config, quantization, name_or_path)
+        auto_class: Any = getattr(transformers, AUTO_CLASSES[task_type])
+        if dtype == "auto":
+            dtype = _dtype(config, device, quantization)
+        if quantization is not None and getattr(config, "quantization_config", None) is None:
+            skipped = _heads(auto_class, config, name_or_path)
+            kwargs["quantization_config"] = _bitsandbytes_config(
+                quantization, double_quant, dtype, quant_storage, skipped
+            )
+        model, loading = auto_class.from_pretrained(
+            source, dtype=dtype, device_map=device_map, output_loading_info=True, **kwargs
+        )
+    if loading["missing_keys"]:
+        logger.warning(
+            "%s has no %s for %s: they are new and have to be trained beside the prompt (modules_to_save).",
+            name_or_path,
+            ", ".join(sorted(loading["missing_keys"])),
+            task_type,
+        )
+    if quantization == "int8":
+        _say_once("bitsandbytes.autograd._functions")
+    model.requires_grad_(False)
+    if gradient_checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.enable_input_require_grads()
+    return model
+
+
+def native_dtype(device: str) -> torch.dtype:
+    """The fastest type a device multiplies itself: bfloat16, else float16 on a GPU and float32 on a CPU."""
+    if device == "cpu":
+        has = torch.cpu.get_capabilities()
+        return torch.bfloat16 if has.get("avx512_bf16") or has.get("amx_bf16") else torch.float32
+    if device == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        return torch.float16
+    return torch.bfloat16
+
+
+def check_quantization(quantization: str | None) -> None:
+    """Raise ValueError unless the name is known."""
+    _check_name("quantization", quantization, (*QUANTIZATIONS, None))
+
+
+def _check_name(what: str, value: str | None, known: Sequence[str | None]) -> None:
+    if value not in known:
+        near = difflib.get_close_matches(str(value), [name for name in known if name], n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{what} is one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+
+
+def _device(device_map: Any) -> str:
+    """The type of the device that a model goes to."""
+    if isinstance(device_map, dict):
+        device_map = next(iter(device_map.values()), None)
+    if device_map is None or device_map in {"auto", "balanced", "balanced_low_0", "sequential"}:
+        return "cuda" if torch.cuda.is_available() else "xpu" if torch.xpu.is_available() else "cpu"
+    return "cuda" if isinstance(device_map, int) else str(device_map).partition(":")[0]
+
+
+def _check_quantizable(device: str, device_map: Any) -> None:
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise ImportError(
+            "4 and 8 bits need bitsandbytes, which is not installed: run pip install 'peft-prompt-ext[quantization]'"
+        )
+    if device not in DEVICES:
+        raise ValueError(
+            f"bitsandbytes runs on {', '.join(sorted(DEVICES))}; got device_map={device_map!r}. Choose one of them, "
+            "or quantization=None."
+        )
+
+
+def _source(name_or_path: str, folder: Path) -> str:
+    """What `from_pretrained` takes; a GGUF file becomes a folder first, as it cannot be quantised again."""
+    from .assets import convert_gguf, resolve
+
+    if name_or_path.endswith(".gguf"):
+        if not Path(name_or_path).is_file():
+            raise ValueError(f"There is no GGUF file {name_or_path!r}.")
+        return str(convert_gguf(Path(name_or_path), folder / "converted"))
+    return resolve(name_or_path)
+
+
+def _config_arguments(kwargs: dict[str, Any]) -> dict[str, Any]:
+    names = ("revision", "token", "cache_dir", "local_files_only", "trust_remote_code", "subfolder", "num_labels")
+    return {name: kwargs[name] for name in names if name in kwargs}
+
+
+def _check_not_quantized(config: PretrainedConfig, quantization: str | None, name: str) -> None:
+    found: Any = getattr(config, "quantization_config", None)
+    if found is None or quantization is None:
+        return
+    found = found if isinstance(found, dict) else found.to_dict()
+    kind = found.get("quant_method")
+    if str(kind).lower().endswith("bitsandbytes"):
+        kind = found.get("bnb_4bit_quant_type") if found.get("load_in_4bit") else "int8"
+    if kind != quantization:
+        raise ValueError(
+            f"{name} is quantised already ({kind}); quantization={quantization!r} was wanted. Load it with "
+            f"quantization=None, or start from a checkpoint that is not quantised."
+        )
+
+
+def _dtype(config: PretrainedConfig, device: str, quantization: str | None) -> Any:
+    native = native_dtype(device)
+    if quantization is not None:
+        return native
+    return native if getattr(config, "dtype", None) == torch.bfloat16 else "auto"
+
+
+def _heads(auto_class: Any, config: PretrainedConfig, name: str) -> list[str]:
+    with torch.device("meta"):
+        model = auto_class.from_config(config)
+    skipped = unquantized_modules(model)
+    if not quantizable_layers(model, skipped):
+        raise ValueError(
+            f"{name} ({type(model).__name__}) has no Linear layers to quantise outside its head; "
+            "use quantization=None."
+        )
+    return skipped
+
+
+def unquantized_modules(model: Any) -> list[str]:
+    """Modules of a model that stay as they are: everything outside the trunk, and what is tied to it."""
+    from transformers.quantizers.base import get_keys_to_not_convert
+
+    children = [name for name, _ in model.named_children()]
+    skipped = {key.removesuffix(".weight").removesuffix(".bias") for key in get_keys_to_not_convert(model)}
+    if model.base_model_prefix in children:
+        skipped |= set(children) - {model.base_model_prefix}
+    return sorted(skipped)
+
+
+def quantizable_layers(model: Any, skipped: list[str]) -> list[str]:
+    """Names of the layers that bitsandbytes replaces."""
+    from transformers.pytorch_utils import Conv1D
+
+    layers = (name for name, module in model.named_modules() if type(module) in {torch.nn.Linear, Conv1D})
+    return [name for name in layers if not any(name == skip or name.startswith(skip + ".") for skip in skipped)]
+
+
+def _bitsandbytes_config(
+    quantization: str, double_quant: bool, dtype: Any, storage: torch.dtype | None, skipped: list[str]
+) -> BitsAndBytesConfig:
+    from transformers import BitsAndBytesConfig
+
+    if quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quantization,
+        bnb_4bit_use_double_quant=double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_quant_storage=storage,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+class _Once(logging.Filter):
+    """Lets each message through once: bitsandbytes repeats one for every matrix product."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See `logging.Filter`."""
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def _say_once(name: str) -> None:
+    log = logging.getLogger(name)
+    if not any(isinstance(existing, _Once) for existing in log.filters):
+        log.addFilter(_Once())
