@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart test lint
+.PHONY: quickstart quickstart-4bit test lint
 
 quickstart: .venv/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
+
+quickstart-4bit: .venv/recipes.ready .venv/quantization.ready ## the same prompt over a full-precision and a 4-bit backbone
+	$(BIN)/python -m benchmarks backbones --output outputs/quickstart-4bit/backbones.jsonl
 
 test: .venv/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest

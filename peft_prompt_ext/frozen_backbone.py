@@ -219,6 +219,24 @@ def quantizable_layers(model: Any, skipped: list[str]) -> list[str]:
     return [name for name in layers if not any(name == skip or name.startswith(skip + ".") for skip in skipped)]
 
 
+def dequantize_modules(model: Any, names: Sequence[str]) -> None:
+    """Give heads that are to be trained their weights back as numbers: a quantised weight has no gradient.
+
+    `from_pretrained` with a BitsAndBytesConfig of one's own quantises the heads of BERT-like models as well.
+    """
+    if getattr(model, "hf_quantizer", None) is None:
+        return
+    from transformers.integrations.bitsandbytes import dequantize_bnb_weight
+
+    for name, module in list(model.named_modules()):
+        if type(module).__module__.startswith("bitsandbytes.") and not {*names}.isdisjoint(name.split(".")):
+            weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).to(model.dtype)
+            linear = torch.nn.Linear(module.in_features, module.out_features, device=weight.device)
+            linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
+            model.set_submodule(name, linear)
+            logger.info("%s is to be trained: its quantised weights were turned back into %s.", name, weight.dtype)
+
+
 def _bitsandbytes_config(
     quantization: str, double_quant: bool, dtype: Any, storage: torch.dtype | None, skipped: list[str]
 ) -> BitsAndBytesConfig:

@@ -21,6 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
+from .frozen_backbone import dequantize_modules
 from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
 
@@ -31,6 +32,7 @@ IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of tra
 class PromptTuningMixin(PeftModel):
     """Goes in front of PEFT's model class of a task."""
 
+    _heads: ClassVar[tuple[str, ...]] = ()  # modules that PEFT trains beside the prompt
     _token_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
     _token_outputs: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
 
@@ -39,6 +41,10 @@ class PromptTuningMixin(PeftModel):
         if peft_config is None or isinstance(peft_config, PromptTuningExtConfig):
             return super().__new__(cls)
         return cls.__bases__[-1](model, peft_config, *args, **kwargs)
+
+    def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        dequantize_modules(model, [*self._heads, *(peft_config.modules_to_save or [])])
+        super().__init__(model, peft_config, *args, **kwargs)
 
     def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task."""
@@ -198,6 +204,7 @@ class PeftModelForSequenceClassification(
 
     _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
     _heads_of_rows: ClassVar[set[str]] = {"score"}
+    _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
@@ -298,6 +305,7 @@ class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureE
 class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenClassification):
     """Output: logits [B, T, C], one for each text token; PEFT returns P+T of them and cannot take labels [B, T]."""
 
+    _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
     _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "logits")
 
     def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
@@ -325,6 +333,7 @@ class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenC
 class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestionAnswering):
     """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them."""
 
+    _heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
     _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "start_logits", "end_logits")
 
     def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:

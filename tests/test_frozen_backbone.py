@@ -167,6 +167,30 @@ def test_the_ordinary_roads_give_the_same_loss(folder):
     torch.testing.assert_close(losses[0], losses[2])
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(
+    ("architecture", "task_type"),
+    [("bert", "SEQ_CLS"), ("bert", "TOKEN_CLS"), ("bert", "QUESTION_ANS"), ("llama", "SEQ_CLS")],
+)
+@pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
+def test_heads_that_the_ordinary_road_quantised_are_trained(folder, architecture, task_type, bits):
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True})
+    base = AUTO_CLASSES[task_type].from_pretrained(
+        folder(architecture, task_type), quantization_config=config, dtype=torch.float32
+    )
+    batch = make_batch(task_type)
+    with torch.no_grad():
+        before = base(**batch).loss
+    model = prompted(base, task_type)
+    with torch.no_grad(), model.disable_adapter():
+        torch.testing.assert_close(model(**batch).loss, before, rtol=2e-2, atol=2e-2)
+
+    model(**batch).loss.backward()
+
+    heads = [p for name, p in model.named_parameters() if ".modules_to_save." in name]
+    assert heads and all(p.is_floating_point() and p.grad is not None for p in heads)
+
+
 @pytest.mark.parametrize(("given", "low"), [("auto", None), (torch.bfloat16, torch.bfloat16)])
 def test_nothing_is_upcast_and_the_prompt_is_fp32(folder, given, low):
     base = load_frozen_backbone(folder("llama"), quantization="nf4", dtype=given)

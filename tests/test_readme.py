@@ -29,7 +29,7 @@ def model(build_model, tokenizer_folder):
 def test_the_first_snippet_makes_a_prompt_and_the_saving_snippet_loads_it(model, build_model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
-    prompted = run_snippet("PromptTuningExtConfig(", tmp_path, model=model)["model"]
+    prompted = run_snippet("config = PromptTuningExtConfig(", tmp_path, model=model)["model"]
     run_snippet("save_pretrained", tmp_path, model=prompted, base_model=build_model("llama"), PeftModel=PeftModel)
 
     assert (tmp_path / "my-prompt" / "prompt_init.json").is_file()
@@ -65,3 +65,16 @@ def test_every_file_named_in_the_house_exists():
 
     assert len(names) > 5
     assert [str(p) for p in names if not (root / p).exists()] == []
+
+
+@pytest.mark.real
+def test_the_4_bit_snippet_gives_a_packed_model(smollm2, tmp_path, monkeypatch):
+    import peft_prompt_ext
+
+    load = peft_prompt_ext.load_frozen_backbone
+    monkeypatch.setattr(peft_prompt_ext, "load_frozen_backbone", lambda name, **kwargs: load(smollm2, **kwargs))
+
+    model = run_snippet("load_frozen_backbone(", tmp_path)["model"]
+
+    assert peft_prompt_ext.engine_status(model).packed
+    assert model.get_memory_footprint() < 200e6
