@@ -5,6 +5,7 @@ import copy
 import logging
 import subprocess
 import sys
+from itertools import product
 
 import pytest
 import torch
@@ -479,18 +480,15 @@ def packed_tokens(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
-@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS"])
-@pytest.mark.parametrize("architecture", [*PACKED, "phi3", "mixtral"])
+@pytest.mark.parametrize(
+    ("architecture", "task_type"),
+    [*product(PACKED, ["CAUSAL_LM", "SEQ_CLS"]), ("phi3", "CAUSAL_LM"), ("mixtral", "CAUSAL_LM")],
+)
 def test_without_gradients_the_prompt_runs_once_and_the_results_stay(
     build_model, architecture, task_type, monkeypatch
 ):
-    if architecture in MORE:
-        if task_type == "SEQ_CLS":
-            pytest.skip("CAUSAL_LM alone is built from MORE")
-        model = prompted(other_model(architecture), task_type)
-    else:
-        model = prompted(build_model(architecture, task_type), task_type, num_virtual_tokens=13)
-    model.eval()
+    base = other_model(architecture) if architecture in MORE else build_model(architecture, task_type)
+    model = prompted(base, task_type, num_virtual_tokens=13).eval()
     batch = padded("holes", task_type)
     wanted = model(**batch)
     assert engine_status(model).keeps_prompts

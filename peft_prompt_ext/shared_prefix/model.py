@@ -186,8 +186,9 @@ class SharedPrefixMixin(PeftModel):
 
     def _kept_states(self, layout: PackedLayout, prompts: dict[str, torch.Tensor]) -> list[PromptState] | None:
         """What the prompts left to the texts when they ran; None where they have to run with them."""
-        rows_without_text = bool((layout.last < layout.num_prompt_tokens).any())
-        if torch.is_grad_enabled() or self.training or rows_without_text or not prompts:
+        if torch.is_grad_enabled() or self.training or not prompts:
+            return None
+        if bool((layout.last < layout.num_prompt_tokens).any()):  # a row without text ends in its prompt
             return None
         from .cache import fingerprint, prompt_state
 
