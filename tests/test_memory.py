@@ -105,6 +105,8 @@ def test_parts_add_up_and_grow_with_what_they_depend_on():
     assert estimate_memory(config, batch=3, tokens=37).step_bytes > small.step_bytes
     assert estimate_memory(config, batch=3, tokens=11, num_virtual_tokens=47).step_bytes > small.step_bytes
     assert estimate_memory(config, batch=3, tokens=11, gradient_checkpointing=True).step_bytes < small.step_bytes
+    int8, nf4 = (estimate_memory(config, "prompt_tuning", kind, batch=3, tokens=11) for kind in ("int8", "nf4"))
+    assert int8.step_bytes > nf4.step_bytes  # LLM.int8 keeps the inputs of its products
     assert estimate_memory(config, batch=3, tokens=11, dtype=torch.bfloat16).weights_bytes == small.weights_bytes / 2
 
 
