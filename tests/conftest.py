@@ -18,6 +18,9 @@ from peft_prompt_ext import PromptTuningExtConfig
 from tests.zoo import AUTO_CLASSES, CORPUS, VOCAB_ROWS, tiny_config
 
 
+POSITIONS_OF = {"gpt2": "n_positions"}
+
+
 @pytest.fixture(scope="session")
 def tokenizer_folder(tmp_path_factory):
     """A byte-level BPE tokenizer with special and added tokens, fewer tokens than the models have rows."""
@@ -52,6 +55,32 @@ def build_model():
         return AUTO_CLASSES[task_type].from_config(tiny_config(architecture, **changes)).eval()
 
     return build
+
+
+@pytest.fixture(scope="session")
+def saved_model(tmp_path_factory, tokenizer_folder):
+    """Saves a tiny model with its tokenizer and room for long rows: `saved_model("llama", "CAUSAL_LM")`."""
+    saved = {}
+
+    def save(architecture, task_type="CAUSAL_LM"):
+        task_type = "FEATURE_EXTRACTION" if task_type == "SEQ_CLS" else task_type  # a head is new
+        key = architecture, task_type
+        if key not in saved:
+            torch.manual_seed(0)
+            sizes = {} if architecture == "t5" else {POSITIONS_OF.get(architecture, "max_position_embeddings"): 997}
+            model = AUTO_CLASSES[task_type].from_config(tiny_config(architecture, **sizes))
+            for parameter in model.parameters():
+                torch.nn.init.normal_(parameter, std=0.2)  # else all answers are about as likely
+            folder = tmp_path_factory.mktemp(f"{architecture}-{task_type}")
+            model.save_pretrained(folder)
+            tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
+            if architecture == "bert":
+                tokenizer.add_special_tokens({"sep_token": "</s>", "cls_token": "<s>"})
+            tokenizer.save_pretrained(folder)
+            saved[key] = str(folder)
+        return saved[key]
+
+    return save
 
 
 @pytest.fixture

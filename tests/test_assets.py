@@ -216,7 +216,7 @@ def test_resolve_knows_assets_and_leaves_the_rest_alone(tiny, tmp_path):
 
 
 def test_an_unknown_name_suggests_the_nearest():
-    with pytest.raises(ValueError, match=r"'smolm2'.*Did you mean 'smollm2-135m'\?.*minilm-l6, movie-reviews"):
+    with pytest.raises(ValueError, match=r"'smolm2'.*did you mean 'smollm2-135m'\?.*minilm-l6, movie-reviews"):
         assets.asset_path("smolm2")
 
 

@@ -5,7 +5,6 @@ Shapes: P virtual tokens, H hidden size of the word embeddings (`token_dim`), n 
 
 from __future__ import annotations
 
-import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from peft.utils.integrations import gather_params_ctx
+
+from .._choices import nearest
 
 
 if TYPE_CHECKING:
@@ -166,7 +167,7 @@ class InitScheme:
         for key in kwargs:
             if key not in known:
                 raise ValueError(
-                    f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{_nearest(str(key), known)}. "
+                    f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{nearest(str(key), known)}. "
                     f"It takes: {', '.join(known) or 'none'}."
                 )
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in kwargs]
@@ -233,19 +234,7 @@ def get_scheme(name: str) -> InitScheme:
     scheme = SCHEMES.get(name.upper())
     if scheme is None:
         raise ValueError(
-            f"prompt_tuning_init ({name!r}) is not known{_nearest(name.upper(), available_inits())}. "
+            f"prompt_tuning_init ({name!r}) is not known{nearest(name.upper(), available_inits())}. "
             f"Available: {', '.join(available_inits())}."
         )
     return scheme
-
-
-def check_choice(name: str, value: object, choices: Sequence[str]) -> None:
-    """Raise `ValueError` unless `value` is one of `choices`; suggests the nearest."""
-    if value not in choices:
-        wanted = ", ".join(map(repr, choices))
-        raise ValueError(f"{name} ({value!r}) must be one of {wanted}{_nearest(str(value), choices)}.")
-
-
-def _nearest(value: str, choices: Sequence[str]) -> str:
-    close = difflib.get_close_matches(value, choices, n=1, cutoff=0.5)
-    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from .base import InitContext, check_choice, get_scheme, register_init
+from .._choices import check_choice
+from .base import InitContext, get_scheme, register_init
 
 
 POSITIONS = ("first", "last")

@@ -6,7 +6,8 @@ import warnings
 
 import torch
 
-from .base import InitContext, check_choice, register_init
+from .._choices import check_choice
+from .base import InitContext, register_init
 
 
 FILLS = ("repeat", "sample_vocab")

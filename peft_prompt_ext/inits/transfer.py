@@ -12,7 +12,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from .base import InitContext, check_choice, register_init
+from .._choices import check_choice
+from .base import InitContext, register_init
 
 
 LENGTH_POLICIES = ("strict", "truncate_pad", "interpolate")

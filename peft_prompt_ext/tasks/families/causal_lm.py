@@ -1,0 +1,62 @@
+"""Decoders: the answer follows the question.
+
+Shapes: B rows, T text tokens, K columns of logits, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from inspect import signature
+from typing import Any, ClassVar
+
+import torch
+
+from ..encoding import pad
+from .base import base_model_of, prompt_length
+from .language_model import IGNORE_INDEX, LanguageModel, labelled
+
+
+class CausalLM(LanguageModel):
+    """See `Family`. The loss is that of the answer's tokens alone."""
+
+    task_type: ClassVar[str] = "CAUSAL_LM"
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """See `Family`."""
+        answers = [labelled(row) for row in rows]
+        texts = [[*row["context"], *answer] for row, answer in zip(rows, answers, strict=True)]
+        labels = [[*[IGNORE_INDEX] * len(row["context"]), *answer] for row, answer in zip(rows, answers, strict=True)]
+        return {**_inputs(texts, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORE_INDEX)}
+
+    def collate_labelled_logits(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """As `collate`, for a model without a prompt: logits only in the columns where some row has a label."""
+        batch = self.collate(rows)
+        columns = (batch["labels"][:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
+        return {**batch, "shift_labels": batch["labels"][:, columns + 1], "logits_to_keep": columns}
+
+    def _logits(
+        self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
+    ) -> Any:
+        inputs = _inputs([[*c, *o] for c, o in zip(contexts, openings, strict=True)], self.tokenizer.pad_token_id)
+        first = torch.tensor([len(context) - 1 for context in contexts])
+        asked = {int(f) + i for f, o in zip(first, openings, strict=True) for i in range(len(o) + 1)}
+        columns = torch.tensor(sorted(asked))
+        prompt = prompt_length(model)
+        options = {}
+        if keeps_columns(model):
+            options["logits_to_keep"] = (columns + prompt).to(device)
+        logits = model(**{name: value.to(device) for name, value in inputs.items()}, **options).logits
+        if not options:
+            logits = logits[:, (columns + prompt).to(device)]
+        kept = torch.zeros(int(columns.max()) + 1, dtype=torch.long)
+        kept[columns] = torch.arange(len(columns))
+        return lambda numbers, places: logits[numbers.to(device), kept[first[numbers] + places].to(device)]
+
+
+def keeps_columns(model: Any) -> bool:
+    """Whether the model can leave logits out."""
+    return "logits_to_keep" in signature(base_model_of(model).forward).parameters
+
+
+def _inputs(texts: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
+    return {"input_ids": pad(texts, pad_token_id), "attention_mask": pad([[1] * len(text) for text in texts], 0)}

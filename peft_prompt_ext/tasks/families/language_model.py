@@ -1,0 +1,106 @@
+"""What causal and text-to-text models share: a choice is an answer in tokens, rated by its likelihood.
+
+Shapes: B rows, C most choices of a row, L most tokens of a choice, T text tokens.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..base import HIDDEN
+from ..encoding import answer_ids, fit, pad
+from .base import ABSENT, Family
+
+
+IGNORE_INDEX = -100
+MAX_SEQUENCES = 64  # of one forward pass, if rows have many choices
+
+
+class LanguageModel(Family):
+    """Scores a choice by the sum of its tokens' log-probabilities."""
+
+    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Family`; `context` and `choices` are token ids."""
+        row = self.task.prepared(row)
+        choices = self._answers(tuple(self.task.choices_of(row)))
+        encoded, truncated = fit(
+            self.task,
+            row,
+            lambda values: self.tokenizer(self.task.template.format(**values), verbose=False),
+            self.tokenizer,
+            self.max_length - self._answer_room(choices),
+        )
+        context = encoded["input_ids"]
+        return {
+            "context": context,
+            "choices": choices,
+            "target": self.task.target(row),
+            "length": len(context) + max(map(len, choices)),
+            "truncated": truncated,
+        }
+
+    def _answers(self, choices: tuple[str, ...]) -> list[list[int]]:
+        return answer_ids(self.tokenizer, self.task.template, choices)
+
+    def _answer_room(self, choices: Sequence[Sequence[int]]) -> int:
+        """Tokens of the limit that the answer takes from the text."""
+        return max(map(len, choices))
+
+    def collate_choices(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """See `Family`: `context` [B, T], `length` [B], `choices` [B, C, L] padded with IGNORE_INDEX."""
+        most = max(len(row["choices"]) for row in rows)
+        flat = [choice for row in rows for choice in [*row["choices"], *[[]] * (most - len(row["choices"]))]]
+        return {
+            "context": pad([row["context"] for row in rows], self.tokenizer.pad_token_id),
+            "context_length": torch.tensor([len(row["context"]) for row in rows]),
+            "choices": pad(flat, IGNORE_INDEX).view(len(rows), most, -1),
+            "target": torch.tensor([row["target"] for row in rows]),
+        }
+
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Family`; choices that differ in their last token alone share a sequence."""
+        device = batch["context"].device
+        contexts = [
+            row[:length].tolist()
+            for row, length in zip(batch["context"].cpu(), batch["context_length"].tolist(), strict=True)
+        ]
+        choices = [[[t for t in choice if t != IGNORE_INDEX] for choice in row] for row in batch["choices"].tolist()]
+        sequences: dict[tuple[int, tuple[int, ...]], int] = {}
+        wanted = []  # for each token of each choice: row, choice, sequence, place behind the context, token
+        for r, row in enumerate(choices):
+            for c, choice in enumerate(row):
+                number = sequences.setdefault((r, tuple(choice[:-1])), len(sequences)) if choice else -1
+                wanted += [(r, c, number, place, token) for place, token in enumerate(choice)]
+        scores = torch.zeros(batch["choices"].shape[:2])
+        keys = list(sequences)
+        for start in range(0, len(keys), MAX_SEQUENCES):
+            part = keys[start : start + MAX_SEQUENCES]
+            asked = [(r, c, n - start, p, t) for r, c, n, p, t in wanted if start <= n < start + MAX_SEQUENCES]
+            rows, columns, numbers, places, tokens = torch.tensor(asked).T
+            logits = self._logits(model, [contexts[r] for r, _ in part], [key for _, key in part], device)
+            chosen = logits(numbers, places).float().log_softmax(-1).cpu()  # [asked, V]
+            scores.index_put_((rows, columns), chosen.gather(1, tokens[:, None])[:, 0], accumulate=True)
+        absent = torch.tensor([[not choice for choice in row] for row in choices])
+        return scores.masked_fill(absent, ABSENT).to(device)
+
+    @abstractmethod
+    def _logits(
+        self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
+    ) -> Any:
+        """Run sequences of a context and the opening of an answer.
+
+        Returns:
+            A function of sequence numbers [n] and places behind the context [n] that gives the logits [n, V] for the
+            token at that place.
+        """
+
+
+def labelled(row: Mapping[str, Any]) -> list[int]:
+    """The right answer's tokens."""
+    if row["target"] == HIDDEN:
+        raise ValueError("A row without a label cannot be trained on.")
+    return row["choices"][row["target"]]

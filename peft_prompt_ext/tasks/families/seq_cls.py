@@ -1,0 +1,114 @@
+"""Encoders and decoders with a classification head; choices that differ by row are a yes/no question each.
+
+Shapes: B rows, C choices, T text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+
+from ..base import HIDDEN
+from ..encoding import fit, pad
+from .base import ABSENT, Family
+
+
+class SequenceClassification(Family):
+    """See `Family`. A regression has one logit, and the score is the number itself."""
+
+    task_type: ClassVar[str] = "SEQ_CLS"
+
+    @property
+    def num_labels(self) -> int:
+        """Outputs of the head."""
+        if self.task.is_regression:
+            return 1
+        return len(self.task.label_words) or 2
+
+    @property
+    def model_options(self) -> dict[str, Any]:
+        """See `Family`: the size of the new head and the names of its labels."""
+        names = self.task.names if self.task.label_words and not self.task.is_regression else ("no", "yes")
+        kind = "regression" if self.task.is_regression else "single_label_classification"
+        if self.task.is_regression:
+            return {"num_labels": 1, "problem_type": kind}
+        labels = dict(enumerate(names))
+        return {
+            "num_labels": self.num_labels,
+            "problem_type": kind,
+            "id2label": labels,
+            "label2id": {name: i for i, name in labels.items()},
+        }
+
+    def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        """See `Family`; `inputs` has one text, or one for each choice; `number` is the value of a regression."""
+        row = self.task.prepared(row)
+        versions = [{**row, "choice": choice.strip()} for choice in self.task.choices_of(row)]
+        fitted = [
+            fit(self.task, version, self._encode, self.tokenizer, self.max_length)
+            for version in (versions if self.task.choices else [row])
+        ]
+        target = self.task.target(row)
+        number = float(row[self.task.label_column]) if self.task.is_regression and target != HIDDEN else 0.0
+        return {
+            "inputs": [{name: encoded[name] for name in self._names} for encoded, _ in fitted],
+            "target": target,
+            "number": number,
+            "length": max(len(encoded["input_ids"]) for encoded, _ in fitted),
+            "truncated": any(cut for _, cut in fitted),
+        }
+
+    def _encode(self, row: Mapping[str, Any]) -> Any:
+        texts = [text.format(**row) for text in self.task.texts]
+        if self.tokenizer.sep_token_id is None:  # nothing would stand between the two
+            texts = ["\n".join(texts)]
+        return self.tokenizer(*texts, verbose=False)
+
+    def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """See `Family`."""
+        batch = self._pad([text for row in rows for text in row["inputs"]])
+        if self.task.is_regression:
+            labels = torch.tensor([row["number"] for row in rows])
+        elif self.task.choices:
+            labels = torch.tensor([int(i == row["target"]) for row in rows for i in range(len(row["inputs"]))])
+        else:
+            labels = torch.tensor([row["target"] for row in rows])
+        return {**batch, "labels": labels}
+
+    def collate_choices(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
+        """See `Family`; `count` [B] is the number of a row's texts."""
+        return {
+            **self._pad([text for row in rows for text in row["inputs"]]),
+            "count": torch.tensor([len(row["inputs"]) for row in rows]),
+            "target": torch.tensor([row["target"] for row in rows]),
+            "number": torch.tensor([row["number"] for row in rows]),
+        }
+
+    @property
+    def _names(self) -> list[str]:
+        return [name for name in self.tokenizer.model_input_names if name in {"input_ids", "token_type_ids"}]
+
+    def _pad(self, texts: list[Mapping[str, list[int]]]) -> dict[str, torch.Tensor]:
+        fill = {"input_ids": self.tokenizer.pad_token_id, "token_type_ids": self.tokenizer.pad_token_type_id}
+        batch = {name: pad([text[name] for text in texts], fill[name]) for name in self._names}
+        return {**batch, "attention_mask": pad([[1] * len(text["input_ids"]) for text in texts], 0)}
+
+    def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Family`."""
+        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+        logits = model(**inputs).logits.float()
+        if self.task.is_regression:
+            return logits
+        scores = logits.log_softmax(-1)
+        if not self.task.choices:
+            return scores
+        rows = scores[:, 1].split(batch["count"].tolist())  # the likelihood of yes
+        return torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True, padding_value=ABSENT)
+
+    def loss(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `Family`; the mean squared error of a regression."""
+        if self.task.is_regression:
+            return torch.nn.functional.mse_loss(scores[:, 0], batch["number"])
+        return super().loss(scores, batch)

@@ -1,0 +1,127 @@
+"""A trained run loaded again, to answer new rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .base import HIDDEN, Task
+from .families import FAMILIES, Family
+from .scoring import predictions, probabilities
+
+
+RECORD = "recipe.json"  # what a recipe's run is, beside its weights
+
+
+class Predictor:
+    """Labels with probabilities for rows of a task.
+
+    Args:
+        model: The model, its adapter on it.
+        family: How rows are asked of it.
+
+    Example:
+    ```py
+    >>> predictor = Predictor.from_pretrained("outputs/sst2")
+    >>> next(predictor.predict([{"sentence": "a warm and funny film"}]))
+    ```
+    """
+
+    def __init__(self, model: Any, family: Family) -> None:
+        self.model = model.eval()
+        self.family = family
+
+    @classmethod
+    def from_pretrained(cls, folder: str, device: str | None = None) -> Predictor:
+        """Load what `recipes/train.py` wrote.
+
+        Args:
+            folder: Its output folder, or the Hub id that it was pushed to.
+            device: Where to run; by default a GPU if there is one.
+
+        Raises:
+            ValueError: The folder holds no run of the recipe.
+        """
+        from peft import PeftModel
+        from transformers import AutoTokenizer
+        from transformers.utils import cached_file
+
+        from ..assets import resolve
+        from ..frozen_backbone import load_frozen_backbone
+
+        try:
+            found = Path(str(cached_file(folder, RECORD)))
+        except OSError as error:
+            raise ValueError(f"{folder} holds no {RECORD}: give the output folder of recipes/train.py.") from error
+        record = json.loads(found.read_text(encoding="utf-8"))
+        task = Task.from_dict(record["task"])
+        is_adapter = record["method"] in {"prompt_tuning", "lora"}
+        trained_whole = record["method"] in {"full", "linear_probe"}
+        base = folder if trained_whole else resolve(record["model_name_or_path"])
+        tokenizer = AutoTokenizer.from_pretrained(base)
+        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+        family = FAMILIES[record["task_type"]](task, tokenizer, record["max_length"])
+        model: Any = load_frozen_backbone(
+            base,
+            task_type=record["task_type"],
+            quantization=record["quantization"],
+            **({} if trained_whole else family.model_options),
+        )
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        if is_adapter:
+            model = PeftModel.from_pretrained(model, folder)
+        if record["quantization"] is None:
+            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        return cls(model, family)
+
+    def predict(self, rows: Sequence[Mapping[str, Any]], batch_size: int = 32) -> Iterator[dict[str, Any]]:
+        """Answer rows, in their order.
+
+        Args:
+            rows: Rows with the task's text columns; a label is not looked at.
+            batch_size: Rows at a time; the answers do not depend on it.
+
+        Yields:
+            `label`, `probability` and `probabilities` (by label) of each row; for a regression `value`.
+
+        Raises:
+            ValueError: A row has not the task's columns.
+        """
+        for start in range(0, len(rows), batch_size):
+            yield from self._answer([self._unlabelled(row) for row in rows[start : start + batch_size]])
+
+    def _unlabelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+        task = self.family.task
+        row = {**row, "answers": None} if task.answer else {k: v for k, v in row.items() if k != task.label_column}
+        try:
+            prepared = task.prepared(row)
+        except KeyError as error:
+            prepared = {}
+            raise ValueError(f"A row for {task.name} needs the column {error}; it has {', '.join(row)}.") from error
+        missing = [c for c in task.columns if prepared.get(c) is None and not (task.choices and c == "choice")]
+        if missing:
+            raise ValueError(f"A row for {task.name} needs the column {missing[0]!r}; it has {', '.join(row)}.")
+        return row
+
+    def _answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        task = self.family.task
+        encoded = [{**self.family.encode(row), "target": HIDDEN} for row in rows]
+        device = next(self.model.parameters()).device
+        batch = {name: value.to(device) for name, value in self.family.collate_choices(encoded).items()}
+        with torch.inference_mode():
+            scores = self.family.score(self.model, batch).cpu().numpy()
+        choices = [task.choices_of(task.prepared(row)) for row in rows]
+        counts = [len(row) for row in choices]
+        answers = predictions(task, scores, counts)
+        if task.is_regression:
+            yield from ({"value": value} for value in answers)
+            return
+        for row, answer, shares in zip(choices, answers, probabilities(scores, counts), strict=True):
+            names = list(task.names) or [choice.strip() for choice in row]
+            by_name = dict(zip(names, map(float, shares), strict=True))
+            yield {"label": names[int(answer)], "probability": float(shares[int(answer)]), "probabilities": by_name}

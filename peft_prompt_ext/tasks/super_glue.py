@@ -1,0 +1,137 @@
+"""SuperGLUE (Wang et al. 2019): an entry for each task, over the columns and label codes of `aps/super_glue`.
+
+Names that GLUE has too carry a prefix: `super_glue_rte`.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .base import HIDDEN, Row, Task, register_tasks
+
+
+_NO_YES: dict[str, Any] = {"label_words": (" no", " yes")}
+
+
+def _super_glue(subset: str, name: str | None = None, **values: Any) -> Task:
+    revision = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
+    return Task(
+        name=name or subset,
+        path="aps/super_glue",
+        subset=subset,
+        revision=revision,
+        benchmark="super_glue",
+        **values,
+    )
+
+
+def _copa_opening(row: Row) -> dict[str, str]:
+    """The premise as the opening of a sentence that each choice can end (Radford et al. 2019, section 3)."""
+    link = {"cause": "because", "effect": "so"}[row["question"]]
+    return {"opening": f"{row['premise'].strip().rstrip('.')} {link}"}
+
+
+def _copa_choices(row: Row) -> list[str]:
+    return [f" {choice[:1].lower()}{choice[1:]}" for choice in (row["choice1"], row["choice2"])]
+
+
+def _copa_answer(row: Row) -> int:
+    return row.get("label", HIDDEN)
+
+
+def _record_passage(row: Row) -> dict[str, str]:
+    """The passage with its highlights as sentences: the files mark them."""
+    return {"text": row["passage"].replace("\n@highlight\n", " ").replace("@highlight", " ")}
+
+
+def _record_choices(row: Row) -> list[str]:
+    return [f" {entity}" for entity in row["entities"]]
+
+
+def _record_answer(row: Row) -> int:
+    """The first right entity: a row is trained on one."""
+    right = [i for i, entity in enumerate(row["entities"]) if entity in set(row["answers"] or ())]
+    return right[0] if right else HIDDEN
+
+
+def _wsc_marks(row: Row) -> dict[str, str]:
+    """The text with its two spans marked, as T5 does (Raffel et al. 2020, appendix D)."""
+    words = row["text"].split(" ")
+    for name, mark in (("span1", "#"), ("span2", "*")):
+        first, length = row[f"{name}_index"], len(row[f"{name}_text"].split(" "))
+        words[first] = f"{mark}{words[first]}"
+        last = min(first + length, len(words)) - 1
+        words[last] = f"{words[last]}{mark}"
+    return {"marked": " ".join(words)}
+
+
+register_tasks(
+    [
+        _super_glue(
+            "boolq",
+            template="Passage: {passage}\nQuestion: {question}?\nAnswer:",
+            texts=("{question}", "{passage}"),
+            truncate=("passage",),
+            **_NO_YES,
+        ),
+        _super_glue(
+            "cb",
+            template="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise imply the hypothesis? Answer:",
+            texts=("{premise}", "{hypothesis}"),
+            label_words=(" yes", " no", " maybe"),
+            label_names=("entailment", "contradiction", "neutral"),
+            truncate=("premise",),
+            main_metric="combined_score",
+        ),
+        _super_glue(
+            "copa",
+            template="{opening}",
+            texts=("{opening}", "{choice}"),
+            prepare=_copa_opening,
+            choices=_copa_choices,
+            answer=_copa_answer,
+        ),
+        _super_glue(
+            "multirc",
+            template="Passage: {paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs the answer right?",
+            texts=("{paragraph}", "{question} {answer}"),
+            truncate=("paragraph",),
+            main_metric="combined_score",
+            **_NO_YES,
+        ),
+        _super_glue(
+            "record",
+            template="Passage: {text}\nSentence: {query}\nThe @placeholder is",
+            texts=("{text}", "{query} {choice}"),
+            prepare=_record_passage,
+            choices=_record_choices,
+            answer=_record_answer,
+            truncate=("text",),
+            main_metric="combined_score",
+        ),
+        _super_glue(
+            "rte",
+            name="super_glue_rte",
+            template="Premise: {premise}\nHypothesis: {hypothesis}\nDoes the premise imply the hypothesis? Answer:",
+            texts=("{premise}", "{hypothesis}"),
+            label_words=(" yes", " no"),
+            label_names=("entailment", "not_entailment"),
+            truncate=("premise",),
+        ),
+        _super_glue(
+            "wic",
+            template="{sentence1}\n{sentence2}\nDoes {word} mean the same in both sentences? Answer:",
+            texts=("{word}: {sentence1}", "{sentence2}"),
+            truncate=("sentence1", "sentence2"),
+            **_NO_YES,
+        ),
+        _super_glue(
+            "wsc",
+            template="{marked}\nDoes *{span2_text}* refer to #{span1_text}#? Answer:",
+            texts=("{marked}", "{span2_text} {span1_text}"),
+            prepare=_wsc_marks,
+            truncate=("marked",),
+            **_NO_YES,
+        ),
+    ]
+)

@@ -1,0 +1,525 @@
+"""Train and score one GLUE, SuperGLUE or own task: prompt tuning, LoRA, full fine-tuning, a linear probe or zero-shot.
+
+    python recipes/train.py --task_name sst2 --output_dir outputs/sst2
+    python recipes/train.py --config recipes/configs/movie_reviews.yaml --seed 1
+    accelerate launch --num_processes 2 recipes/train.py --task_name rte --data_dir glue/rte --output_dir outputs/rte
+
+Flags have run_glue's names; defaults < the method's defaults < --config file.yaml < the command line.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import warnings
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+    from transformers import TrainingArguments
+
+    from peft_prompt_ext.tasks import Task
+    from peft_prompt_ext.tasks.families import Family
+    from peft_prompt_ext.tasks.trainer import ChoiceTrainer
+
+
+logger = logging.getLogger("recipes.train")
+
+# Where Trainer's own defaults are wrong for a method. README.md has the measurements behind the learning rates.
+METHODS: dict[str, dict[str, Any]] = {
+    "prompt_tuning": {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "lora": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "full": {"learning_rate": 3e-5, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
+    "linear_probe": {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "zero_shot": {},
+}
+DEFAULTS = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "train_sampling_strategy": "group_by_length",
+    "logging_steps": 10,
+    "save_total_limit": 2,
+    "report_to": "none",
+}
+SUFFIXES = {"validation_mismatched": "_mm"}  # GLUE's key for the second validation of MNLI
+
+
+@dataclass
+class ModelArguments:
+    """Which model."""
+
+    model_name_or_path: str = field(
+        default="smollm2-135m", metadata={"help": "A Hub id, a folder, a .gguf file or an embedded asset"}
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub"})
+    task_type: Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"] | None = field(
+        default=None, metadata={"help": "By default what the checkpoint is made for"}
+    )
+    quantization: Literal["nf4", "fp4", "int8"] | None = field(
+        default=None, metadata={"help": "Of the frozen backbone"}
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(
+        default="auto", metadata={"help": "Of weights and arithmetic; auto: the checkpoint's, or what the device has"}
+    )
+
+
+@dataclass
+class DataArguments:
+    """Which rows."""
+
+    task_name: str | None = field(default=None, metadata={"help": "A task, e.g. sst2, rte, cb, movie_reviews"})
+    data_dir: str | None = field(
+        default=None, metadata={"help": "A folder with train.jsonl, validation.jsonl, ... in the Hub's columns"}
+    )
+    train_file: str | None = field(default=None, metadata={"help": "Your own CSV, JSON or JSONL file"})
+    validation_file: str | None = field(default=None, metadata={"help": "Your own file to score on"})
+    test_file: str | None = field(default=None, metadata={"help": "Your own file to predict"})
+    text_columns: list[str] = field(default_factory=list, metadata={"help": "Columns of text in your own file"})
+    label_column: str = field(default="label", metadata={"help": "Column of the label in your own file"})
+    label_words: list[str] = field(default_factory=list, metadata={"help": "LABEL=WORD for each label of your file"})
+    template: str | None = field(default=None, metadata={"help": "Question to a language model, columns in braces"})
+    max_seq_length: int = field(default=256, metadata={"help": "Most tokens of a row, the prompt not counted"})
+    max_train_samples: int | None = field(default=None, metadata={"help": "Train on this many rows, sampled"})
+    max_eval_samples: int | None = field(default=None, metadata={"help": "Score this many rows, sampled"})
+    max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows"})
+    num_shots: int | None = field(default=None, metadata={"help": "Train on this many rows of each class"})
+    sample_seed: int = field(default=0, metadata={"help": "Seed of the sampling, apart from the training's"})
+
+
+@dataclass
+class MethodArguments:
+    """What is trained."""
+
+    method: Literal["prompt_tuning", "lora", "full", "linear_probe", "zero_shot"] = field(
+        default="prompt_tuning", metadata={"help": "What to train; zero_shot only scores"}
+    )
+    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of the prompt"})
+    prompt_tuning_init: str | None = field(
+        default=None, metadata={"help": "By default CLASS_LABELS, or SAMPLE_VOCAB for a task without label words"}
+    )
+    prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "Text for the init TEXT"})
+    prompt_tuning_init_kwargs: str | None = field(default=None, metadata={"help": "The init's arguments as JSON"})
+    lora_r: int = field(default=8, metadata={"help": "Rank of LoRA"})
+    lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by its rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA"})
+
+
+Arguments = tuple[ModelArguments, DataArguments, MethodArguments, "TrainingArguments"]
+
+
+def main(argv: list[str] | None = None) -> dict[str, float]:
+    """Run the recipe. Returns all_results."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or {"-h", "--help"} & set(argv):
+        help_text()
+        return {}
+    try:
+        return run(*parse(argv))
+    except (ValueError, ImportError, RuntimeError) as error:
+        if _debugging():
+            raise
+        raise SystemExit(f"error: {error}") from None
+
+
+def parse(argv: list[str]) -> Arguments:
+    """Turn the command line into arguments; a --config file stands before it.
+
+    Raises:
+        ValueError: The config file is not one.
+    """
+    from transformers import HfArgumentParser, TrainingArguments
+
+    argv = with_config(argv)
+    method = _flag(argv, "--method") or MethodArguments.method
+    kinds = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
+    parser = HfArgumentParser(kinds, allow_abbrev=False)  # else a misspelt key may be another one's beginning
+    parser.set_defaults(**DEFAULTS, **METHODS.get(method, {}))  # the parser refuses an unknown one
+    task = _flag(argv, "--task_name") or "own_data"
+    parser.set_defaults(output_dir=f"outputs/{task}-{method}")
+    return parser.parse_args_into_dataclasses(argv)
+
+
+def with_config(argv: list[str]) -> list[str]:
+    """Put the entries of the --config file before the other arguments, so that those win."""
+    path = _flag(argv, "--config")
+    if path is None:
+        return argv
+    import yaml
+
+    if not Path(path).is_file():
+        raise ValueError(f"--config: there is no file {path}.")
+    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    if not isinstance(entries, dict):
+        raise ValueError(f"{path} must hold `name: value` lines, got {type(entries).__name__}.")
+    flags: list[str] = []
+    for name, value in entries.items():
+        values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
+        flags += [f"--{name}", *map(str, values)] if value is not None else []
+    place = next(i for i, item in enumerate(argv) if item.partition("=")[0] == "--config")
+    rest = argv[:place] + argv[place + (1 if "=" in argv[place] else 2) :]
+    return flags + rest
+
+
+def _flag(argv: list[str], name: str) -> str | None:
+    """The last value of a flag, before anything heavy is imported."""
+    values = [value for flag, value in pairwise(argv) if flag == name]
+    values += [item.partition("=")[2] for item in argv if item.startswith(f"{name}=")]
+    return values[-1] if values else None
+
+
+def help_text() -> None:
+    """Print the recipe's own flags at once; the Trainer's would take seconds to import."""
+    from transformers.hf_argparser import HfArgumentParser
+
+    parser = HfArgumentParser(
+        (ModelArguments, DataArguments, MethodArguments),
+        prog="python recipes/train.py",
+        description=__doc__,
+        epilog="Every flag of transformers.TrainingArguments works as well: --output_dir, --seed, --max_steps, "
+        "--num_train_epochs, --learning_rate, --per_device_train_batch_size, --do_train, --do_eval, --do_predict, "
+        "--resume_from_checkpoint (true: the last one), --push_to_hub, --report_to, --bf16, ...",
+    )
+    parser.add_argument("--config", metavar="FILE.yaml", help="Values for any of the flags")
+    parser.print_help()
+
+
+def run(
+    model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments, args: TrainingArguments
+) -> dict[str, float]:
+    """Prepare, train, score and predict. Returns what all_results.json holds."""
+    import torch
+    from transformers import set_seed
+
+    logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
+    # PEFT reads an attribute that transformers has renamed
+    warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    if not (args.do_train or args.do_eval or args.do_predict):
+        args.do_train = args.do_eval = True
+    args.do_train = args.do_train and method_args.method != "zero_shot"
+    args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
+    task = find_task(data_args)
+    family = find_family(task, model_args, data_args, method_args)
+    record = describe(task, family, model_args, data_args, method_args)
+    checkpoint = open_folder(Path(args.output_dir), record, args)
+    set_seed(args.seed)
+    splits = {split: load(task, split, data_args, args) for split in wanted_splits(task, args, data_args)}
+    encoded = {split: encode(family, rows, split, args) for split, rows in splits.items()}
+    model = build_model(family, model_args, method_args, args)
+    trainer = build_trainer(model, family, encoded, splits, method_args, args)
+    trainer.card = lambda: write_card(trainer, record)
+    if args.do_train:
+        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+        trainer.save_model()
+        trainer.log_metrics("train", metrics)
+        trainer.save_metrics("train", metrics)
+        trainer.save_state()
+    if args.do_eval:
+        metrics = {}
+        for split in task.validation:
+            suffix = SUFFIXES.get(split, "")
+            scores = trainer.evaluate_task(encoded[split], splits[split])
+            metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
+        metrics["eval_samples"] = len(splits[task.validation[0]])
+        trainer.log_metrics("eval", metrics)
+        trainer.save_metrics("eval", metrics)
+    if args.do_predict:
+        write_predictions(trainer, encoded["test"], splits["test"])
+    if args.do_train or args.do_eval:
+        trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    results = Path(args.output_dir, "all_results.json")
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+
+
+def find_task(data_args: DataArguments) -> Task:
+    """The named task, or one made of the user's own file."""
+    from peft_prompt_ext.tasks import available_tasks, get_task
+    from peft_prompt_ext.tasks.data import own_task
+
+    if data_args.task_name:
+        return get_task(data_args.task_name)
+    if not data_args.train_file:
+        raise ValueError(f"Give --task_name ({', '.join(available_tasks())}) or --train_file with your own data.")
+    return own_task(
+        data_args.train_file,
+        data_args.text_columns,
+        data_args.label_column,
+        data_args.label_words,
+        data_args.template,
+    )
+
+
+def find_family(
+    task: Task, model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments
+) -> Family:
+    """How rows are asked of this model. Loads the config and the tokenizer, no weights."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    from peft_prompt_ext.assets import resolve
+    from peft_prompt_ext.tasks.encoding import say_split_words
+    from peft_prompt_ext.tasks.families import FAMILIES, family_of
+
+    if model_args.quantization and method_args.method == "full":
+        raise ValueError("Full fine-tuning trains every weight, and quantised ones have no gradient: choose lora.")
+    name = resolve(model_args.model_name_or_path)
+    config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
+    task_type = model_args.task_type or ("SEQ_CLS" if method_args.method == "linear_probe" else family_of(config))
+    if method_args.method == "zero_shot" and task_type == "SEQ_CLS":
+        raise ValueError("zero_shot needs a language model: the classification head of this one is new.")
+    if method_args.method == "linear_probe" and task_type != "SEQ_CLS":
+        raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
+    prompt = method_args.num_virtual_tokens if method_args.method == "prompt_tuning" else 0
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    limit = min(data_args.max_seq_length, positions - prompt, tokenizer.model_max_length - prompt)
+    family = FAMILIES[task_type](task, tokenizer, limit)
+    if task_type != "SEQ_CLS":
+        say_split_words(tokenizer, task)
+    return family
+
+
+def describe(
+    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments
+) -> dict[str, Any]:
+    """What the run is; two runs of one output folder must not differ in it."""
+    record = {
+        "task": task.to_dict(),
+        **asdict(model_args),
+        **asdict(method_args),
+        "task_type": family.task_type,
+        "max_length": family.max_length,
+        "sampling": {name: getattr(data_args, name) for name in ("max_train_samples", "num_shots", "sample_seed")},
+    }
+    return json.loads(json.dumps(record))  # as it will be read again
+
+
+def open_folder(folder: Path, record: dict[str, Any], args: TrainingArguments) -> str | None:
+    """Claim the output folder.
+
+    Returns:
+        The checkpoint to go on from, if that is wanted.
+
+    Raises:
+        ValueError: The folder holds another run, or there is nothing to resume.
+    """
+    from transformers.trainer_utils import get_last_checkpoint
+
+    from peft_prompt_ext.tasks.predictor import RECORD
+
+    wanted = args.resume_from_checkpoint
+    resuming = wanted is not None and str(wanted).lower() not in {"false", "none"}
+    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
+    source = folder
+    if resuming and str(wanted).lower() not in {"true", "last"}:
+        checkpoint, source = str(wanted), Path(wanted).parent
+        if not Path(checkpoint, "trainer_state.json").is_file():
+            raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
+    found = source / RECORD
+    if found.is_file():
+        before = json.loads(found.read_text(encoding="utf-8"))
+        different = [name for name in record if before.get(name) != record[name]]
+        if different and (resuming or _has_result(folder)):
+            changes = ", ".join(f"{name} {before.get(name)!r}, now {record[name]!r}" for name in different)
+            raise ValueError(f"{source} holds another run ({changes}). Choose another --output_dir.")
+    if args.do_train and not resuming and _has_result(folder):
+        raise ValueError(
+            f"{folder} holds a run already: add --resume_from_checkpoint true to go on with it, or choose another "
+            "--output_dir."
+        )
+    if args.should_save and (args.do_train or not found.is_file()):
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder / f"{RECORD}.partial"
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.replace(folder / RECORD)
+    return checkpoint if resuming else None
+
+
+def _has_result(folder: Path) -> bool:
+    return folder.is_dir() and any(
+        path.name.startswith("checkpoint-") or path.suffix == ".safetensors" for path in folder.iterdir()
+    )
+
+
+def wanted_splits(task: Task, args: TrainingArguments, data_args: DataArguments) -> list[str]:
+    """Splits that the run reads."""
+    scored = list(task.validation) if args.do_eval or args.eval_strategy != "no" else []
+    return ["train"] * args.do_train + scored + ["test"] * args.do_predict
+
+
+def load(task: Task, split: str, data_args: DataArguments, args: TrainingArguments) -> Dataset:
+    """The rows of a split, sampled as asked and checked."""
+    from peft_prompt_ext.tasks.data import check_rows, few_shot, load_split, sample
+
+    given = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
+    files = {name: path for name, path in given.items() if path} or None
+    with args.main_process_first(desc=f"reading {split}"):
+        rows = load_split(task, split, data_args.data_dir, files)
+        if split == "train" and data_args.num_shots:
+            rows = few_shot(task, rows, data_args.num_shots, data_args.sample_seed)
+        limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
+        if split == "test":
+            rows = rows.select(range(min(data_args.max_predict_samples or len(rows), len(rows))))
+        elif limit:
+            rows = sample(rows, limit, data_args.sample_seed)
+    check_rows(task, split, rows, labelled=split != "test")
+    return rows
+
+
+def encode(family: Family, rows: Dataset, split: str, args: TrainingArguments) -> Dataset:
+    """Tokens of every row; says how many were cut."""
+    with args.main_process_first(desc=f"encoding {split}"):
+        encoded = rows.map(family.encode, remove_columns=rows.column_names, desc=f"Encoding {split}")
+    cut = sum(encoded["truncated"])
+    if cut:
+        logger.info(
+            "%d of %d rows of %s were cut to %d tokens (in %s).",
+            cut,
+            len(rows),
+            split,
+            family.max_length,
+            ", ".join(family.task.truncate or family.task.columns),
+        )
+    return encoded
+
+
+def build_model(
+    family: Family, model_args: ModelArguments, method_args: MethodArguments, args: TrainingArguments
+) -> Any:
+    """Load the model and put on it what the method trains."""
+    import torch
+    from peft import get_peft_model
+
+    from peft_prompt_ext import load_frozen_backbone
+
+    method, dtype = method_args.method, model_args.dtype
+    if dtype == "auto" and method == "full":
+        dtype = "float32"  # steps of this size vanish in 16 bits
+    model = load_frozen_backbone(
+        model_args.model_name_or_path,
+        task_type=family.task_type,
+        quantization=model_args.quantization,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        revision=model_args.model_revision,
+        **family.model_options,
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = family.tokenizer.pad_token_id  # a decoder's head looks for the last other token
+    if method in {"prompt_tuning", "lora"}:
+        model = get_peft_model(model, adapter_config(family, method_args, args.seed))
+        model.print_trainable_parameters()
+    elif method == "full":
+        model.requires_grad_(True)
+    elif method == "linear_probe":
+        for name, head in model.named_children():
+            head.requires_grad_(name != model.base_model_prefix)
+    return model
+
+
+def adapter_config(family: Family, method_args: MethodArguments, seed: int) -> Any:
+    """The config of the prompt or of LoRA."""
+    from peft import LoraConfig
+
+    from peft_prompt_ext import PromptTuningExtConfig
+
+    if method_args.method == "lora":
+        return LoraConfig(
+            task_type=family.task_type,
+            r=method_args.lora_r,
+            lora_alpha=method_args.lora_alpha,
+            lora_dropout=method_args.lora_dropout,
+        )
+    words = list(dict.fromkeys(family.task.label_words))
+    init = method_args.prompt_tuning_init or (
+        "CLASS_LABELS" if 0 < len(words) <= method_args.num_virtual_tokens else "SAMPLE_VOCAB"
+    )
+    kwargs = json.loads(method_args.prompt_tuning_init_kwargs or "{}")
+    if init.upper() == "CLASS_LABELS":
+        kwargs.setdefault("labels", words)
+    return PromptTuningExtConfig(
+        task_type=family.task_type,
+        num_virtual_tokens=method_args.num_virtual_tokens,
+        prompt_tuning_init=init,
+        prompt_tuning_init_kwargs=kwargs,
+        prompt_tuning_init_text=method_args.prompt_tuning_init_text,
+        prompt_tuning_init_seed=seed,
+        tokenizer_name_or_path=family.tokenizer.name_or_path,
+        train_logits="supervised",
+    )
+
+
+def build_trainer(
+    model: Any,
+    family: Family,
+    encoded: dict[str, Dataset],
+    splits: dict[str, Dataset],
+    method_args: MethodArguments,
+    args: TrainingArguments,
+) -> ChoiceTrainer:
+    """An ordinary Trainer but for how it evaluates."""
+    from peft_prompt_ext.tasks.families.causal_lm import CausalLM, keeps_columns
+    from peft_prompt_ext.tasks.trainer import ChoiceTrainer, task_metrics
+
+    args.remove_unused_columns = False  # the family's batches are made of columns that no model knows
+    collator = family.collate
+    if isinstance(family, CausalLM) and method_args.method != "prompt_tuning" and keeps_columns(model):
+        collator = family.collate_labelled_logits
+    first = family.task.validation[0]
+    trainer = ChoiceTrainer(
+        model,
+        args,
+        family=family,
+        data_collator=collator,
+        train_dataset=encoded.get("train"),
+        eval_dataset=encoded.get(first),
+        # a checkpoint of a prompt is kilobytes; the tokenizer is the base model's
+        processing_class=family.tokenizer if method_args.method in {"full", "linear_probe"} else None,
+    )
+    if first in splits:
+        trainer.compute_metrics = task_metrics(family, splits[first])
+    return trainer
+
+
+def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -> None:
+    """Write predict_results_TASK.txt in run_glue's form: index and prediction, one row a line."""
+    from peft_prompt_ext.tasks.scoring import predictions
+
+    task = trainer.family.task
+    trainer.compute_metrics = None
+    scores = trainer.predict(encoded).predictions
+    prepared = [task.prepared(row) for row in rows]
+    choices = [task.choices_of(row) for row in prepared]
+    predicted = predictions(task, scores, [len(row) for row in choices])
+    if not trainer.is_world_process_zero():
+        return
+    names = [
+        f"{answer:.3f}" if task.is_regression else (task.names or [text.strip() for text in row])[answer]
+        for answer, row in zip(predicted, choices, strict=True)
+    ]
+    path = Path(trainer.args.output_dir, f"predict_results_{task.name}.txt")
+    lines = [f"{i}\t{name}" for i, name in enumerate(names)]
+    path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
+
+
+def write_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> None:
+    """Write the model card beside the weights."""
+    from peft_prompt_ext.tasks.model_card import model_card
+
+    model_card(trainer, record).save(Path(trainer.args.output_dir, "README.md"))
+
+
+def _debugging() -> bool:
+    import os
+
+    return os.environ.get("PEFT_PROMPT_EXT_DEBUG", "") not in {"", "0"}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,394 @@
+"""The recipe from its command line, on tiny models and rows that this project wrote."""
+
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from datasets import load_dataset
+from peft import PeftModel
+from safetensors import safe_open
+
+from peft_prompt_ext.tasks import available_tasks, get_task
+from tests.helpers import one_thread  # noqa: F401
+
+
+ROOT = Path(__file__).parent.parent
+SCRIPT = ROOT / "recipes" / "train.py"
+DATA = Path(__file__).parent / "data"
+BENCHMARKS = [name for name in available_tasks() if get_task(name).benchmark]
+KINDS = [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("recipes_train", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def train(recipe, saved_model, tmp_path, monkeypatch):
+    """Runs the recipe on a tiny model: `train("rte", "--max_steps", "2")`."""
+    monkeypatch.setenv("PEFT_PROMPT_EXT_DEBUG", "1")
+
+    def run(task, *flags, architecture="llama", task_type="CAUSAL_LM", folder="out"):
+        values = [
+            "--model_name_or_path",
+            saved_model(architecture, "CAUSAL_LM" if architecture == "llama" else task_type),
+        ]
+        if task:
+            entry = get_task(task)
+            values += ["--task_name", task, "--data_dir", str(DATA / entry.benchmark / entry.subset)]
+        values += ["--output_dir", str(tmp_path / folder), "--task_type", task_type, "--max_steps", "2"]
+        values += ["--per_device_train_batch_size", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
+        return recipe.main([*values, "--logging_steps", "1", "--max_seq_length", "400", *flags])
+
+    return run
+
+
+def read(path):
+    return json.loads(Path(path).read_text(encoding="utf-8"))
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+@pytest.mark.parametrize(("architecture", "task_type"), KINDS)
+def test_every_task_trains_and_is_scored_with_every_kind_of_model(train, tmp_path, name, architecture, task_type):
+    results = train(name, architecture=architecture, task_type=task_type)
+
+    task = get_task(name)
+    assert f"eval_{task.main_metric}" in results
+    assert results["eval_samples"] == 6
+    assert all(0 <= value <= 1 for key, value in results.items() if key.startswith(("eval_acc", "eval_f1")))
+    assert read(tmp_path / "out" / "eval_results.json").items() <= results.items()
+    assert read(tmp_path / "out" / "train_results.json")["train_loss"] > 0
+    if name == "mnli":
+        assert {"eval_accuracy", "eval_accuracy_mm"} <= set(results)
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora", "full", "linear_probe", "zero_shot"])
+@pytest.mark.parametrize(("architecture", "task_type"), [*KINDS, ("llama", "SEQ_CLS")])
+def test_every_method_runs_or_says_why_not(train, tmp_path, method, architecture, task_type):
+    def run():
+        return train("sst2", "--method", method, architecture=architecture, task_type=task_type)
+
+    if (method == "zero_shot") == (task_type == "SEQ_CLS") and method in {"zero_shot", "linear_probe"}:
+        with pytest.raises(ValueError, match="classification head"):
+            run()
+        return
+    if method == "linear_probe" and task_type != "SEQ_CLS":
+        with pytest.raises(ValueError, match="trains a classification head"):
+            run()
+        return
+
+    results = run()
+
+    assert 0 <= results["eval_accuracy"] <= 1
+    assert ("train_loss" in results) == (method != "zero_shot")
+    weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
+    expected = {
+        "prompt_tuning": {"adapter_model.safetensors"},
+        "lora": {"adapter_model.safetensors"},
+        "zero_shot": set(),
+    }
+    assert weights == expected.get(method, {"model.safetensors"})
+
+
+def test_a_checkpoint_of_a_prompt_is_kilobytes(train, tmp_path):
+    train("sst2", "--save_steps", "1")
+
+    for checkpoint in (tmp_path / "out").glob("checkpoint-*"):
+        assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 100_000
+    assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
+
+
+def test_the_default_prompt_begins_as_the_label_words(train, tmp_path):
+    train("sst2")
+
+    record = read(tmp_path / "out" / "prompt_init.json")
+    assert record["prompt_tuning_init"] == "CLASS_LABELS"
+    assert record["prompt_tuning_init_kwargs"]["labels"] == [" negative", " positive"]
+
+
+def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
+    from transformers import AutoModelForCausalLM
+
+    train("sst2")
+    base = AutoModelForCausalLM.from_pretrained(saved_model("llama"))
+    model = PeftModel.from_pretrained(base, tmp_path / "out")
+
+    assert model.peft_config["default"].num_virtual_tokens == 20
+
+
+def test_a_linear_probe_trains_the_head_alone(train, tmp_path, saved_model):
+    train("sst2", "--method", "linear_probe", architecture="bert", task_type="SEQ_CLS")
+
+    with safe_open(Path(saved_model("bert", "SEQ_CLS")) / "model.safetensors", "pt") as before:
+        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as after:
+            changed = {n for n in before.keys() if not torch.equal(before.get_tensor(n), after.get_tensor(n))}
+    assert changed == {"classifier.weight", "classifier.bias"}
+
+
+def test_the_model_card_has_scores_init_seed_and_versions(train, tmp_path):
+    results = train("mrpc", "--seed", "7")
+
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    head = yaml.safe_load(card.split("---")[1])
+    scores = {m["type"]: m["value"] for m in head["model-index"][0]["results"][0]["metrics"]}
+    assert scores["f1"] == results["eval_f1"]
+    assert f"| accuracy | {results['eval_accuracy']:.4f} |" in card
+    for expected in ("| seed | 7 |", "| init | CLASS_LABELS |", "| peft | ", "| steps | 2 |"):
+        assert expected in card
+
+
+def test_rows_that_were_cut_are_counted(train, caplog):
+    with caplog.at_level("INFO"):
+        train("boolq", "--max_seq_length", "120")
+
+    assert re.search(r"\d of 8 rows of train were cut to 120 tokens \(in passage\)", caplog.text)
+
+
+def test_hidden_labels_are_predicted_and_not_scored(train, tmp_path):
+    train("sst2", "--do_train", "true", "--do_predict", "true")
+
+    lines = (tmp_path / "out" / "predict_results_sst2.txt").read_text().split("\n")
+    assert lines[0] == "index\tprediction"
+    assert [line.split("\t")[0] for line in lines[1:4]] == ["0", "1", "2"]
+    assert {line.split("\t")[1] for line in lines[1:4]} <= {"negative", "positive"}
+
+
+def own(*names):
+    return [str(DATA / "own" / name) for name in names]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+@pytest.mark.parametrize(("architecture", "task_type"), KINDS)
+def test_a_users_own_file_trains_without_code(train, suffix, architecture, task_type):
+    train_file, validation_file = own(f"train.{suffix}", f"validation.{suffix}")
+
+    results = train(
+        None,
+        *("--train_file", train_file, "--validation_file", validation_file),
+        *("--text_columns", "message", "--label_column", "team"),
+        architecture=architecture,
+        task_type=task_type,
+    )
+
+    assert results["eval_samples"] == 6
+    assert {"eval_accuracy", "eval_f1"} <= set(results)
+
+
+def test_samples_and_shots_are_as_many_as_asked(train, tmp_path):
+    results = train("sst2", "--max_train_samples", "3", "--max_eval_samples", "4")
+    assert results["eval_samples"] == 4
+    train("rte", "--num_shots", "2", folder="shots")
+    assert "| training rows | 4 |" in (tmp_path / "shots" / "README.md").read_text()
+
+
+def test_an_output_folder_of_another_run_is_refused_and_kept(train, tmp_path):
+    train("sst2")
+    before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+
+    with pytest.raises(ValueError, match=r"out holds a run already: add --resume_from_checkpoint"):
+        train("sst2")
+    with pytest.raises(ValueError, match=r"holds another run .*'name': 'sst2'.*Choose another --output_dir"):
+        train("cola")
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_method_is_refused(train):
+    train("sst2", "--method", "lora", "--save_steps", "1")
+
+    with pytest.raises(ValueError, match=r"another run \(method 'lora', now 'prompt_tuning'\)"):
+        train("sst2", "--resume_from_checkpoint", "true")
+
+
+def test_a_checkpoint_that_is_none_is_refused(train, tmp_path):
+    with pytest.raises(ValueError, match="is no checkpoint of the Trainer"):
+        train("sst2", "--resume_from_checkpoint", str(tmp_path))
+
+
+def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(train, tmp_path):
+    train("sst2", "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", folder="whole")
+    train("sst2", "--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", folder="parts")
+    for name in ("checkpoint-4", "checkpoint-6"):
+        for path in sorted((tmp_path / "parts" / name).rglob("*"), reverse=True):
+            path.unlink()
+        (tmp_path / "parts" / name).rmdir()
+
+    flags = ("--max_steps", "6", "--save_steps", "2", "--save_total_limit", "9", "--resume_from_checkpoint", "true")
+    train("sst2", *flags, folder="parts")
+
+    whole, parts = (read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "parts"))
+    assert [row["loss"] for row in whole if "loss" in row] == [row["loss"] for row in parts if "loss" in row]
+
+
+BAD = [
+    (["--task_name", "sst3"], "no task 'sst3'"),
+    (["--quantization", "nf4", "--method", "full"], "quantised ones have no gradient"),
+    (["--validation_file", "x.csv", "--train_file", "y.csv"], "There is no file y.csv"),
+]
+
+
+@pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
+def test_bad_flags_are_one_clear_error(train, flags, message):
+    with pytest.raises(ValueError, match=message):
+        train("sst2", *flags)
+
+
+CHOICES = [("method", "prefix"), ("quantization", "nf3"), ("task_type", "TOKEN_CLS"), ("dtype", "int4")]
+
+
+@pytest.mark.parametrize(("flag", "value"), CHOICES)
+def test_an_unknown_choice_is_refused_by_the_parser(recipe, capsys, flag, value):
+    with pytest.raises(SystemExit):
+        recipe.parse([f"--{flag}", value])
+    said = capsys.readouterr().err
+    assert f"argument --{flag}" in said
+    assert f"invalid choice: '{value}' (choose from" in said
+
+
+def test_without_data_the_error_lists_the_tasks(recipe, monkeypatch):
+    monkeypatch.delenv("PEFT_PROMPT_EXT_DEBUG", raising=False)
+    with pytest.raises(SystemExit, match=r"^error: Give --task_name \(boolq, .*--train_file"):
+        recipe.main(["--method", "lora"])
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.name)
+def test_a_config_opens_with_its_command_and_is_read(recipe, path):
+    lines = path.read_text().splitlines()
+    command = next(line for line in lines if "recipes/train.py" in line)
+    assert lines.index(command) < 5
+    assert f"--config recipes/configs/{path.name}" in command
+
+    model_args, data_args, method_args, args = recipe.parse(["--config", str(path)])
+
+    entries = yaml.safe_load(path.read_text())
+    values = {**vars(args), **vars(model_args), **vars(data_args), **vars(method_args)}
+    assert entries
+    for name, value in entries.items():
+        assert values[name] == value
+
+
+def test_there_are_configs():
+    assert list((ROOT / "recipes" / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def config(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("task_name: rte\nseed: 5\nlabel_words: [a=b, c=d]\nbf16: false\nlearning_rate: 0.3\n")
+    return path
+
+
+def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(recipe, config):
+    _, data_args, _, args = recipe.parse(["--seed", "9", "--config", str(config)])
+
+    assert (data_args.task_name, args.seed, args.learning_rate) == ("rte", 9, 0.3)
+    assert data_args.label_words == ["a=b", "c=d"]
+    assert args.per_device_train_batch_size == recipe.DEFAULTS["per_device_train_batch_size"]
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora", "full", "linear_probe"])
+def test_the_learning_rate_is_the_methods(recipe, method):
+    *_, args = recipe.parse(["--task_name", "rte", "--method", method])
+
+    assert args.learning_rate == recipe.METHODS[method]["learning_rate"]
+    assert args.output_dir == f"outputs/rte-{method}"
+
+
+def test_an_unknown_key_is_an_error(recipe, config, capsys):
+    config.write_text("task_nam: rte\nnum_virtual_token: 5\n")
+
+    with pytest.raises((SystemExit, ValueError)) as error:
+        recipe.parse(["--config", str(config)])
+    assert "num_virtual_token" in str(error.value) + capsys.readouterr().err
+
+
+def test_a_config_that_is_not_there_or_no_mapping_is_an_error(recipe, tmp_path):
+    with pytest.raises(ValueError, match="no file"):
+        recipe.parse(["--config", "nowhere.yaml"])
+    (tmp_path / "a.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="must hold `name: value` lines, got list"):
+        recipe.parse(["--config", str(tmp_path / "a.yaml")])
+
+
+def command(folder, model, *flags):
+    values = [sys.executable, str(SCRIPT), "--task_name", "sst2", "--data_dir", str(DATA / "glue" / "sst2")]
+    values += ["--model_name_or_path", model, "--output_dir", str(folder), "--use_cpu", "true"]
+    return [*values, "--logging_steps", "1", "--max_seq_length", "400", *flags]
+
+
+def test_help_answers_at_once_without_torch():
+    start = time.perf_counter()
+    program = (
+        f"import sys, runpy; sys.argv = ['train.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
+    )
+    program = f"{program}; assert 'torch' not in sys.modules"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    seconds = time.perf_counter() - start
+
+    assert done.returncode == 0, done.stderr
+    for flag in ("--task_name", "--method", "--train_file", "--config", "--num_shots", "--quantization"):
+        assert flag in done.stdout
+    assert seconds < 10  # the promise is 3 on a machine with nothing else to do
+
+
+def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path, saved_model):
+    flags = (
+        "--max_steps",
+        "30",
+        "--save_steps",
+        "1",
+        "--per_device_train_batch_size",
+        "2",
+        "--num_virtual_tokens",
+        "7",
+    )
+    whole = command(tmp_path / "whole", saved_model("llama"), *flags)
+    subprocess.run(whole, check=True, capture_output=True, timeout=300)
+    killed = command(tmp_path / "killed", saved_model("llama"), *flags)
+
+    run = subprocess.Popen(killed, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not list((tmp_path / "killed").glob("checkpoint-[3-9]")) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    os.kill(run.pid, signal.SIGKILL)
+    run.wait()
+    assert not (tmp_path / "killed" / "all_results.json").exists()
+    subprocess.run([*killed, "--resume_from_checkpoint", "true"], check=True, capture_output=True, timeout=300)
+
+    histories = [read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "killed")]
+    losses = [[row["loss"] for row in history if "loss" in row] for history in histories]
+    assert losses[0] == losses[1]
+    assert len(losses[0]) == 30
+    scores = [read(tmp_path / name / "eval_results.json")["eval_accuracy"] for name in ("whole", "killed")]
+    assert scores[0] == scores[1]
+
+
+def test_metrics_equal_a_count_over_the_predictions(train, tmp_path):
+    # validation has labels: predicted as a test split it must give the score of the evaluation
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, source in (("train", "train"), ("validation", "validation"), ("test", "validation")):
+        text = (DATA / "glue" / "sst2" / f"{source}.jsonl").read_text(encoding="utf-8")
+        (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+
+    flags = ("--data_dir", str(folder), "--do_train", "true", "--do_eval", "true", "--do_predict", "true")
+    results = train("sst2", *flags)
+
+    rows = load_dataset("json", data_files=str(folder / "validation.jsonl"), split="train")
+    lines = (tmp_path / "out" / "predict_results_sst2.txt").read_text().splitlines()[1:]
+    names = [("negative", "positive")[label] for label in rows["label"]]
+    right = [line.split("\t")[1] == name for line, name in zip(lines, names, strict=True)]
+    assert results["eval_accuracy"] == pytest.approx(sum(right) / len(right))

@@ -1,0 +1,226 @@
+"""Rows from folders, files and the embedded reviews, and the errors of files that are not right."""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from peft_prompt_ext.tasks import get_task
+from peft_prompt_ext.tasks.data import check_rows, few_shot, load_split, own_task, read_file, sample
+
+
+DATA = Path(__file__).parent / "data"
+OWN = DATA / "own"
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Writes rows as a split of a folder: `folder("train", [{...}])`."""
+
+    def write(split, rows, suffix="jsonl"):
+        lines = rows if isinstance(rows, str) else "\n".join(json.dumps(row) for row in rows)
+        (tmp_path / f"{split}.{suffix}").write_text(lines, encoding="utf-8")
+        return str(tmp_path)
+
+    return write
+
+
+def test_a_folder_in_the_hubs_columns_is_read():
+    rows = load_split(get_task("sst2"), "train", str(DATA / "glue" / "sst2"))
+
+    assert len(rows) == 8
+    assert {"sentence", "label"} <= set(rows.column_names)
+
+
+def test_a_folder_without_the_split_is_an_error(folder):
+    where = folder("train", [{"sentence": "a", "label": 0}])
+
+    with pytest.raises(ValueError, match=r"no validation.jsonl, .* it has train.jsonl"):
+        load_split(get_task("sst2"), "validation", where)
+
+
+def test_a_missing_column_is_named(folder):
+    rows = load_split(get_task("rte"), "train", folder("train", [{"sentence1": "a", "text": "b", "label": 0}]))
+
+    with pytest.raises(ValueError, match="no column 'sentence2'; it has sentence1, text, label"):
+        check_rows(get_task("rte"), "train", rows)
+
+
+def test_a_missing_column_that_a_function_reads_is_named(folder):
+    rows = load_split(get_task("copa"), "train", folder("train", [{"premise": "a", "choice1": "b", "label": 0}]))
+
+    with pytest.raises(ValueError, match="no column 'question'"):
+        check_rows(get_task("copa"), "train", rows)
+
+
+def test_a_missing_label_column_is_named(folder):
+    rows = load_split(get_task("sst2"), "train", folder("train", [{"sentence": "a"}]))
+
+    with pytest.raises(ValueError, match="no column 'label'"):
+        check_rows(get_task("sst2"), "train", rows)
+    check_rows(get_task("sst2"), "test", rows, labelled=False)
+
+
+def test_a_wrong_label_is_named_with_its_row(folder):
+    where = folder("train", [{"sentence": "a", "label": 0}, {"sentence": "b", "label": 5}])
+    rows = load_split(get_task("sst2"), "train", where)
+
+    with pytest.raises(ValueError, match=r"Row 1 of the split 'train' of sst2.*one of 0, 1; got 5"):
+        check_rows(get_task("sst2"), "train", rows)
+
+
+def test_a_choice_that_is_not_there_is_named_with_its_row(folder):
+    row = {"premise": "a", "question": "cause", "choice1": "b", "choice2": "c", "label": 2}
+    rows = load_split(get_task("copa"), "train", folder("train", [row]))
+
+    with pytest.raises(ValueError, match="has the label 2; it has 2 choices"):
+        check_rows(get_task("copa"), "train", rows)
+
+
+def test_hidden_labels_are_never_scored():
+    rows = load_split(get_task("sst2"), "test", str(DATA / "glue" / "sst2"))
+
+    with pytest.raises(ValueError, match="has no label: a split without labels can be predicted"):
+        check_rows(get_task("sst2"), "test", rows)
+    check_rows(get_task("sst2"), "test", rows, labelled=False)
+
+
+def test_an_empty_field_is_named_with_its_row(folder):
+    rows = load_split(get_task("sst2"), "train", folder("train", [{"sentence": "a", "label": 0}, {"label": 1}]))
+
+    with pytest.raises(ValueError, match=r"Row 1 .* empty field"):
+        check_rows(get_task("sst2"), "train", rows)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ('{"sentence": "a", "label": 0}\n{"sentence": "b", "label"\n', "line 2 is not JSON"),
+        ('{"sentence": "a", "label": 0}\n[1, 2]\n', "line 2 is not an object"),
+    ],
+)
+def test_a_broken_line_is_named(folder, text, reason):
+    with pytest.raises(ValueError, match=reason):
+        load_split(get_task("sst2"), "train", folder("train", text))
+
+
+def test_a_broken_line_of_a_csv_is_named(folder):
+    with pytest.raises(ValueError, match="line 3"):
+        load_split(get_task("sst2"), "train", folder("train", "sentence,label\na,0\nb,1,2,3\n", "csv"))
+
+
+@pytest.mark.parametrize("text", ["", "\n\n"])
+def test_an_empty_file_is_an_error(folder, text):
+    with pytest.raises(ValueError, match="is empty: rows were wanted"):
+        load_split(get_task("sst2"), "train", folder("train", text))
+
+
+def test_a_file_that_is_not_there_and_another_kind_of_file_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="There is no file"):
+        read_file(tmp_path / "a.csv")
+    with pytest.raises(ValueError, match=r"ends in .jsonl, .json, .csv"):
+        read_file(tmp_path / "a.txt")
+
+
+def test_without_the_hub_the_error_says_what_to_do():
+    with pytest.raises(ValueError, match=r"nyu-mll/glue \(sst2\) could not be had .* --data_dir with train.jsonl"):
+        load_split(get_task("sst2"), "train")
+
+
+def test_an_unknown_split_is_an_error():
+    with pytest.raises(ValueError, match="has the splits train, validation, test; got 'dev'"):
+        load_split(get_task("sst2"), "dev")
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_a_users_own_file_becomes_a_task(suffix):
+    task = own_task(str(OWN / f"train.{suffix}"), ["message"], "team")
+    files = {"train": str(OWN / f"train.{suffix}"), "validation": str(OWN / f"validation.{suffix}")}
+
+    assert task.labels == ("billing", "returns", "shipping")
+    assert task.label_words == (" billing", " returns", " shipping")
+    assert task.template == "Message: {message}\nTeam:"
+    for split, size in (("train", 12), ("validation", 6)):
+        rows = load_split(task, split, files=files)
+        check_rows(task, split, rows)
+        assert len(rows) == size
+
+
+def test_two_columns_and_words_of_ones_own():
+    task = own_task(str(OWN / "pairs.csv"), ["question", "answer"], "good", ["yes=right", "no=wrong"], "{question}")
+
+    assert task.labels == ("no", "yes")
+    assert task.label_words == (" wrong", " right")
+    assert task.texts == ("{question}", "{answer}")
+    assert task.template == "{question}"
+
+
+def test_labels_that_are_numbers_need_words(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,stars\na,1\nb,2\n")
+
+    with pytest.raises(ValueError, match=r"label 1 needs a word .*--label_words 1=WORD"):
+        own_task(str(path), ["text"], "stars")
+    task = own_task(str(path), ["text"], "stars", ["1=bad", "2=good"])
+    assert (task.labels, task.label_words) == ((1, 2), (" bad", " good"))
+
+
+@pytest.mark.parametrize("words", [["4=good"], ["good"]])
+def test_a_word_for_no_label_is_an_error(words):
+    with pytest.raises(ValueError, match=r"LABEL=WORD with a label out of billing, returns, shipping"):
+        own_task(str(OWN / "train.csv"), ["message"], "team", words)
+
+
+@pytest.mark.parametrize(("text", "label"), [(["text"], "team"), ([], "team"), (["message"], "x")])
+def test_a_column_that_is_not_there_is_an_error(text, label):
+    with pytest.raises(ValueError, match=r"has the columns message, team"):
+        own_task(str(OWN / "train.csv"), text, label)
+
+
+def test_a_column_of_one_value_or_of_texts_is_no_label_column(tmp_path):
+    path = tmp_path / "train.csv"
+    path.write_text("text,label\n" + "".join(f"a{i},same\n" for i in range(60)))
+
+    with pytest.raises(ValueError, match="has 1 different values"):
+        own_task(str(path), ["text"], "label")
+    with pytest.raises(ValueError, match="has 60 different values"):
+        own_task(str(path), ["label"], "text")
+
+
+def test_samples_depend_on_their_seed_alone():
+    rows = read_file(OWN / "train.csv")
+
+    assert sample(rows, 5, 0)["message"] == sample(rows, 5, 0)["message"] != sample(rows, 5, 1)["message"]
+    assert len(sample(rows, 99, 0)) == 12
+    with pytest.raises(ValueError, match="0 rows was asked"):
+        sample(rows, 0, 0)
+
+
+def test_few_shots_are_as_many_of_each_class():
+    task, rows = own_task(str(OWN / "train.csv"), ["message"], "team"), read_file(OWN / "train.csv")
+
+    drawn = few_shot(task, rows, 2, seed=3)
+
+    assert Counter(drawn["team"]) == {"billing": 2, "returns": 2, "shipping": 2}
+    assert drawn["message"] == few_shot(task, rows, 2, seed=3)["message"] != few_shot(task, rows, 2, seed=4)["message"]
+    with pytest.raises(ValueError, match="9 rows of each class were asked for; 'billing' has"):
+        few_shot(task, rows, 9, seed=3)
+    with pytest.raises(ValueError, match="no classes to draw from"):
+        few_shot(get_task("copa"), rows, 2, seed=3)
+
+
+@pytest.mark.real
+@pytest.mark.parametrize("name", ["movie_reviews", "plot_or_review"])
+def test_no_movie_is_in_two_splits(movie_reviews, name):
+    task = get_task(name)
+    splits = {split: load_split(task, split) for split in ("train", "validation", "test")}
+    movies = [set(rows["movie_name"]) for rows in splits.values()]
+
+    assert not movies[0] & movies[1] | movies[0] & movies[2] | movies[1] & movies[2]
+    assert all(len(rows) > 2000 for rows in splits.values())
+    for split, rows in splits.items():
+        check_rows(task, split, rows)
+        assert {task.target(task.prepared(row)) for row in rows} == {0, 1}
+    with pytest.raises(ValueError, match="splits validation, test, train; got 'dev'"):
+        load_split(task, "dev")
