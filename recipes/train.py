@@ -41,11 +41,11 @@ METHODS: dict[str, dict[str, Any]] = {
 DEFAULTS = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    "train_sampling_strategy": "group_by_length",
     "logging_steps": 10,
     "save_total_limit": 2,
     "report_to": "none",
 }
+SAMPLING = ("max_train_samples", "num_shots", "held_out_samples", "sample_seed")
 SUFFIXES = {"validation_mismatched": "_mm"}  # GLUE's key for the second validation of MNLI
 
 
@@ -88,6 +88,10 @@ class DataArguments:
     max_eval_samples: int | None = field(default=None, metadata={"help": "Score this many rows, sampled"})
     max_predict_samples: int | None = field(default=None, metadata={"help": "Predict the first so many rows"})
     num_shots: int | None = field(default=None, metadata={"help": "Train on this many rows of each class"})
+    held_out_samples: int | None = field(
+        default=None,
+        metadata={"help": "Score on this many rows kept out of train, to choose settings without the validation rows"},
+    )
     sample_seed: int = field(default=0, metadata={"help": "Seed of the sampling, apart from the training's"})
 
 
@@ -207,8 +211,13 @@ def run(
     record = describe(task, family, model_args, data_args, method_args)
     checkpoint = open_folder(Path(args.output_dir), record, args)
     set_seed(args.seed)
-    splits = {split: load(task, split, data_args, args) for split in wanted_splits(task, args, data_args)}
+    splits = load_splits(task, data_args, args)
     encoded = {split: encode(family, rows, split, args) for split, rows in splits.items()}
+    scored = [split for split in task.validation if split in splits]
+    for split in scored:  # rows of like lengths together: less padding, and the score is the same
+        lengths = encoded[split]["length"]
+        order = sorted(range(len(lengths)), key=lengths.__getitem__)
+        splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
     model = build_model(family, model_args, method_args, args)
     trainer = build_trainer(model, family, encoded, splits, method_args, args)
     trainer.card = lambda: write_card(trainer, record)
@@ -220,11 +229,11 @@ def run(
         trainer.save_state()
     if args.do_eval:
         metrics = {}
-        for split in task.validation:
+        for split in scored:
             suffix = SUFFIXES.get(split, "")
             scores = trainer.evaluate_task(encoded[split], splits[split])
             metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
-        metrics["eval_samples"] = len(splits[task.validation[0]])
+        metrics["eval_samples"] = len(splits[scored[0]])
         trainer.log_metrics("eval", metrics)
         trainer.save_metrics("eval", metrics)
     if args.do_predict:
@@ -296,7 +305,7 @@ def describe(
         **asdict(method_args),
         "task_type": family.task_type,
         "max_length": family.max_length,
-        "sampling": {name: getattr(data_args, name) for name in ("max_train_samples", "num_shots", "sample_seed")},
+        "sampling": {name: getattr(data_args, name) for name in SAMPLING},
     }
     return json.loads(json.dumps(record))  # as it will be read again
 
@@ -310,14 +319,11 @@ def open_folder(folder: Path, record: dict[str, Any], args: TrainingArguments) -
     Raises:
         ValueError: The folder holds another run, or there is nothing to resume.
     """
-    from transformers.trainer_utils import get_last_checkpoint
-
     from peft_prompt_ext.tasks.predictor import RECORD
 
     wanted = args.resume_from_checkpoint
     resuming = wanted is not None and str(wanted).lower() not in {"false", "none"}
-    checkpoint = get_last_checkpoint(str(folder)) if folder.is_dir() else None
-    source = folder
+    checkpoint, source = last_whole_checkpoint(folder), folder
     if resuming and str(wanted).lower() not in {"true", "last"}:
         checkpoint, source = str(wanted), Path(wanted).parent
         if not Path(checkpoint, "trainer_state.json").is_file():
@@ -339,7 +345,21 @@ def open_folder(folder: Path, record: dict[str, Any], args: TrainingArguments) -
         partial = folder / f"{RECORD}.partial"
         partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         partial.replace(folder / RECORD)
+    if resuming and checkpoint is None:
+        logger.warning("%s has no checkpoint to go on from: the run starts at the beginning.", folder)
     return checkpoint if resuming else None
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose last file, the Trainer's state, is whole; a kill may have torn the one after it."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        try:
+            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, json.JSONDecodeError):
+            logger.warning("%s is not whole and is left out.", path)
+        else:
+            return str(path)
+    return None
 
 
 def _has_result(folder: Path) -> bool:
@@ -348,29 +368,41 @@ def _has_result(folder: Path) -> bool:
     )
 
 
-def wanted_splits(task: Task, args: TrainingArguments, data_args: DataArguments) -> list[str]:
-    """Splits that the run reads."""
+def load_splits(task: Task, data_args: DataArguments, args: TrainingArguments) -> dict[str, Dataset]:
+    """The rows of every split that the run reads, sampled as asked and checked."""
+    from peft_prompt_ext.tasks.data import check_rows, few_shot, sample
+
     scored = list(task.validation) if args.do_eval or args.eval_strategy != "no" else []
-    return ["train"] * args.do_train + scored + ["test"] * args.do_predict
+    held_out = data_args.held_out_samples
+    splits: dict[str, Dataset] = {}
+    if args.do_train or held_out:
+        rows = load(task, "train", data_args, args)
+        if held_out:
+            if not 0 < held_out < len(rows):
+                raise ValueError(f"--held_out_samples {held_out}: train has {len(rows)} rows, and some must stay.")
+            parts = rows.train_test_split(test_size=held_out, seed=data_args.sample_seed)
+            rows, scored, splits[task.validation[0]] = parts["train"], [], parts["test"]
+        if data_args.num_shots:
+            rows = few_shot(task, rows, data_args.num_shots, data_args.sample_seed)
+        splits["train"] = sample(rows, data_args.max_train_samples, data_args.sample_seed)
+    for split in scored:
+        splits[split] = sample(load(task, split, data_args, args), data_args.max_eval_samples, data_args.sample_seed)
+    if args.do_predict:
+        rows = load(task, "test", data_args, args)
+        splits["test"] = rows.select(range(min(data_args.max_predict_samples or len(rows), len(rows))))
+    for split, rows in splits.items():
+        check_rows(task, split, rows, labelled=split != "test")
+    return splits
 
 
 def load(task: Task, split: str, data_args: DataArguments, args: TrainingArguments) -> Dataset:
-    """The rows of a split, sampled as asked and checked."""
-    from peft_prompt_ext.tasks.data import check_rows, few_shot, load_split, sample
+    """All rows of one split."""
+    from peft_prompt_ext.tasks.data import load_split
 
     given = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
     files = {name: path for name, path in given.items() if path} or None
     with args.main_process_first(desc=f"reading {split}"):
-        rows = load_split(task, split, data_args.data_dir, files)
-        if split == "train" and data_args.num_shots:
-            rows = few_shot(task, rows, data_args.num_shots, data_args.sample_seed)
-        limit = data_args.max_train_samples if split == "train" else data_args.max_eval_samples
-        if split == "test":
-            rows = rows.select(range(min(data_args.max_predict_samples or len(rows), len(rows))))
-        elif limit:
-            rows = sample(rows, limit, data_args.sample_seed)
-    check_rows(task, split, rows, labelled=split != "test")
-    return rows
+        return load_split(task, split, data_args.data_dir, files)
 
 
 def encode(family: Family, rows: Dataset, split: str, args: TrainingArguments) -> Dataset:

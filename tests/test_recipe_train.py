@@ -15,7 +15,7 @@ import torch
 import yaml
 from datasets import load_dataset
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors.torch import load_file
 
 from peft_prompt_ext.tasks import available_tasks, get_task
 from tests.helpers import one_thread  # noqa: F401
@@ -133,10 +133,10 @@ def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
 def test_a_linear_probe_trains_the_head_alone(train, tmp_path, saved_model):
     train("sst2", "--method", "linear_probe", architecture="bert", task_type="SEQ_CLS")
 
-    with safe_open(Path(saved_model("bert", "SEQ_CLS")) / "model.safetensors", "pt") as before:
-        with safe_open(tmp_path / "out" / "model.safetensors", "pt") as after:
-            changed = {n for n in before.keys() if not torch.equal(before.get_tensor(n), after.get_tensor(n))}
-    assert changed == {"classifier.weight", "classifier.bias"}
+    before = load_file(Path(saved_model("bert", "SEQ_CLS")) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert set(after) == {f"bert.{name}" for name in before} | {"classifier.weight", "classifier.bias"}
+    assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
 
 
 def test_the_model_card_has_scores_init_seed_and_versions(train, tmp_path):
@@ -195,6 +195,21 @@ def test_samples_and_shots_are_as_many_as_asked(train, tmp_path):
     assert "| training rows | 4 |" in (tmp_path / "shots" / "README.md").read_text()
 
 
+def test_rows_held_out_of_train_are_scored_and_not_trained_on(train, tmp_path, recipe, monkeypatch):
+    seen = {}
+    check = recipe.load_splits
+    monkeypatch.setattr(recipe, "load_splits", lambda *args: seen.setdefault("splits", check(*args)))
+
+    results = train("mnli", "--held_out_samples", "3")
+
+    texts = {name: set(rows["premise"]) for name, rows in seen["splits"].items()}
+    assert results["eval_samples"] == 3
+    assert {name: len(rows) for name, rows in seen["splits"].items()} == {"train": 5, "validation_matched": 3}
+    assert not texts["train"] & texts["validation_matched"]
+    with pytest.raises(ValueError, match="--held_out_samples 8: train has 8 rows"):
+        train("mnli", "--held_out_samples", "8", folder="all")
+
+
 def test_an_output_folder_of_another_run_is_refused_and_kept(train, tmp_path):
     train("sst2")
     before = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
@@ -211,6 +226,22 @@ def test_a_checkpoint_of_another_method_is_refused(train):
 
     with pytest.raises(ValueError, match=r"another run \(method 'lora', now 'prompt_tuning'\)"):
         train("sst2", "--resume_from_checkpoint", "true")
+
+
+@pytest.mark.parametrize("state", [None, "", '{"epoch": 1'])
+def test_a_torn_checkpoint_is_left_out(train, tmp_path, state):
+    train("sst2", "--max_steps", "4", "--save_steps", "2", folder="whole")
+    train("sst2", "--max_steps", "4", "--save_steps", "2", folder="torn")
+    torn = tmp_path / "torn" / "checkpoint-4"
+    for path in torn.iterdir():
+        path.unlink()
+    if state is not None:
+        (torn / "trainer_state.json").write_text(state)
+
+    train("sst2", "--max_steps", "4", "--save_steps", "2", "--resume_from_checkpoint", "true", folder="torn")
+
+    weights = [load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "torn")]
+    assert torch.equal(weights[0]["prompt_embeddings"], weights[1]["prompt_embeddings"])
 
 
 def test_a_checkpoint_that_is_none_is_refused(train, tmp_path):
@@ -374,6 +405,27 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path, saved_model)
     assert len(losses[0]) == 30
     scores = [read(tmp_path / name / "eval_results.json")["eval_accuracy"] for name in ("whole", "killed")]
     assert scores[0] == scores[1]
+
+
+def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_path, saved_model):
+    flags = ("--max_steps", "6", "--num_virtual_tokens", "7", "--per_device_train_batch_size")
+    one = command(tmp_path / "one", saved_model("llama"), *flags, "4")
+    two = command(tmp_path / "two", saved_model("llama"), *flags, "2")
+    config = str(ROOT / "recipes" / "configs" / "accelerate" / "ddp.yaml")
+    launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
+
+    for arguments in (one, [*launch, *two[1:]]):
+        subprocess.run(arguments, check=True, capture_output=True, timeout=300)
+
+    histories = [read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("one", "two")]
+    losses = [[row["loss"] for row in history if "loss" in row] for history in histories]
+    epochs = [[row["epoch"] for row in history if "loss" in row] for history in histories]
+    assert len(losses[0]) == 6
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+    assert epochs[0] == epochs[1]  # else the second was one process with half of the batch
+    scores = [read(tmp_path / name / "eval_results.json") for name in ("one", "two")]
+    assert scores[0]["eval_accuracy"] == scores[1]["eval_accuracy"]
+    assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-4)
 
 
 def test_metrics_equal_a_count_over_the_predictions(train, tmp_path):

@@ -94,8 +94,10 @@ def own_task(
     )
 
 
-def sample(rows: Dataset, count: int, seed: int) -> Dataset:
-    """At most `count` rows, drawn with a seed."""
+def sample(rows: Dataset, count: int | None, seed: int) -> Dataset:
+    """At most `count` rows, drawn with a seed; all of them in their order without a count."""
+    if count is None:
+        return rows
     if count < 1:
         raise ValueError(f"A sample of {count} rows was asked for: at least one is needed.")
     return rows.shuffle(seed=seed).select(range(min(count, len(rows))))
