@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer the rows; see the module's docstring."""
     options = _options(argv)
+    from peft_prompt_ext.recipe.predictor import Predictor
     from peft_prompt_ext.tasks.data import read_file
-    from peft_prompt_ext.tasks.predictor import Predictor
 
     try:
         predictor = Predictor.from_pretrained(options.folder, options.device)

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from datasets import Dataset
     from transformers import TrainingArguments
 
+    from peft_prompt_ext.recipe.trainer import ChoiceTrainer
     from peft_prompt_ext.tasks import Task
     from peft_prompt_ext.tasks.families import Family
-    from peft_prompt_ext.tasks.trainer import ChoiceTrainer
 
 
 logger = logging.getLogger("recipes.train")
@@ -199,6 +199,10 @@ def run(
     import torch
     from transformers import set_seed
 
+    from peft_prompt_ext.recipe.folder import claim, has_result, write_record
+    from peft_prompt_ext.recipe.methods import find_family, new_model, trained_model
+    from peft_prompt_ext.recipe.model_card import model_card
+
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     # PEFT reads an attribute that transformers has renamed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
@@ -206,36 +210,34 @@ def run(
         args.do_train = args.do_eval = True
     args.do_train = args.do_train and method_args.method != "zero_shot"
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
-    task = find_task(data_args)
-    family = find_family(task, model_args, data_args, method_args)
-    record = describe(task, family, model_args, data_args, method_args)
-    checkpoint = open_folder(Path(args.output_dir), record, args)
+    task, folder = find_task(data_args), Path(args.output_dir)
+    record = {**asdict(model_args), **asdict(method_args), **{name: getattr(data_args, name) for name in SAMPLING}}
+    family = find_family(record, task, data_args.max_seq_length)
+    record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
+    record = json.loads(json.dumps(record))  # as it will be read again
+    checkpoint = claim(folder, record, args.do_train, args.resume_from_checkpoint)
+    if args.should_save:
+        write_record(folder, record)
     set_seed(args.seed)
     splits = load_splits(task, data_args, args)
     encoded = {split: encode(family, rows, split, args) for split, rows in splits.items()}
-    scored = [split for split in task.validation if split in splits]
-    for split in scored:  # rows of like lengths together: less padding, and the score is the same
+    for split in set(task.validation) & set(splits):  # rows of like lengths together: less padding, the same score
         lengths = encoded[split]["length"]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
-    model = build_model(family, model_args, method_args, args)
-    trainer = build_trainer(model, family, encoded, splits, method_args, args)
-    trainer.card = lambda: write_card(trainer, record)
+    if args.do_train or not has_result(folder):
+        model = new_model(family, record, args.seed)
+    else:
+        model = trained_model(family, record, str(folder))
+    trainer = build_trainer(model, family, encoded, splits, args)
+    scores: dict[str, float] = {}
+    trainer.card = lambda: model_card(trainer, record, scores).save(folder / "README.md")
+    if hasattr(model, "print_trainable_parameters") and args.should_log:
+        model.print_trainable_parameters()
     if args.do_train:
-        metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
-        trainer.save_model()
-        trainer.log_metrics("train", metrics)
-        trainer.save_metrics("train", metrics)
-        trainer.save_state()
+        train(trainer, checkpoint)
     if args.do_eval:
-        metrics = {}
-        for split in scored:
-            suffix = SUFFIXES.get(split, "")
-            scores = trainer.evaluate_task(encoded[split], splits[split])
-            metrics |= {f"{name}{suffix}": value for name, value in scores.items()}
-        metrics["eval_samples"] = len(splits[scored[0]])
-        trainer.log_metrics("eval", metrics)
-        trainer.save_metrics("eval", metrics)
+        scores |= score(trainer, encoded, splits)
     if args.do_predict:
         write_predictions(trainer, encoded["test"], splits["test"])
     if args.do_train or args.do_eval:
@@ -261,110 +263,6 @@ def find_task(data_args: DataArguments) -> Task:
         data_args.label_column,
         data_args.label_words,
         data_args.template,
-    )
-
-
-def find_family(
-    task: Task, model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments
-) -> Family:
-    """How rows are asked of this model. Loads the config and the tokenizer, no weights."""
-    from transformers import AutoConfig, AutoTokenizer
-
-    from peft_prompt_ext.assets import resolve
-    from peft_prompt_ext.tasks.encoding import say_split_words
-    from peft_prompt_ext.tasks.families import FAMILIES, family_of
-
-    if model_args.quantization and method_args.method == "full":
-        raise ValueError("Full fine-tuning trains every weight, and quantised ones have no gradient: choose lora.")
-    name = resolve(model_args.model_name_or_path)
-    config = AutoConfig.from_pretrained(name, revision=model_args.model_revision)
-    task_type = model_args.task_type or ("SEQ_CLS" if method_args.method == "linear_probe" else family_of(config))
-    if method_args.method == "zero_shot" and task_type == "SEQ_CLS":
-        raise ValueError("zero_shot needs a language model: the classification head of this one is new.")
-    if method_args.method == "linear_probe" and task_type != "SEQ_CLS":
-        raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=model_args.model_revision)
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
-    prompt = method_args.num_virtual_tokens if method_args.method == "prompt_tuning" else 0
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    limit = min(data_args.max_seq_length, positions - prompt, tokenizer.model_max_length - prompt)
-    family = FAMILIES[task_type](task, tokenizer, limit)
-    if task_type != "SEQ_CLS":
-        say_split_words(tokenizer, task)
-    return family
-
-
-def describe(
-    task: Task, family: Family, model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments
-) -> dict[str, Any]:
-    """What the run is; two runs of one output folder must not differ in it."""
-    record = {
-        "task": task.to_dict(),
-        **asdict(model_args),
-        **asdict(method_args),
-        "task_type": family.task_type,
-        "max_length": family.max_length,
-        "sampling": {name: getattr(data_args, name) for name in SAMPLING},
-    }
-    return json.loads(json.dumps(record))  # as it will be read again
-
-
-def open_folder(folder: Path, record: dict[str, Any], args: TrainingArguments) -> str | None:
-    """Claim the output folder.
-
-    Returns:
-        The checkpoint to go on from, if that is wanted.
-
-    Raises:
-        ValueError: The folder holds another run, or there is nothing to resume.
-    """
-    from peft_prompt_ext.tasks.predictor import RECORD
-
-    wanted = args.resume_from_checkpoint
-    resuming = wanted is not None and str(wanted).lower() not in {"false", "none"}
-    checkpoint, source = last_whole_checkpoint(folder), folder
-    if resuming and str(wanted).lower() not in {"true", "last"}:
-        checkpoint, source = str(wanted), Path(wanted).parent
-        if not Path(checkpoint, "trainer_state.json").is_file():
-            raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
-    found = source / RECORD
-    if found.is_file():
-        before = json.loads(found.read_text(encoding="utf-8"))
-        different = [name for name in record if before.get(name) != record[name]]
-        if different and (resuming or _has_result(folder)):
-            changes = ", ".join(f"{name} {before.get(name)!r}, now {record[name]!r}" for name in different)
-            raise ValueError(f"{source} holds another run ({changes}). Choose another --output_dir.")
-    if args.do_train and not resuming and _has_result(folder):
-        raise ValueError(
-            f"{folder} holds a run already: add --resume_from_checkpoint true to go on with it, or choose another "
-            "--output_dir."
-        )
-    if args.should_save and (args.do_train or not found.is_file()):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder / f"{RECORD}.partial"
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-        partial.replace(folder / RECORD)
-    if resuming and checkpoint is None:
-        logger.warning("%s has no checkpoint to go on from: the run starts at the beginning.", folder)
-    return checkpoint if resuming else None
-
-
-def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose last file, the Trainer's state, is whole; a kill may have torn the one after it."""
-    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True):
-        try:
-            json.loads((path / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, json.JSONDecodeError):
-            logger.warning("%s is not whole and is left out.", path)
-        else:
-            return str(path)
-    return None
-
-
-def _has_result(folder: Path) -> bool:
-    return folder.is_dir() and any(
-        path.name.startswith("checkpoint-") or path.suffix == ".safetensors" for path in folder.iterdir()
     )
 
 
@@ -422,86 +320,23 @@ def encode(family: Family, rows: Dataset, split: str, args: TrainingArguments) -
     return encoded
 
 
-def build_model(
-    family: Family, model_args: ModelArguments, method_args: MethodArguments, args: TrainingArguments
-) -> Any:
-    """Load the model and put on it what the method trains."""
-    import torch
-    from peft import get_peft_model
-
-    from peft_prompt_ext import load_frozen_backbone
-
-    method, dtype = method_args.method, model_args.dtype
-    if dtype == "auto" and method == "full":
-        dtype = "float32"  # steps of this size vanish in 16 bits
-    model = load_frozen_backbone(
-        model_args.model_name_or_path,
-        task_type=family.task_type,
-        quantization=model_args.quantization,
-        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
-        revision=model_args.model_revision,
-        **family.model_options,
-    )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = family.tokenizer.pad_token_id  # a decoder's head looks for the last other token
-    if method in {"prompt_tuning", "lora"}:
-        model = get_peft_model(model, adapter_config(family, method_args, args.seed))
-        model.print_trainable_parameters()
-    elif method == "full":
-        model.requires_grad_(True)
-    elif method == "linear_probe":
-        for name, head in model.named_children():
-            head.requires_grad_(name != model.base_model_prefix)
-    return model
-
-
-def adapter_config(family: Family, method_args: MethodArguments, seed: int) -> Any:
-    """The config of the prompt or of LoRA."""
-    from peft import LoraConfig
-
-    from peft_prompt_ext import PromptTuningExtConfig
-
-    if method_args.method == "lora":
-        return LoraConfig(
-            task_type=family.task_type,
-            r=method_args.lora_r,
-            lora_alpha=method_args.lora_alpha,
-            lora_dropout=method_args.lora_dropout,
-        )
-    words = list(dict.fromkeys(family.task.label_words))
-    init = method_args.prompt_tuning_init or (
-        "CLASS_LABELS" if 0 < len(words) <= method_args.num_virtual_tokens else "SAMPLE_VOCAB"
-    )
-    kwargs = json.loads(method_args.prompt_tuning_init_kwargs or "{}")
-    if init.upper() == "CLASS_LABELS":
-        kwargs.setdefault("labels", words)
-    return PromptTuningExtConfig(
-        task_type=family.task_type,
-        num_virtual_tokens=method_args.num_virtual_tokens,
-        prompt_tuning_init=init,
-        prompt_tuning_init_kwargs=kwargs,
-        prompt_tuning_init_text=method_args.prompt_tuning_init_text,
-        prompt_tuning_init_seed=seed,
-        tokenizer_name_or_path=family.tokenizer.name_or_path,
-        train_logits="supervised",
-    )
-
-
 def build_trainer(
     model: Any,
     family: Family,
     encoded: dict[str, Dataset],
     splits: dict[str, Dataset],
-    method_args: MethodArguments,
     args: TrainingArguments,
 ) -> ChoiceTrainer:
     """An ordinary Trainer but for how it evaluates."""
-    from peft_prompt_ext.tasks.families.causal_lm import CausalLM, keeps_columns
-    from peft_prompt_ext.tasks.trainer import ChoiceTrainer, task_metrics
+    from peft import PeftModel
+
+    from peft_prompt_ext.recipe.trainer import ChoiceTrainer, task_metrics
+    from peft_prompt_ext.tasks.families.causal_lm import CausalLM, keeps_columns, prompt_length
 
     args.remove_unused_columns = False  # the family's batches are made of columns that no model knows
     collator = family.collate
-    if isinstance(family, CausalLM) and method_args.method != "prompt_tuning" and keeps_columns(model):
+    has_prompt = prompt_length(model) > 0  # its config has train_logits
+    if isinstance(family, CausalLM) and not has_prompt and keeps_columns(model):
         collator = family.collate_labelled_logits
     first = family.task.validation[0]
     trainer = ChoiceTrainer(
@@ -511,12 +346,34 @@ def build_trainer(
         data_collator=collator,
         train_dataset=encoded.get("train"),
         eval_dataset=encoded.get(first),
-        # a checkpoint of a prompt is kilobytes; the tokenizer is the base model's
-        processing_class=family.tokenizer if method_args.method in {"full", "linear_probe"} else None,
+        # a checkpoint of an adapter is small; the tokenizer is the base model's
+        processing_class=None if isinstance(model, PeftModel) else family.tokenizer,
     )
     if first in splits:
         trainer.compute_metrics = task_metrics(family, splits[first])
     return trainer
+
+
+def train(trainer: ChoiceTrainer, checkpoint: str | None) -> None:
+    """Train, save, and write train_results.json."""
+    metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
+    trainer.save_model()
+    trainer.log_metrics("train", metrics)
+    trainer.save_metrics("train", metrics)
+    trainer.save_state()
+
+
+def score(trainer: ChoiceTrainer, encoded: dict[str, Dataset], splits: dict[str, Dataset]) -> dict[str, float]:
+    """Score every validation split that was read, and write eval_results.json."""
+    metrics: dict[str, float] = {}
+    for split in trainer.family.task.validation:
+        if split in splits:
+            scores = trainer.evaluate_task(encoded[split], splits[split])
+            scores["eval_samples"] = len(splits[split])
+            metrics |= {f"{name}{SUFFIXES.get(split, '')}": value for name, value in scores.items()}
+    trainer.log_metrics("eval", metrics)
+    trainer.save_metrics("eval", metrics)
+    return metrics
 
 
 def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -> None:
@@ -538,13 +395,6 @@ def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -
     path = Path(trainer.args.output_dir, f"predict_results_{task.name}.txt")
     lines = [f"{i}\t{name}" for i, name in enumerate(names)]
     path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
-
-
-def write_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> None:
-    """Write the model card beside the weights."""
-    from peft_prompt_ext.tasks.model_card import model_card
-
-    model_card(trainer, record).save(Path(trainer.args.output_dir, "README.md"))
 
 
 def _debugging() -> bool:

@@ -1,9 +1,7 @@
-import logging
-
 import pytest
 
 from peft_prompt_ext.tasks import Task
-from peft_prompt_ext.tasks.encoding import answer_ids, fit, pad, say_split_words
+from peft_prompt_ext.tasks.encoding import answer_ids, fit, pad
 
 
 def test_an_answer_is_tokenised_as_it_stands_behind_the_template(tokenizer):
@@ -38,16 +36,6 @@ def test_answers_with_the_same_tokens_are_an_error(tokenizer):
 def test_an_empty_answer_is_an_error(tokenizer):
     with pytest.raises(ValueError, match="'' has no tokens"):
         answer_ids(tokenizer, "It is", ["", " great"])
-
-
-def test_split_label_words_are_said(tokenizer, caplog):
-    task = Task(name="t", template="{text}", texts=("{text}",), label_words=(" great", " zebra"))
-
-    with caplog.at_level(logging.WARNING):
-        say_split_words(tokenizer, task)
-
-    assert "' zebra' (" in caplog.text
-    assert "' great'" not in caplog.text
 
 
 @pytest.mark.parametrize("limit", range(12, 40))

@@ -1,6 +1,7 @@
 """The score of a choice, against a plain forward pass of each row alone."""
 
 import math
+import re
 
 import pytest
 import torch
@@ -129,6 +130,14 @@ def test_a_regression_by_label_words_learns_the_nearest_word_and_by_a_head_the_n
     assert scores.shape == (2, 1)
     expected = ((scores[0, 0] - 3.4) ** 2 + (scores[1, 0] - 4.6) ** 2) / 2
     assert head.loss(scores, batch).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_split_label_words_are_said(kind, caplog):
+    with caplog.at_level("INFO"):
+        kind("llama", "CAUSAL_LM")
+
+    assert re.search(r"' a fine film' \(\d tokens\)", caplog.text)
+    assert "' great'" not in caplog.text
 
 
 @pytest.mark.parametrize(("architecture", "task_type"), LANGUAGE_MODELS)

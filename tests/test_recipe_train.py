@@ -112,12 +112,33 @@ def test_a_checkpoint_of_a_prompt_is_kilobytes(train, tmp_path):
     assert len(list((tmp_path / "out").glob("checkpoint-*"))) == 2
 
 
-def test_the_default_prompt_begins_as_the_label_words(train, tmp_path):
+def test_the_default_prompt_begins_as_the_label_words_and_the_form_of_the_question(train, tmp_path):
     train("sst2")
 
     record = read(tmp_path / "out" / "prompt_init.json")
     assert record["prompt_tuning_init"] == "CLASS_LABELS"
-    assert record["prompt_tuning_init_kwargs"]["labels"] == [" negative", " positive"]
+    assert record["prompt_tuning_init_kwargs"] == {"labels": [" negative", " positive"], "fallback": "TEXT"}
+    assert record["prompt_tuning_init_text"].endswith("Sentiment: positive\n")
+    assert len(record["slots"]) == 20
+
+
+def test_an_init_of_ones_own_is_taken_as_it_is(train, tmp_path):
+    train("sst2", "--prompt_tuning_init", "sample_vocab", "--prompt_tuning_init_kwargs", '{"population": 50}')
+
+    record = read(tmp_path / "out" / "prompt_init.json")
+    assert record["prompt_tuning_init"] == "SAMPLE_VOCAB"
+    assert record["prompt_tuning_init_kwargs"] == {"population": 50}
+
+
+def test_a_trained_run_is_scored_again_and_predicts(train, tmp_path):
+    before = train("sst2", "--learning_rate", "0.5")
+    weights = (tmp_path / "out" / "adapter_model.safetensors").read_bytes()
+
+    after = train("sst2", "--do_eval", "true", "--do_predict", "true")
+
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == weights
+    assert (tmp_path / "out" / "predict_results_sst2.txt").is_file()
 
 
 def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
@@ -216,7 +237,7 @@ def test_an_output_folder_of_another_run_is_refused_and_kept(train, tmp_path):
 
     with pytest.raises(ValueError, match=r"out holds a run already: add --resume_from_checkpoint"):
         train("sst2")
-    with pytest.raises(ValueError, match=r"holds another run .*'name': 'sst2'.*Choose another --output_dir"):
+    with pytest.raises(ValueError, match=r"holds another run \(task sst2 .*, now cola .*Choose another --output_dir"):
         train("cola")
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
 

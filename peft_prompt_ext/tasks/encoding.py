@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +10,6 @@ from .base import Task
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-
-logger = logging.getLogger(__name__)
 
 
 def fit(
@@ -106,18 +102,6 @@ def _behind(tokenizer: PreTrainedTokenizerBase, tail: str, choice: str) -> list[
     if both[: len(before)] == before:
         return both[len(before) :]
     return _tokens(tokenizer, choice)  # the tokenizer joins the two; the answer stands for itself then
-
-
-def say_split_words(tokenizer: PreTrainedTokenizerBase, task: Task) -> None:
-    """Log the label words that the tokenizer splits: their likelihood is the product over their tokens."""
-    ids = answer_ids(tokenizer, task.template, task.label_words) if task.label_words else []
-    split = [f"{word!r} ({len(i)} tokens)" for word, i in zip(task.label_words, ids, strict=True) if len(i) > 1]
-    if split:
-        logger.warning(
-            "The tokenizer splits the label words %s. They are scored by the likelihood of all their tokens, which "
-            "takes a forward pass for each; words of one token are faster.",
-            ", ".join(split),
-        )
 
 
 def pad(rows: Sequence[Sequence[int]], value: int) -> Any:

@@ -5,16 +5,23 @@ Shapes: B rows, C most choices of a row, L most tokens of a choice, T text token
 
 from __future__ import annotations
 
+import logging
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base import HIDDEN
+from ..base import HIDDEN, Task
 from ..encoding import answer_ids, fit, pad
 from .base import ABSENT, Family
 
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+logger = logging.getLogger(__name__)
 
 IGNORE_INDEX = -100
 MAX_SEQUENCES = 64  # of one forward pass, if rows have many choices
@@ -22,6 +29,18 @@ MAX_SEQUENCES = 64  # of one forward pass, if rows have many choices
 
 class LanguageModel(Family):
     """Scores a choice by the sum of its tokens' log-probabilities."""
+
+    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+        super().__init__(task, tokenizer, max_length)
+        words = task.label_words
+        ids = self._answers(words) if words else []
+        split = [f"{word!r} ({len(i)} tokens)" for word, i in zip(words, ids, strict=True) if len(i) > 1]
+        if split:
+            logger.info(
+                "The tokenizer splits the label words %s. They are scored by the likelihood of all their tokens, "
+                "which takes a sequence for each; words of one token are faster.",
+                ", ".join(split),
+            )
 
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """See `Family`; `context` and `choices` are token ids."""

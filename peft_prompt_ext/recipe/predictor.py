@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from .base import HIDDEN, Task
-from .families import FAMILIES, Family
-from .scoring import predictions, probabilities
-
-
-RECORD = "recipe.json"  # what a recipe's run is, beside its weights
+from ..tasks import HIDDEN, Task
+from ..tasks.families import Family
+from ..tasks.scoring import predictions, probabilities
+from .folder import read_record
+from .methods import find_family, trained_model
 
 
 class Predictor:
@@ -46,35 +43,9 @@ class Predictor:
         Raises:
             ValueError: The folder holds no run of the recipe.
         """
-        from peft import PeftModel
-        from transformers import AutoTokenizer
-        from transformers.utils import cached_file
-
-        from ..assets import resolve
-        from ..frozen_backbone import load_frozen_backbone
-
-        try:
-            found = Path(str(cached_file(folder, RECORD)))
-        except OSError as error:
-            raise ValueError(f"{folder} holds no {RECORD}: give the output folder of recipes/train.py.") from error
-        record = json.loads(found.read_text(encoding="utf-8"))
-        task = Task.from_dict(record["task"])
-        is_adapter = record["method"] in {"prompt_tuning", "lora"}
-        trained_whole = record["method"] in {"full", "linear_probe"}
-        base = folder if trained_whole else resolve(record["model_name_or_path"])
-        tokenizer = AutoTokenizer.from_pretrained(base)
-        tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-        family = FAMILIES[record["task_type"]](task, tokenizer, record["max_length"])
-        model: Any = load_frozen_backbone(
-            base,
-            task_type=record["task_type"],
-            quantization=record["quantization"],
-            **({} if trained_whole else family.model_options),
-        )
-        if model.config.pad_token_id is None:
-            model.config.pad_token_id = tokenizer.pad_token_id
-        if is_adapter:
-            model = PeftModel.from_pretrained(model, folder)
+        record = read_record(folder)
+        family = find_family(record, Task.from_dict(record["task"]), record["max_length"])
+        model = trained_model(family, record, folder)
         if record["quantization"] is None:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, family)

@@ -11,8 +11,8 @@ from datasets import Dataset
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from .families import Family
-from .scoring import evaluate_predictions, predictions
+from ..tasks.families import Family
+from ..tasks.scoring import evaluate_predictions, predictions
 
 
 class ChoiceTrainer(Trainer):

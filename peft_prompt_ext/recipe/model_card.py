@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -12,16 +13,17 @@ if TYPE_CHECKING:
     from .trainer import ChoiceTrainer
 
 
-NO_SCORES = {f"eval_{name}" for name in ("loss", "runtime", "samples_per_second", "steps_per_second")}
+NO_SCORES = ("eval_loss", "eval_runtime", "eval_samples", "eval_steps")
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets")
 
 
-def model_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> ModelCard:
+def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mapping[str, float]) -> ModelCard:
     """Write the card of a run.
 
     Args:
-        trainer: After training or evaluation; its state holds the scores.
+        trainer: After training or evaluation.
         record: What the run is, as the recipe writes it beside the weights.
+        results: What evaluation gave, with the prefix "eval_".
 
     Returns:
         The card, with the scores in the Hub's metadata.
@@ -31,7 +33,7 @@ def model_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> ModelCard:
     task, args = trainer.family.task, trainer.args
     is_adapter = record["method"] in {"prompt_tuning", "lora"}
     base, name = record["model_name_or_path"], f"{task.name}-{record['method']}"
-    scores = list(_last_scores(trainer).items())
+    scores = [(name, value) for name, value in results.items() if not name.startswith(NO_SCORES)]
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
@@ -44,7 +46,7 @@ def model_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> ModelCard:
                 dataset_type=task.path or task.name,
                 dataset_name=task.name,
                 dataset_config=task.subset,
-                dataset_split=task.validation[0],
+                dataset_split="train, held out" if record["held_out_samples"] else task.validation[0],
                 dataset_revision=task.revision if "/" in task.path else None,
                 metric_type=key.removeprefix("eval_"),
                 metric_value=value,
@@ -62,7 +64,7 @@ def model_card(trainer: ChoiceTrainer, record: dict[str, Any]) -> ModelCard:
     )
 
 
-def _introduction(trainer: ChoiceTrainer, record: dict[str, Any], base: str) -> str:
+def _introduction(trainer: ChoiceTrainer, record: Mapping[str, Any], base: str) -> str:
     task = trainer.family.task
     model: Any = trainer.model
     trained = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
@@ -72,14 +74,7 @@ def _introduction(trainer: ChoiceTrainer, record: dict[str, Any], base: str) -> 
     )
 
 
-def _last_scores(trainer: ChoiceTrainer) -> dict[str, float]:
-    """The newest evaluation; not its times and loss."""
-    rows = [row for row in trainer.state.log_history if any(key.startswith("eval_") for key in row)]
-    last = rows[-1] if rows else {}
-    return {key: value for key, value in last.items() if key.startswith("eval_") and key not in NO_SCORES}
-
-
-def _training(trainer: ChoiceTrainer, record: dict[str, Any]) -> list[tuple[str, object]]:
+def _training(trainer: ChoiceTrainer, record: Mapping[str, Any]) -> list[tuple[str, object]]:
     args = trainer.args
     rows: Any = trainer.train_dataset
     pairs: list[tuple[str, object]] = [("seed", args.seed), ("quantization", record["quantization"] or "none")]
@@ -97,7 +92,7 @@ def _training(trainer: ChoiceTrainer, record: dict[str, Any]) -> list[tuple[str,
     return [*pairs, ("most tokens of a row", trainer.family.max_length)]
 
 
-def _usage(record: dict[str, Any], folder: str) -> str:
+def _usage(record: Mapping[str, Any], folder: str) -> str:
     command = f'python recipes/predict.py {folder} --text "..."'
     return f"```bash\n{command}\n```\n\nThe question to the model:\n\n```\n{record['task']['template']}\n```"
 

@@ -1,0 +1,115 @@
+"""A run's output folder: what the run is, so that no other one writes into it, and where it can go on.
+
+The record is a dict of plain values: `task` (`Task.to_dict`), `task_type`, `max_length`, `method`,
+`model_name_or_path` and every other argument that decides the result.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+
+logger = logging.getLogger(__name__)
+
+RECORD = "recipe.json"
+
+
+def read_record(folder: str | Path) -> dict[str, Any]:
+    """Read what a run is.
+
+    Args:
+        folder: Its output folder, or the Hub id that it was pushed to.
+
+    Raises:
+        ValueError: It holds no run of the recipe.
+    """
+    from transformers.utils import cached_file
+
+    try:
+        found = Path(str(cached_file(str(folder), RECORD)))
+    except OSError as error:
+        raise ValueError(f"{folder} holds no {RECORD}: give the output folder of recipes/train.py.") from error
+    return json.loads(found.read_text(encoding="utf-8"))
+
+
+def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | None) -> str | None:
+    """Make an output folder this run's own; nothing is written yet.
+
+    Args:
+        folder: The folder; it need not exist.
+        record: What the run is.
+        train: Whether the run trains.
+        resume: None to begin, "true" to go on from the last checkpoint in `folder`, else a checkpoint's path.
+
+    Returns:
+        The checkpoint to go on from, or None to begin.
+
+    Raises:
+        ValueError: The folder holds another run or a finished one, or the checkpoint is none.
+    """
+    resuming = resume is not None and resume.lower() not in {"false", "none"}
+    checkpoint, source = last_whole_checkpoint(folder) if resuming else None, folder
+    if resuming and resume is not None and resume.lower() != "true":
+        checkpoint, source = resume, Path(resume).parent
+        if not _is_whole(Path(checkpoint)):
+            raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
+    if resuming or has_result(folder):
+        _check_same(source, record)
+    if train and not resuming and has_result(folder):
+        raise ValueError(
+            f"{folder} holds a run already: add --resume_from_checkpoint true to go on with it, or choose another "
+            "--output_dir."
+        )
+    if resuming and checkpoint is None:
+        logger.warning("%s has no checkpoint to go on from: the run starts at the beginning.", folder)
+    return checkpoint
+
+
+def write_record(folder: Path, record: Mapping[str, Any]) -> None:
+    """Replace the record whole."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / f"{RECORD}.partial"
+    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    partial.replace(folder / RECORD)
+
+
+def last_whole_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint whose last file, the Trainer's state, is whole; a kill may have torn the one after it."""
+    for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True):
+        if _is_whole(path):
+            return str(path)
+        logger.warning("%s is not whole and is left out.", path)
+    return None
+
+
+def has_result(folder: Path) -> bool:
+    """Whether a folder holds anything trained."""
+    return folder.is_dir() and any(
+        path.name.startswith("checkpoint-") or path.suffix == ".safetensors" for path in folder.iterdir()
+    )
+
+
+def _is_whole(checkpoint: Path) -> bool:
+    try:
+        json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, json.JSONDecodeError):
+        return False
+    return True
+
+
+def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
+    if not (folder / RECORD).is_file():
+        return
+    before = read_record(folder)
+    different = [name for name in record if before.get(name) != record[name]]
+    if different:
+        changes = ", ".join(f"{name} {_shown(before.get(name))}, now {_shown(record[name])}" for name in different)
+        raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir.")
+
+
+def _shown(value: Any) -> str:
+    return f"{value['name']} (version {value['version']})" if isinstance(value, dict) else repr(value)

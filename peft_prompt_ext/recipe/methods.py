@@ -1,0 +1,142 @@
+"""The model of a run: loaded, with what its method trains, or as an earlier run has trained it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from transformers import AutoConfig, AutoTokenizer
+
+from ..assets import resolve
+from ..config import PromptTuningExtConfig
+from ..frozen_backbone import load_frozen_backbone
+from ..tasks import Task
+from ..tasks.families import FAMILIES, Family, family_of
+
+
+ADAPTERS = {"prompt_tuning", "lora"}
+
+
+def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Family:
+    """How a task is asked of a run's model. Loads its config and its tokenizer, no weights.
+
+    Args:
+        record: The run's method, model and, if it is not to be guessed, `task_type`.
+        task: The task.
+        max_length: Most tokens of a row, the prompt not counted; the model may have room for fewer.
+
+    Raises:
+        ValueError: The method and the kind of model do not go together.
+    """
+    method, name = record["method"], resolve(record["model_name_or_path"])
+    if record["quantization"] and method == "full":
+        raise ValueError("Full fine-tuning trains every weight, and quantised ones have no gradient: choose lora.")
+    config = AutoConfig.from_pretrained(name, revision=record["model_revision"])
+    task_type = record["task_type"] or ("SEQ_CLS" if method == "linear_probe" else family_of(config))
+    if method == "zero_shot" and task_type == "SEQ_CLS":
+        raise ValueError("zero_shot needs a language model: the classification head of this one is new.")
+    if method == "linear_probe" and task_type != "SEQ_CLS":
+        raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
+    tokenizer = AutoTokenizer.from_pretrained(name, revision=record["model_revision"])
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
+    prompt = record["num_virtual_tokens"] if method == "prompt_tuning" else 0
+    room = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    return FAMILIES[task_type](task, tokenizer, min(max_length, room - prompt, tokenizer.model_max_length - prompt))
+
+
+def new_model(family: Family, record: Mapping[str, Any], seed: int) -> Any:
+    """Load a run's base model and make what its method trains trainable.
+
+    Args:
+        family: The task and its tokenizer.
+        record: What the run is.
+        seed: Seed of the prompt's initialisation.
+    """
+    method = record["method"]
+    model = _base_model(family, record)
+    if method in ADAPTERS:
+        return get_peft_model(model, adapter_config(family, record, seed))
+    for name, part in model.named_children():
+        head = name != model.base_model_prefix
+        part.requires_grad_(method == "full" or (method == "linear_probe" and head))
+    return model
+
+
+def trained_model(family: Family, record: Mapping[str, Any], folder: str) -> Any:
+    """Load the model of a run that has ended.
+
+    Args:
+        family: The task and its tokenizer.
+        record: What the run was.
+        folder: Its output folder, or the Hub id that it was pushed to.
+    """
+    if record["method"] in ADAPTERS:
+        return PeftModel.from_pretrained(_base_model(family, record), folder)
+    if record["method"] == "zero_shot":
+        return _base_model(family, record)
+    return load_frozen_backbone(folder, task_type=family.task_type)
+
+
+def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> PeftConfig:
+    """The config of a run's prompt or LoRA.
+
+    By default a prompt begins as the task's label words (Lester et al. 2021, section 3.2) and, for a language model,
+    the form of question and answer behind them; recipes/README.md has the measurement.
+    """
+    if record["method"] == "lora":
+        return LoraConfig(
+            task_type=family.task_type,
+            r=record["lora_r"],
+            lora_alpha=record["lora_alpha"],
+            lora_dropout=record["lora_dropout"],
+        )
+    words, size = list(family.task.label_words), record["num_virtual_tokens"]
+    init, text = record["prompt_tuning_init"], record["prompt_tuning_init_text"]
+    kwargs = json.loads(record["prompt_tuning_init_kwargs"] or "{}")
+    if init is None:
+        init = "CLASS_LABELS" if 0 < len(words) <= size else "SAMPLE_VOCAB"
+        room = size - len(words)
+        if init == "CLASS_LABELS" and family.task_type != "SEQ_CLS" and room and not kwargs:
+            kwargs, text = {"fallback": "TEXT"}, text or question_form(family, room)
+    if init.upper() == "CLASS_LABELS":
+        kwargs.setdefault("labels", words)
+    return PromptTuningExtConfig(
+        task_type=family.task_type,
+        num_virtual_tokens=size,
+        prompt_tuning_init=init,
+        prompt_tuning_init_kwargs=kwargs,
+        prompt_tuning_init_text=text,
+        prompt_tuning_init_seed=seed,
+        tokenizer_name_or_path=family.tokenizer.name_or_path,
+        train_logits="supervised",
+    )
+
+
+def question_form(family: Family, num_tokens: int) -> str:
+    """The template with an ellipsis in place of the texts, once for each answer; the last tokens of that."""
+    task, tokenizer = family.task, family.tokenizer
+    empty = task.template.format_map(dict.fromkeys(task.columns, "..."))
+    form = "".join(f"{empty}{word}\n" for word in task.label_words)
+    ids = tokenizer(form, add_special_tokens=False)["input_ids"]
+    return form if len(ids) <= num_tokens else str(tokenizer.decode(ids[-num_tokens:]))
+
+
+def _base_model(family: Family, record: Mapping[str, Any]) -> Any:
+    dtype = record["dtype"]
+    if dtype == "auto" and record["method"] == "full":
+        dtype = "float32"  # steps of this size vanish in 16 bits
+    model: Any = load_frozen_backbone(
+        record["model_name_or_path"],
+        task_type=family.task_type,
+        quantization=record["quantization"],
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        revision=record["model_revision"],
+        **family.model_options,
+    )
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = family.tokenizer.pad_token_id  # a decoder's head looks for the last other token
+    return model
