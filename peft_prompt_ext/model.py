@@ -7,7 +7,7 @@ Shapes: B batch, P virtual tokens, T text tokens, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from inspect import signature
@@ -32,6 +32,7 @@ IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of tra
 class PromptTuningMixin(PeftModel):
     """Goes in front of PEFT's model class of a task."""
 
+    _gathered: Mapping[str, torch.Tensor] = {}
     _heads: ClassVar[tuple[str, ...]] = ()  # modules that PEFT trains beside the prompt
     _token_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
     _token_outputs: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
@@ -89,13 +90,22 @@ class PromptTuningMixin(PeftModel):
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
         """Save as PEFT does, and beside each adapter the record of how its prompt began (`prompt_init.json`)."""
-        super().save_pretrained(save_directory, *args, **kwargs)
+        self._gathered = kwargs.get("state_dict") or {}
+        try:
+            super().save_pretrained(save_directory, *args, **kwargs)
+        finally:
+            self._gathered = {}
         if not kwargs.get("is_main_process", True):
             return
         for name in kwargs.get("selected_adapters") or list(self.peft_config):
             config = self.peft_config[name]
             if isinstance(config, PromptTuningExtConfig) and config.init_record is not None:
                 _record.write(save_directory if name == "default" else Path(save_directory, name), config)
+
+    def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
+        """The prompt [P, H], from the gathered state if there is one: the process that saves cannot gather it alone."""
+        gathered = self._gathered.get(f"prompt_encoder.{adapter_name}.embedding.weight")
+        return super().get_prompt_embedding_to_save(adapter_name) if gathered is None else gathered.detach().cpu()
 
     def add_adapter(self, *args: Any, **kwargs: Any) -> None:
         """Add an adapter as PEFT does; the heads of other adapters stay in training."""

@@ -8,12 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from transformers import BitsAndBytesConfig
 
-from peft_prompt_ext import engine_status
+from peft_prompt_ext import engine_status, load_frozen_backbone
 from tests.helpers import one_thread, prompt_of, prompted  # noqa: F401
 from tests.test_shared_prefix import padded
 from tests.zoo import AUTO_CLASSES, tiny_config
+
+
+# bitsandbytes quantises in blocks of 64
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
 
 
 def tiny_model(**changes):
@@ -68,6 +73,45 @@ def test_two_processes_get_the_mean_of_their_gradients():
     torch.testing.assert_close(gradients[0], prompt_of(model).grad)
 
 
+def in_one_of_two_sharded_processes(rank, folder, quantization):
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    base = load_frozen_backbone(folder, quantization=quantization, dtype=torch.float32, quant_storage=torch.float32)
+    model, batch = prompted(base, "CAUSAL_LM").train(), padded("left", "CAUSAL_LM")
+    expected = model(**batch)
+    expected.loss.backward()
+    gradient, prompt_of(model).grad = prompt_of(model).grad, None
+    mesh = init_device_mesh("cpu", (2,))
+    for part in (*base.model.layers, model):
+        fully_shard(part, mesh=mesh)
+    out = model(**batch)
+    out.loss.backward()
+    assert engine_status(model).packed
+    torch.testing.assert_close(out.loss, expected.loss)
+    torch.testing.assert_close(prompt_of(model).grad.full_tensor(), gradient)
+    with torch.no_grad():  # the prompt is not kept: each process has to make the same passes
+        torch.testing.assert_close(model.eval()(**batch).loss, expected.loss)
+    assert not model._states
+    state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+    if rank == 0:  # as the Trainer does; the other process makes no pass that could gather the prompt
+        model.save_pretrained(f"{folder}/adapter", state_dict=state)
+        saved = load_file(f"{folder}/adapter/adapter_model.safetensors")["prompt_embeddings"]
+        torch.testing.assert_close(saved, state["prompt_encoder.default.embedding.weight"])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_fully_sharded_backbones_give_the_same_gradients(tmp_path, quantization):
+    tiny_model(**SIZES).save_pretrained(tmp_path)
+
+    torch.multiprocessing.spawn(in_one_of_two_sharded_processes, (str(tmp_path), quantization), nprocs=2)
+
+
 QUANTIZED = {
     "nf4": {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True},
     "int8": {"load_in_8bit": True},
@@ -77,9 +121,7 @@ QUANTIZED = {
 @pytest.fixture(params=QUANTIZED)
 def quantized_base(request, tmp_path):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each int8 product
-    # bitsandbytes quantises in blocks of 64
-    sizes = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 32, "num_key_value_heads": 2}
-    tiny_model(**sizes).save_pretrained(tmp_path)
+    tiny_model(**SIZES).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**QUANTIZED[request.param], llm_int8_skip_modules=["lm_head"])
     return request.param, AUTO_CLASSES["CAUSAL_LM"].from_pretrained(
         tmp_path, quantization_config=config, dtype=torch.float32

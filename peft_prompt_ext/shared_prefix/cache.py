@@ -57,10 +57,21 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
     Training may change weights unseen by it (an optimizer that writes through raw pointers): states are to be
     dropped there.
     """
+    if _is_sharded(base_model):
+        return None
     device = prompt.device.type
     autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     try:
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
-    except RuntimeError:  # made in inference mode, or spread over machines
+    except RuntimeError:  # made in inference mode
         return None
     return prompt.dtype, prompt.device, autocast, weights
+
+
+def _is_sharded(base_model: Any) -> bool:
+    """Whether weights are gathered for each pass (FSDP, ZeRO-3): every process has to make the same passes then."""
+    from torch.distributed.fsdp import FullyShardedDataParallel
+    from torch.distributed.tensor import DTensor
+
+    sharded = (isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base_model.parameters())
+    return any(sharded) or any(isinstance(module, FullyShardedDataParallel) for module in base_model.modules())

@@ -96,8 +96,12 @@ class LanguageModel(Family):
                 wanted += [(r, c, number, place, token) for place, token in enumerate(choice)]
         scores = torch.zeros(batch["choices"].shape[:2])
         keys = list(sequences)
-        for start in range(0, len(keys), MAX_SEQUENCES):
+        for i in range(_most_passes(-(-len(keys) // MAX_SEQUENCES), device)):
+            start = i * MAX_SEQUENCES
             part = keys[start : start + MAX_SEQUENCES]
+            if not part:
+                self._logits(model, contexts[:1], [()], device)
+                continue
             asked = [(r, c, n - start, p, t) for r, c, n, p, t in wanted if start <= n < start + MAX_SEQUENCES]
             rows, columns, numbers, places, tokens = torch.tensor(asked).T
             logits = self._logits(model, [contexts[r] for r, _ in part], [key for _, key in part], device)
@@ -116,6 +120,15 @@ class LanguageModel(Family):
             A function of sequence numbers [n] and places behind the context [n] that gives the logits [n, V] for the
             token at that place.
         """
+
+
+def _most_passes(passes: int, device: torch.device) -> int:
+    """The most forward passes that any process makes: where weights are sharded all have to make as many."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return passes
+    most = torch.tensor(passes, device=device)
+    torch.distributed.all_reduce(most, torch.distributed.ReduceOp.MAX)
+    return int(most)
 
 
 def labelled(row: Mapping[str, Any]) -> list[int]:
