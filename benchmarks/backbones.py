@@ -168,8 +168,8 @@ def show(rows: list[dict[str, Any]]) -> None:
 
     console = Console()
     table = Table(title="Trained on movie reviews, by the backbone's precision")
-    for column in ("method", "backbone", "seed", "weights", "above", "seconds", "before", "after", "on the other"):
-        table.add_column(column, justify="left" if column in {"method", "backbone"} else "right")
+    for column in ("method", "backbone", "seed", "weights", "above", "sec.", "before", "after", "other"):
+        table.add_column(column, justify="left" if column in {"method", "backbone"} else "right", overflow="fold")
     for row in rows:
         if "error" in row:
             console.print(f"{row['method']} {row['precision']} seed {row['seed']}: {row['error']}", style="red")

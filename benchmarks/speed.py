@@ -298,12 +298,14 @@ def show(rows: list[dict[str, Any]]) -> None:
     console = Console()
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault(tuple(row[key] for key in ("text", "batch_size", "precision")), []).append(row)
-    for (text, batch_size, precision), group in groups.items():
-        table = Table(title=f"One training step: {text} text, {batch_size} rows, {precision}")
+        keys = ("text", "batch_size", "precision", "gradient_checkpointing")
+        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
+    for (text, batch_size, precision, checkpointing), group in groups.items():
+        extra = ", gradient checkpointing" if checkpointing else ""
+        table = Table(title=f"One training step: {text} text, {batch_size} rows, {precision}{extra}")
         columns = ("method", "P", "step", "x stock", "x LoRA", "x floor", "peak above the model", "x stock", "x LoRA")
         for column in columns:
-            table.add_column(column, justify="left" if column == "method" else "right")
+            table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
         for line in table_lines(group):
             table.add_row(*line)
         console.print(table)

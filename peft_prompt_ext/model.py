@@ -103,7 +103,7 @@ class PromptTuningMixin(PeftModel):
                 _record.write(save_directory if name == "default" else Path(save_directory, name), config)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
-        """The prompt [P, H], from the gathered state if there is one: the process that saves cannot gather it alone."""
+        """The prompt [P, H], from the gathered state if there is one: the process that saves cannot gather alone."""
         gathered = self._gathered.get(f"prompt_encoder.{adapter_name}.embedding.weight")
         return super().get_prompt_embedding_to_save(adapter_name) if gathered is None else gathered.detach().cpu()
 
