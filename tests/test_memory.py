@@ -121,7 +121,7 @@ def test_a_models_config_is_left_as_it_is_and_refused_architectures_are_estimate
     ("arguments", "message"),
     [
         ({"method": "prefix"}, "prompt_tuning, lora, full; got 'prefix'"),
-        ({"quantization": "int4"}, "got 'int4'"),
+        ({"quantization": "int4"}, "quantization \\('int4'\\) must be one of"),
         ({"method": "full", "quantization": "nf4"}, "cannot be trained"),
         ({"batch": 0}, "batch must be at least 1; got 0"),
     ],

@@ -351,6 +351,21 @@ def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(recipe
     assert args.per_device_train_batch_size == recipe.DEFAULTS["per_device_train_batch_size"]
 
 
+DO = [
+    ([], (True, True, False)),
+    (["--eval_strategy", "steps"], (True, True, False)),
+    (["--do-predict"], (False, False, True)),
+]
+
+
+@pytest.mark.parametrize(("flags", "expected"), DO)
+def test_a_run_trains_and_scores_unless_it_is_told_what_to_do(recipe, flags, expected):
+    *_, args = recipe.parse(["--task-name", "rte", *flags])
+
+    assert (args.do_train, args.do_eval, args.do_predict) == expected
+    assert args.output_dir == "outputs/rte-prompt_tuning"
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora", "full", "linear_probe"])
 def test_the_learning_rate_is_the_methods(recipe, method):
     *_, args = recipe.parse(["--task_name", "rte", "--method", method])
