@@ -5,6 +5,7 @@
     accelerate launch --num_processes 2 recipes/train.py --task_name rte --data_dir glue/rte --output_dir outputs/rte
 
 Flags have run_glue's names; defaults < the method's defaults < --config file.yaml < the command line.
+PEFT_PROMPT_EXT_DEBUG=1 shows where an error comes from.
 """
 
 from __future__ import annotations
@@ -122,9 +123,11 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if not argv or {"-h", "--help"} & set(argv):
         help_text()
         return {}
+    from peft_prompt_ext.assets import AssetError
+
     try:
         return run(*parse(argv))
-    except (ValueError, ImportError, RuntimeError) as error:
+    except (ValueError, ImportError, AssetError) as error:
         if _debugging():
             raise
         raise SystemExit(f"error: {error}") from None

@@ -72,7 +72,6 @@ class Predictor:
         try:
             prepared = task.prepared(row)
         except KeyError as error:
-            prepared = {}
             raise ValueError(f"A row for {task.name} needs the column {error}; it has {', '.join(row)}.") from error
         missing = [c for c in task.columns if prepared.get(c) is None and not (task.choices and c == "choice")]
         if missing:

@@ -59,16 +59,13 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
-def answer_ids(
-    tokenizer: PreTrainedTokenizerBase, template: str, choices: Sequence[str], close: bool = False
-) -> list[list[int]]:
+def answer_ids(tokenizer: PreTrainedTokenizerBase, template: str, choices: Sequence[str]) -> list[list[int]]:
     """Token ids of each answer as it stands behind the template's last words.
 
     Args:
         tokenizer: The tokenizer.
         template: The question; what follows its last column decides how an answer is split.
         choices: The answers.
-        close: Whether every answer ends with the end of the text.
 
     Returns:
         The ids. If one answer's tokens open another one's, all of them end with the end of the text, so that the
@@ -87,7 +84,7 @@ def answer_ids(
                 f"The answers {choices[ids.index(ids[i])]!r} and {choice!r} have the same tokens {ids[i]}."
             )
     opens = any(a != b and b[: len(a)] == a for a in ids for b in ids)
-    if not (opens or close):
+    if not opens:
         return ids
     if tokenizer.eos_token_id is None:
         raise ValueError(
