@@ -7,6 +7,9 @@ from importlib import import_module
 
 
 COMMANDS = {
+    "run": "the grids of suites: methods, inits, tasks, precisions, seeds; goes on where it was stopped",
+    "report": "one HTML file and Markdown from the results of runs",
+    "recommend": "which method to pick, given memory, storage and the least score",
     "speed": "time and memory of a training step: this plugin, stock PEFT, LoRA, full fine-tuning, the floor",
     "backbones": "the same training over full-precision, 8-bit and 4-bit backbones: bytes and accuracy",
     "mixed": "one batch of many tasks beside one batch for each task",

@@ -77,7 +77,8 @@ def train(options: argparse.Namespace, method: str, precision: str, seed: int) -
     from peft_prompt_ext.assets import asset_path, resolve
     from recipes import quickstart
 
-    from .speed import load, machine, peak, reset_peak
+    from .machine import machine, peak, reset_peak
+    from .speed import load
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(options.model_name_or_path)

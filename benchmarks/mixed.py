@@ -53,7 +53,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     from peft_prompt_ext.assets import resolve
     from peft_prompt_ext.padding import real_last
 
-    from .speed import machine, review_batch
+    from .machine import machine
+    from .speed import review_batch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(options.model_name_or_path)

@@ -10,11 +10,7 @@ Shapes: B rows, P virtual tokens.
 from __future__ import annotations
 
 import argparse
-import ctypes
-import gc
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -119,6 +115,8 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     from peft_prompt_ext.assets import resolve
 
+    from .machine import machine, peak, reset_peak, touch
+
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(spec["seed"])
@@ -129,10 +127,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     weights = model.get_memory_footprint()
     model, step = method_step(model, spec, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in model.parameters():
-        parameter.detach().view(
-            torch.uint8
-        ).max()  # weights that are still on the disk alone would count as memory of the step
+    touch(model)
     before = reset_peak(device)
     step()  # the first step allocates its buffers and is not timed
     for parameter in parameters:
@@ -248,46 +243,6 @@ def _floor(model: Any, batch: Any) -> Any:
         causal_lm(model, embeds, layout, labels=batch["labels"], supervised=True).loss.backward()
 
     return step
-
-
-def reset_peak(device: str) -> int:
-    """Forget the peak so far; returns the memory in use now, in bytes."""
-    gc.collect()
-    if device == "cuda":
-        import torch
-
-        torch.cuda.reset_peak_memory_stats()
-        return torch.cuda.memory_allocated()
-    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would be used again unseen
-    Path("/proc/self/clear_refs").write_text("5")
-    return _status_bytes("VmRSS")
-
-
-def peak(device: str) -> int:
-    """The most memory since `reset_peak`, in bytes."""
-    if device == "cuda":
-        import torch
-
-        return torch.cuda.max_memory_allocated()
-    return _status_bytes("VmHWM")
-
-
-def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: memory is measured on Linux only")
-
-
-def machine(device: str) -> dict[str, Any]:
-    """Versions and machine of a row."""
-    import peft
-    import torch
-    import transformers
-
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} {platform.machine()} CPU cores"
-    versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return {"machine": name, "capability": torch.backends.cpu.get_cpu_capability(), "versions": versions}
 
 
 def show(rows: list[dict[str, Any]]) -> None:

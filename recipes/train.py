@@ -203,10 +203,51 @@ def help_text() -> None:
     parser.print_help()
 
 
+@dataclass
+class Job:
+    """A run that is ready to train.
+
+    Attributes:
+        trainer: With the model, and rows to train on if there are any.
+        encoded: Tokens of each split, rows in the order of `splits`.
+        splits: Rows of each split.
+        record: What the run is.
+        checkpoint: Where it goes on, or None.
+        scores: What evaluation gave, for the model card.
+    """
+
+    trainer: ChoiceTrainer
+    encoded: dict[str, Dataset]
+    splits: dict[str, Dataset]
+    record: dict[str, Any]
+    checkpoint: str | None
+    scores: dict[str, float] = field(default_factory=dict)
+
+
 def run(
     model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments, args: TrainingArguments
 ) -> dict[str, float]:
     """Prepare, train, score and predict. Returns what all_results.json holds."""
+    job = prepare(model_args, data_args, method_args, args)
+    trainer = job.trainer
+    if args.do_train:
+        train(trainer, job.checkpoint)
+    if args.do_eval:
+        score(job)
+    if args.do_predict:
+        write_predictions(trainer, job.encoded["test"], job.splits["test"])
+    if args.do_train or args.do_eval:
+        trainer.create_model_card()
+    if args.push_to_hub:
+        trainer.push_to_hub()
+    results = Path(args.output_dir, "all_results.json")
+    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+
+
+def prepare(
+    model_args: ModelArguments, data_args: DataArguments, method_args: MethodArguments, args: TrainingArguments
+) -> Job:
+    """Claim the output folder, read and encode the rows, and build the model and its Trainer."""
     import torch
     from transformers import set_seed
 
@@ -239,22 +280,11 @@ def run(
     else:
         model = trained_model(family, record, str(folder))
     trainer = build_trainer(model, family, encoded, splits, args)
-    scores: dict[str, float] = {}
-    trainer.card = lambda: model_card(trainer, record, scores).save(folder / "README.md")
+    job = Job(trainer, encoded, splits, record, checkpoint)
+    trainer.card = lambda: model_card(trainer, record, job.scores).save(folder / "README.md")
     if hasattr(model, "print_trainable_parameters") and args.should_log:
         model.print_trainable_parameters()
-    if args.do_train:
-        train(trainer, checkpoint)
-    if args.do_eval:
-        scores |= score(trainer, encoded, splits)
-    if args.do_predict:
-        write_predictions(trainer, encoded["test"], splits["test"])
-    if args.do_train or args.do_eval:
-        trainer.create_model_card()
-    if args.push_to_hub:
-        trainer.push_to_hub()
-    results = Path(args.output_dir, "all_results.json")
-    return json.loads(results.read_text(encoding="utf-8")) if results.is_file() else {}
+    return job
 
 
 def find_task(data_args: DataArguments) -> Task:
@@ -372,17 +402,16 @@ def train(trainer: ChoiceTrainer, checkpoint: str | None) -> None:
     trainer.save_state()
 
 
-def score(trainer: ChoiceTrainer, encoded: dict[str, Dataset], splits: dict[str, Dataset]) -> dict[str, float]:
+def score(job: Job) -> None:
     """Score every validation split that was read, and write eval_results.json."""
-    metrics: dict[str, float] = {}
+    trainer = job.trainer
     for split in trainer.family.task.validation:
-        if split in splits:
-            scores = trainer.evaluate_task(encoded[split], splits[split])
-            scores["eval_samples"] = len(splits[split])
-            metrics |= {f"{name}{SUFFIXES.get(split, '')}": value for name, value in scores.items()}
-    trainer.log_metrics("eval", metrics)
-    trainer.save_metrics("eval", metrics)
-    return metrics
+        if split in job.splits:
+            scores = trainer.evaluate_task(job.encoded[split], job.splits[split])
+            scores["eval_samples"] = len(job.splits[split])
+            job.scores |= {f"{name}{SUFFIXES.get(split, '')}": value for name, value in scores.items()}
+    trainer.log_metrics("eval", job.scores)
+    trainer.save_metrics("eval", job.scores)
 
 
 def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -> None:

@@ -85,7 +85,8 @@ def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> Peft
     """The config of a run's prompt or LoRA.
 
     By default a prompt begins as the task's label words (Lester et al. 2021, section 3.2) and, for a language model,
-    the form of question and answer behind them; recipes/README.md has the measurement.
+    the form of question and answer behind them; recipes/README.md has the measurement. The init TEXT without a text
+    is that form alone.
     """
     if record["method"] == "lora":
         return LoraConfig(
@@ -97,13 +98,16 @@ def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> Peft
     words, size = list(family.task.label_words), record["num_virtual_tokens"]
     init, text = record["prompt_tuning_init"], record["prompt_tuning_init_text"]
     kwargs = json.loads(record["prompt_tuning_init_kwargs"] or "{}")
+    asks = family.task_type != "SEQ_CLS"  # a head is asked no question
     if init is None:
         init = "CLASS_LABELS" if 0 < len(words) <= size else "SAMPLE_VOCAB"
-        room = size - len(words)
-        if init == "CLASS_LABELS" and family.task_type != "SEQ_CLS" and room and not kwargs:
-            kwargs, text = {"fallback": "TEXT"}, text or question_form(family, room)
     if init.upper() == "CLASS_LABELS":
+        room = size - len(words)
+        if asks and room > 0 and not kwargs:
+            kwargs, text = {"fallback": "TEXT"}, text or question_form(family, room)
         kwargs.setdefault("labels", words)
+    elif init.upper() == "TEXT" and asks:
+        text = text or question_form(family, size)
     return PromptTuningExtConfig(
         task_type=family.task_type,
         num_virtual_tokens=size,

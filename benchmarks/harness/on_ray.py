@@ -1,0 +1,79 @@
+"""The grid on a Ray cluster: Ray places runs, and tries one again whose worker or node died.
+
+The project and its packages have to be installed on every node at the same path, and the rows of --data_dir be there.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import ExitStack
+from pathlib import Path
+
+from . import execute as execution
+from .local import Report, begin, end
+from .measure import ROOT
+from .store import RunStore, wanted
+from .suite import Spec, run_id
+
+
+TRIES = 3  # more than one node may die
+
+
+def run_on_ray(
+    specs: Iterable[Spec],
+    store: RunStore,
+    runs: Path,
+    data_dir: str | None,
+    time_limit_s: float,
+    rerun: str,
+    report: Report,
+    address: str | None = None,
+    num_cpus: float = 2,
+    num_gpus: float = 0,
+) -> None:
+    """Do every run that is wanted and that no other process holds.
+
+    Args:
+        specs: The grid.
+        store: Where events go; only this process writes them.
+        runs: Folder of all runs, on each node its own.
+        data_dir: Where the folders of `spec["data"]` lie, on every node.
+        time_limit_s: A run that takes longer is ended.
+        rerun: See `store.wanted`.
+        report: Called with each run and its last event.
+        address: Of the cluster; None: the one that `ray start` has made here, or a new one on this machine.
+        num_cpus: Cores that a run holds.
+        num_gpus: GPUs that a run holds.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ImportError as error:
+        raise ImportError("--executor ray needs Ray: pip install 'peft-prompt-ext[ray]'") from error
+
+    if not ray.is_initialized():
+        ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=TRIES)(execution.execute)
+    latest = store.latest()
+    with ExitStack() as claims:
+        under_way = {}
+        for spec in specs:
+            event = latest.get(run_id(spec))
+            if wanted(event, rerun) and claims.enter_context(store.claim(run_id(spec))):
+                started = begin(spec, event)
+                store.append(started)
+                under_way[remote.remote(spec, runs, data_dir, time_limit_s, execution.WORKER)] = started
+        while under_way:
+            done, _ = ray.wait(list(under_way))
+            started = under_way.pop(done[0])
+            try:
+                outcome = ray.get(done[0])
+            except ray.exceptions.RayError as error:
+                outcome = {"status": "failed", "error": f"Ray: {error}", "result": None, "env": None}
+            event = end(started, outcome)
+            store.append(event)
+            execution.forget(started["spec"], runs)
+            report(started["spec"], event)

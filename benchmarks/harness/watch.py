@@ -1,0 +1,116 @@
+"""What is measured while a run trains: time, memory and energy of the steps alone, and scores on the way."""
+
+from __future__ import annotations
+
+import os
+import statistics
+import time
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from ..machine import busy_s, energy_j, peak, reset_peak
+
+
+if TYPE_CHECKING:
+    from recipes.train import Job
+
+
+class Watch(TrainerCallback):
+    """Adds up the stretches between evaluations.
+
+    Args:
+        job: The run.
+        score_before: Its main metric before training.
+        seconds: After so many seconds of training it is stopped; None: never.
+    """
+
+    def __init__(self, job: Job, score_before: float, seconds: float | None) -> None:
+        args = job.trainer.args
+        self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        self.rows = len(job.trainer.train_dataset) if args.do_train else 0
+        self.main_key = f"eval_{job.trainer.family.task.main_metric}"
+        self.limit = seconds
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
+        self.curve: list[dict[str, float]] = [{"examples": 0, "seconds": 0.0, "score": score_before}]
+        self.step_times: list[float] = []
+        self.steps = self.tokens = 0
+        self.energy: float | None = 0.0
+        self.others_s = self.elapsed_s = 0.0
+        self.most_memory = self.before = 0
+
+    @property
+    def train_time_s(self) -> float:
+        """Seconds of training so far."""
+        return sum(self.step_times)
+
+    @property
+    def examples(self) -> int:
+        """Rows trained on so far; the last batch of an epoch may be smaller than the others."""
+        epochs, steps = divmod(self.steps, max(1, -(-self.rows // self.batch_size)))
+        return epochs * self.rows + steps * self.batch_size
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Start the first stretch."""
+        self.before = reset_peak(self.device)
+        self._start()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
+        """One step, its batch's collation included."""
+        if self.device == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        self.step_times.append(now - self.mark)
+        self.mark = now
+        self.steps, self.tokens = state.global_step, int(state.num_input_tokens_seen)
+        if self.limit is not None and self.train_time_s >= self.limit:
+            control.should_training_stop = True
+        last = self.steps >= state.max_steps or control.should_training_stop
+        if control.should_evaluate or last:
+            self._stop()
+        if last:
+            control.should_evaluate = False  # the end is scored once, after training
+        return control
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """Keep the score, and start the next stretch."""
+        self.point((metrics or {})[self.main_key])
+        reset_peak(self.device)
+        self._start()
+
+    def point(self, score: float) -> None:
+        """One point of the learning curve."""
+        self.curve.append({"examples": self.examples, "seconds": self.train_time_s, "score": score})
+
+    def totals(self) -> dict[str, Any]:
+        """The entries of a `Result` that training decides."""
+        seconds = self.train_time_s
+        return {
+            "examples_seen": self.examples,
+            "tokens_seen": self.tokens,
+            "train_time_s": seconds,
+            "steps": self.steps,
+            "step_time_s": statistics.median(self.step_times) if self.step_times else 0.0,
+            "tokens_per_s": self.tokens / seconds if seconds else 0.0,
+            "peak_memory_bytes": max(0, self.most_memory - self.before),
+            "memory_kind": "cuda" if self.device == "cuda" else "rss",
+            "energy_j": self.energy if self.steps else 0.0,
+            "other_cpu_share": self.others_s / self.elapsed_s if self.elapsed_s else 0.0,
+        }
+
+    def _start(self) -> None:
+        self.energy_mark = energy_j()
+        self.busy_mark, self.own_mark, self.start = busy_s(), time.process_time(), time.perf_counter()
+        self.mark = self.start
+
+    def _stop(self) -> None:
+        self.most_memory = max(self.most_memory, peak(self.device))
+        elapsed, own = time.perf_counter() - self.start, time.process_time() - self.own_mark
+        self.others_s += max(0.0, busy_s() - self.busy_mark - own) / (os.cpu_count() or 1)
+        self.elapsed_s += elapsed
+        used = energy_j()
+        if used is None or self.energy_mark is None or self.energy is None or used < self.energy_mark:
+            self.energy = None  # nobody tells, or the counter began again
+        else:
+            self.energy += used - self.energy_mark

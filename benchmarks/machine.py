@@ -1,0 +1,84 @@
+"""What the machine tells: memory, energy, its own name."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+
+def touch(model: Any) -> None:
+    """Read every weight: those that are still on the disk alone would count as memory of the first step."""
+    import torch
+
+    for parameter in model.parameters():
+        parameter.detach().view(torch.uint8).max()
+
+
+def reset_peak(device: str) -> int:
+    """Forget the peak so far; returns the memory in use now, in bytes."""
+    gc.collect()
+    if device == "cuda":
+        import torch
+
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would be used again unseen
+    Path("/proc/self/clear_refs").write_text("5")
+    return _status_bytes("VmRSS")
+
+
+def peak(device: str) -> int:
+    """The most memory since `reset_peak`, in bytes."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated()
+    return _status_bytes("VmHWM")
+
+
+def _status_bytes(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {name}: memory is measured on Linux only")
+
+
+def machine(device: str) -> dict[str, Any]:
+    """Versions and machine of a row."""
+    import peft
+    import torch
+    import transformers
+
+    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} {platform.machine()} CPU cores"
+    versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
+    return {"machine": name, "capability": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+
+
+def energy_j() -> float | None:
+    """Joules that the CPU packages (Intel's and AMD's RAPL counters) or the GPU have used; None if nobody tells."""
+    import torch
+
+    if torch.cuda.is_available():
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1e3
+        except Exception:
+            return None
+    try:
+        packages = list(Path("/sys/class/powercap").glob("intel-rapl:[0-9]"))
+        return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
+    except OSError:
+        return None
+
+
+def busy_s() -> float:
+    """CPU seconds that all programs of this machine have used since it started, over all cores."""
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
+    user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])
+    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")

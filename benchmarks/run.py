@@ -1,0 +1,137 @@
+"""Run the grids of suites: what the store has already is not run again.
+
+    python -m benchmarks run benchmarks/suites/smoke.yaml
+    python -m benchmarks run benchmarks/suites/cpu.yaml --data_dir path/to/rows --results benchmarks/results/cpu.jsonl
+
+Stop it at any moment, and start it again to go on. Each run has its own process and one line in the results file.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections import Counter
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .harness.store import RERUN, Event, RunStore, StoreError, wanted
+
+
+def main(arguments: list[str]) -> None:
+    """Run what the arguments ask for, and print a table of it."""
+    from .harness.suite import SuiteError, load_suites, run_id
+
+    options = _options(arguments)
+    results = options.results or Path("outputs/benchmarks", f"{options.suite[0].stem}.jsonl")
+    store = RunStore(results)
+    try:
+        specs, time_limit_s = load_suites(options.suite)
+        latest = store.latest()
+        _check_data(specs, options.data_dir)
+    except (SuiteError, StoreError) as error:
+        raise SystemExit(f"error: {error}") from None
+    left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
+    print(f"{len(specs)} runs, {len(left)} to do; events go to {results}")
+    if not options.dry_run:
+        _run(left, store, options, time_limit_s)
+    events = store.latest()
+    show([(spec, events.get(run_id(spec))) for spec in specs])
+    if options.report:
+        from .report import main as report
+
+        report(["--results", str(results), "--output", str(options.report)])
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks run", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("suite", nargs="+", type=Path, help="YAML files, see benchmarks/suites")
+    parser.add_argument("--results", type=Path, help="the store; by default outputs/benchmarks/SUITE.jsonl")
+    parser.add_argument("--data_dir", help="where the folders of `data` in a suite lie, in the Hub's columns")
+    parser.add_argument("--rerun", choices=RERUN, default="never", help="which of the ended runs run again")
+    parser.add_argument("--executor", choices=("local", "ray"), default="local", help="one at a time, or a cluster")
+    parser.add_argument("--ray_address", help="of a Ray cluster; by default one on this machine")
+    parser.add_argument("--cpus_per_run", type=float, default=2, help="cores that Ray keeps for a run")
+    parser.add_argument("--gpus_per_run", type=float, default=0, help="GPUs that Ray keeps for a run")
+    parser.add_argument("--report", type=Path, metavar="FOLDER", help="then write the report there")
+    parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
+    return parser.parse_args(arguments)
+
+
+def _check_data(specs: list[Any], data_dir: str | None) -> None:
+    from .harness.suite import SuiteError
+
+    wanted_folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
+    for folder in sorted(wanted_folders - {None}):
+        if data_dir is None:
+            raise SuiteError(f"the suite reads rows of {folder}: give --data_dir, the folder above it")
+        if not Path(data_dir, folder).is_dir():
+            raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
+
+
+def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=Console()) as progress:
+        bar = progress.add_task("runs", total=len(specs))
+
+        def report(spec: Any, event: Event) -> None:
+            progress.console.print(f"{event['status']:>13}  {describe(spec)}  {outcome(event)}", soft_wrap=True)
+            progress.advance(bar)
+
+        _executor(options)(
+            specs,
+            store,
+            store.path.with_suffix(".runs"),
+            options.data_dir,
+            time_limit_s,
+            options.rerun,
+            report,
+        )
+
+
+def _executor(options: argparse.Namespace) -> Any:
+    if options.executor == "local":
+        from .harness.local import run_local
+
+        return run_local
+    from .harness.on_ray import run_on_ray
+
+    return partial(
+        run_on_ray, address=options.ray_address, num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run
+    )
+
+
+def describe(spec: Any) -> str:
+    """A run in a few words."""
+    parts = [spec["task"], spec["method"], spec["init"], spec["quantization"]]
+    amount, unit = next((value, key) for key, value in spec["budget"].items())
+    return " ".join([*filter(None, parts), f"{amount:g} {unit}", f"seed {spec['seed']}"])
+
+
+def outcome(event: Event) -> str:
+    """What came of it."""
+    if event["result"] is None:
+        return event["error"] or ""
+    result = event["result"]
+    change = f"{100 * result['score_before']:.1f} -> {100 * result['score']:.1f}"
+    return f"{result['main_metric']} {change}, {result['train_time_s']:.0f} s of training"
+
+
+def show(rows: list[tuple[Any, Event | None]]) -> None:
+    """Print one line for each run, and how many ended how."""
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console()
+    table = Table("run", "state", "result")
+    for spec, event in rows:
+        state = event["status"] if event else "not run"
+        style = {"ok": "", "not run": "dim", "started": "dim"}.get(state, "red")
+        table.add_row(describe(spec), state, outcome(event) if event else "", style=style)
+    console.print(table)
+    counts = Counter(event["status"] if event else "not run" for _, event in rows)
+    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))

