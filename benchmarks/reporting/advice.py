@@ -1,0 +1,210 @@
+"""Which method to pick: what fits, then what cannot be told from the best score, then the cheapest of that."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from .contrasts import mean_score
+from .evidence import Setting, Variant
+from .measures import ALL_TIME, MEMORY, STORED, WEIGHTS, over_tasks, points, seconds, signed, size
+from .statistics import MIN_SEEDS, Comparison, Interval, common_seeds, compare
+
+
+COSTS = ("time", "memory", "storage")
+SAME_COST = 1.1  # less is within what a machine differs from day to day
+RULE = (
+    "What has no usable run for every task, needs more memory or storage than there is, or scores less than asked is "
+    "left out. Of the rest the best mean score is found, and what either test finds worse than it is left out too. "
+    "Of what then remains the cheapest is picked; costs that differ by less than a tenth count as equal, and then "
+    f"the higher mean decides. Methods with fewer than {MIN_SEEDS} seeds are picked only where nothing else is left, "
+    "and it is said."
+)
+
+
+@dataclass(frozen=True)
+class Needs:
+    """What a reader has and wants.
+
+    Attributes:
+        memory_bytes: Of the device, for the model and its training.
+        storage_bytes: For the model and what all tasks store.
+        count: How many tasks will be trained.
+        least_score: As a fraction, the mean over tasks.
+        first: What matters most, one of `COSTS` or "score".
+    """
+
+    memory_bytes: int | None = None
+    storage_bytes: int | None = None
+    count: int = 1
+    least_score: float | None = None
+    first: str = "time"
+
+
+READERS = {
+    "the highest score, whatever it costs": Needs(first="score"),
+    "time is short": Needs(first="time"),
+    "memory is short": Needs(first="memory"),
+    "many tasks, storage is short": Needs(first="storage"),
+}
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One variant, over all tasks that are asked for.
+
+    Attributes:
+        score: Mean and interval of the mean over tasks; None if a task has no run.
+        seeds: How many of them every task has.
+        memory_bytes: The model and its training, the most of all runs.
+        stored_bytes: What one task stores.
+        weights_bytes: The model, once for all tasks.
+        time_s: One task's training, with its source's; None if every timing was disturbed.
+        comparison: With the best of those that fit; None for itself.
+        excluded: Why it is not picked, or "".
+    """
+
+    variant: Variant
+    score: Interval | None
+    seeds: int
+    memory_bytes: float | None
+    stored_bytes: float | None
+    weights_bytes: float | None
+    time_s: float | None
+    comparison: Comparison | None = None
+    excluded: str = ""
+
+    def storage_bytes(self, count: int) -> float:
+        """For `count` tasks. Full fine-tuning keeps a whole model for each, the others one for all."""
+        once = 0.0 if self.variant.method == "full" else self.weights_bytes or 0.0
+        return once + count * (self.stored_bytes or 0.0)
+
+    def cost(self, name: str) -> float | None:
+        """One of `COSTS`, in seconds or bytes; None if it was not measured."""
+        return {"time": self.time_s, "memory": self.memory_bytes, "storage": self.stored_bytes}[name]
+
+
+@dataclass(frozen=True)
+class Advice:
+    """The answer to one reader, for one setting.
+
+    Attributes:
+        pick: None if nothing fits.
+        candidates: All, with why they are not picked.
+        is_thin: Whether the pick has fewer than `MIN_SEEDS` seeds.
+    """
+
+    setting: Setting
+    tasks: tuple[str, ...]
+    needs: Needs
+    pick: Candidate | None
+    candidates: tuple[Candidate, ...]
+    is_thin: bool
+
+
+def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
+    """Pick a variant by `RULE`.
+
+    Args:
+        setting: The runs that count.
+        needs: What the reader has and wants.
+        tasks: Those that matter; those of the setting's mean if empty.
+    """
+    tasks = tuple(tasks or setting.common)
+    candidates = [_limited(_candidate(setting, variant, tasks), needs, tasks, setting) for variant in setting.variants]
+    fitting = [candidate for candidate in candidates if not candidate.excluded]
+    if not fitting:
+        return Advice(setting, tasks, needs, None, tuple(candidates), False)
+    sure = [candidate for candidate in fitting if candidate.seeds >= MIN_SEEDS]
+    if all(candidate.variant.method == "zero_shot" for candidate in sure):
+        sure = [] if len(fitting) > len(sure) else sure  # nothing that was trained has been run often enough
+    contest = sure or fitting
+    best = max(contest, key=lambda candidate: candidate.score.mean)
+    judged = [_judged(setting, candidate, best, bool(sure), tasks) for candidate in candidates]
+    left = [candidate for candidate in judged if not candidate.excluded]
+    # without enough seeds "cannot be told apart" says nothing, so the best mean it is
+    pick = _cheapest(left, needs.first) if sure else best
+    final = [_not_cheapest(candidate, pick, needs, bool(sure)) for candidate in judged]
+    return Advice(setting, tasks, needs, pick, tuple(final), not sure)
+
+
+def _candidate(setting: Setting, variant: Variant, tasks: Sequence[str]) -> Candidate:
+    seeds = common_seeds(setting, (variant,), tasks)
+    costs = [over_tasks(setting, variant, tasks, measure) for measure in (MEMORY, STORED, WEIGHTS, ALL_TIME)]
+    score = mean_score(setting, variant, tasks)
+    count = MIN_SEEDS if variant.method == "zero_shot" and seeds else len(seeds)
+    return Candidate(variant, score, count, *costs[:3], 0.0 if variant.method == "zero_shot" else costs[3])
+
+
+def _limited(candidate: Candidate, needs: Needs, tasks: Sequence[str], setting: Setting) -> Candidate:
+    """Say which of the needs it does not meet."""
+    if candidate.score is None:
+        return replace(candidate, excluded=_missing(setting, candidate.variant, tasks))
+    reasons = []
+    if needs.memory_bytes is not None and candidate.memory_bytes > needs.memory_bytes:
+        reasons.append(f"needs {size(candidate.memory_bytes)} of memory, there is {size(needs.memory_bytes)}")
+    storage = candidate.storage_bytes(needs.count)
+    if needs.storage_bytes is not None and storage > needs.storage_bytes:
+        reasons.append(f"{needs.count} tasks take {size(storage)} of storage, there is {size(needs.storage_bytes)}")
+    if needs.least_score is not None and candidate.score.mean < needs.least_score:
+        reasons.append(f"scores {points(candidate.score.mean)}, at least {points(needs.least_score)} is wanted")
+    return replace(candidate, excluded="; ".join(reasons))
+
+
+def _missing(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
+    without = [task for task in tasks if not setting.runs(task, variant)]
+    if not without:
+        return "no seed that every task has"
+    states = {run.state for task in without for run in setting.cells.get((task, variant), ())} or {"not run"}
+    return f"no usable run of {', '.join(without)} ({', '.join(sorted(states))})"
+
+
+def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bool, tasks: Sequence[str]) -> Candidate:
+    """Compare with the best, and exclude what is worse or has too few seeds."""
+    if candidate.variant == best.variant or candidate.score is None:
+        return candidate
+    comparison = compare(setting, candidate.variant, best.variant, tasks)
+    excluded = candidate.excluded
+    if not excluded and is_sure and candidate.seeds < MIN_SEEDS:
+        excluded = f"too thin: {candidate.seeds} of the {MIN_SEEDS} seeds wanted"
+    elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
+        excluded = f"worse than {best.variant.label} by {signed(-comparison.difference.mean).lstrip('+')} points"
+    return replace(candidate, comparison=comparison, excluded=excluded)
+
+
+def _cheapest(candidates: Sequence[Candidate], first: str) -> Candidate:
+    """The best mean of those that cost about the least, by the first cost that was measured."""
+    if first == "score":
+        return max(candidates, key=lambda candidate: candidate.score.mean)
+    order = [first, *(name for name in COSTS if name != first)]
+    costs = next((name for name in order if any(c.cost(name) is not None for c in candidates)), first)
+    known = [candidate for candidate in candidates if candidate.cost(costs) is not None] or candidates
+    least = min(candidate.cost(costs) or 0.0 for candidate in known)
+    near = [candidate for candidate in known if (candidate.cost(costs) or 0.0) <= SAME_COST * least]
+    return max(near, key=lambda candidate: candidate.score.mean)
+
+
+def _not_cheapest(candidate: Candidate, pick: Candidate, needs: Needs, is_sure: bool) -> Candidate:
+    """Say why something else is picked although it would do."""
+    if candidate.excluded or candidate.variant == pick.variant:
+        return candidate
+    if not is_sure or needs.first == "score":
+        what = "within the noise" if is_sure else "on thin evidence"
+        return replace(candidate, excluded=f"no higher mean, {what}")
+    own, other = candidate.cost(needs.first), pick.cost(needs.first)
+    if own is not None and other is not None and own > SAME_COST * other:
+        reason = f"as good within the noise, but costs more: {cost_text(candidate, needs.first)}"
+    elif own is None and other is not None:
+        reason = f"as good within the noise, but its {needs.first} was not measured"
+    else:
+        reason = "as good within the noise and as cheap, but no higher mean"
+    return replace(candidate, excluded=reason)
+
+
+def cost_text(candidate: Candidate, first: str) -> str:
+    """The cost that matters most, for people."""
+    value, what = (
+        candidate.cost(first),
+        {"time": "of training", "memory": "of memory", "storage": "to store for a task"},
+    )
+    return f"{'not measured' if value is None else (seconds if first == 'time' else size)(value)} {what[first]}"

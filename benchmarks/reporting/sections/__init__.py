@@ -1,0 +1,1 @@
+"""The parts of the report, each one function from the evidence to a section."""

@@ -1,0 +1,109 @@
+"""The first section: which method to pick, and why."""
+
+from __future__ import annotations
+
+from ..advice import READERS, RULE, Advice, Candidate, advise
+from ..contrasts import RATIOS, best_of_method, quantized_pairs, random_of, score_text, versus
+from ..document import Block, Cell, Heading, Section, Table, Text, cells
+from ..evidence import Evidence, Setting, Variant
+from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
+from ..statistics import MIN_SEEDS, compare
+
+
+def choice_section(evidence: Evidence) -> Section:
+    """What to pick in each setting, with the evidence line by line."""
+    blocks: list[Block] = []
+    for setting in evidence.settings:
+        if setting.has_results and not setting.is_search:
+            blocks += [Heading(setting.title), *_of_setting(setting)]
+    return Section("choice", "Which method to pick", [*blocks, Text(f"The rule: {RULE}")])
+
+
+def _of_setting(setting: Setting) -> list[Block]:
+    tasks = ", ".join(setting.common)
+    answers = {reader: advise(setting, needs) for reader, needs in READERS.items()}
+    first = next(iter(answers.values()))
+    if first.pick is None:
+        return [Text(f"Nothing has a usable run for each of the tasks {tasks} yet, so there is nothing to pick.")]
+    blocks: list[Block] = []
+    if first.is_thin:
+        blocks.append(
+            Text(f"The evidence is too thin for advice: fewer than {MIN_SEEDS} seeds. What follows is a hint.")
+        )
+    picks = Table(
+        f"What to pick ({tasks}; the score is the mean of the tasks' main metrics x 100)",
+        ("if", "pick", "score", "memory", "to store for a task", "training of a task"),
+        [
+            cells([reader, Cell(answer.pick.variant.label, is_bold=True), *_costs(setting, answer.pick)])
+            for reader, answer in answers.items()
+        ],
+    )
+    return [*blocks, picks, *_questions(setting), _evidence_table(first)]
+
+
+def _costs(setting: Setting, candidate: Candidate) -> list[str]:
+    return [
+        "no usable run" if candidate.score is None else score_text(setting, candidate.variant, candidate.score),
+        MISSING if candidate.memory_bytes is None else size(candidate.memory_bytes),
+        MISSING if candidate.stored_bytes is None else size(candidate.stored_bytes),
+        _time(candidate),
+    ]
+
+
+def _time(candidate: Candidate) -> str:
+    if candidate.variant.method == "zero_shot":
+        return "no training"
+    return MISSING if candidate.time_s is None else seconds(candidate.time_s)
+
+
+def _questions(setting: Setting) -> list[Block]:
+    """What people ask first."""
+    tasks = setting.common
+    prompt = best_of_method(setting, "prompt_tuning", tasks)
+    rows, blocks = [], []
+    if prompt is not None:
+        blocks += _best_init(setting, prompt)
+        for method in ("lora", "full", "linear_probe", "zero_shot"):
+            # what has no usable run of one task can still be compared on the others
+            common = tuple(task for task in tasks if _has_runs(setting, task, method))
+            other = best_of_method(setting, method, common) if common else None
+            if other is not None:
+                rows.append([prompt.label, other.label, ", ".join(common), *versus(setting, prompt, other, common)])
+    for quantized, full in quantized_pairs(setting):
+        rows.append([quantized.label, full.label, ", ".join(tasks), *versus(setting, quantized, full, tasks)])
+    columns = ("method", "against", "tasks", "points", "so", *(measure.title for measure in RATIOS))
+    return [*blocks, *([Table("What people ask first", columns, list(map(cells, rows)))] if rows else [])]
+
+
+def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
+    base = random_of(setting, prompt)
+    if base is None or sum(v.method == "prompt_tuning" and not v.quantization for v in setting.variants) < 2:
+        return []
+    if base == prompt:
+        return [Text("The best init is RANDOM: no other has a higher mean.")]
+    against = compare(setting, prompt, base, setting.common)
+    if against is None:
+        return []
+    text = f"{in_points(against.difference)} against RANDOM, {against.verdict}."
+    return [Text(f"The best init is {prompt.init}: {text}")]
+
+
+def _has_runs(setting: Setting, task: str, method: str) -> bool:
+    return any(setting.runs(task, variant) for variant in setting.variants if variant.method == method)
+
+
+def _evidence_table(advice: Advice) -> Table:
+    """Each candidate against the best mean."""
+    rows = []
+    for candidate in advice.candidates:
+        comparison = candidate.comparison
+        tests = ["", "", ""]
+        if comparison is not None:
+            tests = [signed_interval(comparison.difference), p_value(comparison.p_seeds), p_value(comparison.p_rows)]
+        elif candidate.variant == advice.pick.variant:
+            tests = ["is the best", "", ""]
+        verdict = candidate.excluded or "the pick for the highest score"
+        rows.append(cells([candidate.variant.label, *_costs(advice.setting, candidate), *tests, verdict]))
+    columns = ("method", "score", "memory", "to store for a task", "training of a task", "minus the best")
+    caption = "The evidence: every method against the highest mean, and the p of both tests"
+    return Table(caption, (*columns, "p over seeds", "p over rows", "so"), rows)

@@ -1,0 +1,53 @@
+"""How the numbers are made, and what they were made from."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from ..document import Bullets, Section
+from ..evidence import Evidence
+from ..runs import DISTURBED
+from ..statistics import MIN_SEEDS
+
+
+DEFINITIONS = (
+    "Score: the task's main metric after training, x 100. A difference of scores is in points.",
+    "± and intervals: 95 % by Student's t over the seeds. Differences are taken by seed first. The mean of tasks is "
+    "taken for each seed, each task counting the same. One seed has no interval.",
+    f"p over seeds: paired t-test, two-sided, from {MIN_SEEDS} seeds on. p over rows: each scored row has the number "
+    "of seeds that were right; exact sign-flip test on the differences of these numbers, rows of several tasks one "
+    "behind the other. It needs the answers of single rows, which regression does not have.",
+    "Larger than the noise: both p < 0.05 with the same sign. Within the noise: neither. Nothing is corrected for "
+    "the number of comparisons: of twenty within the noise, one looks larger in one of the tests.",
+    "Training: seconds of the steps alone, no scoring, no loading. Memory is above the loaded model, the most of "
+    "any seed: of the process (rss) or of the GPU's allocator (cuda). Memory with the model is their sum.",
+    "Bytes to store for a task: the adapter's file; the head of a linear probe; the whole model after full "
+    "fine-tuning.",
+    "Inference time: one scored batch with the adapter over the same batch without it.",
+    "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
+    f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time during training.",
+)
+
+
+def method_section(evidence: Evidence) -> Section:
+    """Definitions, and the files."""
+    files = [f"{store.name}: {store.lines} lines, sha256 {store.sha256}." for store in evidence.stores]
+    return Section("method", "How the numbers are made", [Bullets([*DEFINITIONS, *files])])
+
+
+def facts(evidence: Evidence) -> list[str]:
+    """What the reader should know before the first number."""
+    counted = [run for run in evidence.runs if run.counts]
+    states = Counter(run.state for run in evidence.runs if not run.counts)
+    others = "".join(f", {count} {state}" for state, count in sorted(states.items()))
+    tasks = ", ".join(sorted({run.spec["task"] for run in counted}))
+    models = ", ".join(sorted({run.model for run in counted}))
+    machines = ", ".join(sorted({" ".join(run.machine) for run in counted}))
+    seeds = {run.seed for run in counted if run.spec["method"] != "zero_shot"}
+    return [
+        f"{len(counted)} runs with a result{others}",
+        f"tasks: {tasks}",
+        f"model: {models}",
+        f"machine: {machines}",
+        f"seeds: {', '.join(map(str, sorted(seeds))) or 'none'}",
+    ]

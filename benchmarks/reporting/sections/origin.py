@@ -1,0 +1,206 @@
+"""Where every number comes from: failures, runs with their commands, machines, and what was not measured."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Iterable, Mapping
+from itertools import product
+from typing import Any
+
+from ...harness.suite import run_id, source_spec, train_arguments
+from ..document import Block, Bullets, Cell, Section, Table, Text, cells
+from ..evidence import INITS, METHODS, Evidence, Variant
+from ..measures import COSTS, MISSING, points, seconds
+from ..runs import DISTURBED, Run
+from .engine import SpeedRow
+
+
+def failures_section(evidence: Evidence, speed: list[SpeedRow]) -> Section:
+    """What did not end well, and lines that could not be read."""
+    rows = []
+    for run in evidence.runs:
+        if not run.counts:
+            reason = run.problem or run.event["error"] or "no reason is in the store"
+            if run.event["status"] == "started":
+                reason = f"started at {run.event['started_at']}, never ended"
+            rows.append([_name(run), run.spec["task"], str(run.seed), _budget(run), run.state, reason, _where(run)])
+    for failed in speed:
+        if "error" in failed.row:
+            what = f"speed of {failed.row['method']}, {failed.row['num_virtual_tokens']} virtual tokens"
+            where = f"{failed.file}:{failed.line}"
+            rows.append([what, "-", str(failed.row.get("seed", "-")), "-", "failed", str(failed.row["error"]), where])
+    torn = [
+        f"{store.name}: line {number} is not whole (a kill tore it) and was left out."
+        for store in evidence.stores
+        for number in store.torn
+    ]
+    blocks: list[Block] = [Text("Every run ended well.")]
+    if rows:
+        columns = ("method", "task", "seed", "budget", "state", "reason", "line")
+        blocks = [Table("Runs without a usable result", columns, list(map(cells, rows)))]
+    return Section("failures", "Failures", [*blocks, *([Bullets(torn)] if torn else [])])
+
+
+def runs_section(evidence: Evidence) -> Section:
+    """Every run, what was typed for it, and on what it ran."""
+    environments = {key: f"E{number}" for number, key in enumerate(_environments(evidence), start=1)}
+    explanation = (
+        "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps comes from a "
+        "timing before the run, and is given as it was. Disturbed: other programs used more than "
+        f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table."
+    )
+    runs = Table(
+        "Runs",
+        ("run", "method", "task", "seed", "budget", "score", "training", "attempt", "line", "environment"),
+        [cells([*_run_texts(run), environments.get(_environment(run), "unknown")]) for run in evidence.runs],
+        [f"run-{run.run_id}" for run in evidence.runs],
+    )
+    commands = Table(
+        "The command behind every run",
+        ("run", "command"),
+        [cells([run.run_id, Cell(command(run), is_code=True)]) for run in evidence.runs],
+    )
+    machines = Table(
+        "Environments",
+        ("name", "device", "machine", "Python", "packages", "commit"),
+        [cells([name, *_environment_texts(json.loads(key))]) for key, name in environments.items()],
+    )
+    blocks: list[Block] = [Text(explanation), runs, commands, machines, _hashes(evidence)]
+    return Section("runs", "Every run, its line and its command", blocks)
+
+
+def _run_texts(run: Run) -> list[str]:
+    score, time = run.state, MISSING
+    if run.counts:
+        score = points(run.result["score"])
+        time = seconds(run.result["train_time_s"]) if run.result["steps"] else "no training"
+    time += ", disturbed" if run.disturbed else ""
+    what = [run.run_id, _name(run), run.spec["task"], str(run.seed), _budget(run), score, time]
+    return [*what, str(run.event["attempt"]), _where(run)]
+
+
+def gaps_section(evidence: Evidence, wanted: list[Mapping[str, Any]] | None) -> Section:
+    """What has no usable run: of a suite, or of the grid that the runs span."""
+    entries = _grid(evidence) if wanted is None else _suite(evidence, wanted)
+    missing = [(key, seed) for *key, seed, counts in entries if not counts]
+    seeds: dict[tuple[str, ...], list[int]] = {}
+    for (setting, method, task, state), seed in missing:
+        seeds.setdefault((setting, method, task, state), []).append(seed)
+    rows = [[*key[:3], ", ".join(map(str, found)), key[3]] for key, found in seeds.items()]
+    text = "every task with every method and every seed that a setting has" if wanted is None else "the suite's"
+    blocks: list[Block] = [
+        Text(f"The grid is {text}. {len(missing)} of its {len(entries)} entries have no usable run.")
+    ]
+    if rows:
+        columns = ("setting", "method", "task", "seeds", "state")
+        blocks.append(Table("Without a usable run", columns, list(map(cells, rows))))
+    return Section("gaps", "What was not measured", [*blocks, Bullets(_never(evidence))])
+
+
+def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[str, str, str, str, int, bool]]:
+    """Setting, method, task, state, seed, and whether there is a usable run."""
+    done = {run.run_id: run for run in evidence.runs}
+    entries = []
+    for spec in wanted:
+        run = done.get(run_id(spec))
+        label = Variant(spec["method"], spec["init"], spec["quantization"]).label
+        setting = _budget_text(spec["budget"])
+        counts = run is not None and run.counts
+        entries.append((setting, label, spec["task"], run.state if run else "not run", spec["seed"], counts))
+    return entries
+
+
+def _grid(evidence: Evidence) -> list[tuple[str, str, str, str, int, bool]]:
+    """The same for everything that the runs of a setting span."""
+    entries = []
+    for setting in evidence.settings:
+        for task, variant in product(setting.tasks, setting.variants) if not setting.is_search else ():
+            runs = {run.seed: run for run in setting.cells.get((task, variant), ())}
+            for seed in (runs or [0]) if variant.method == "zero_shot" else setting.seeds:
+                run = runs.get(seed)
+                counts = run is not None and run.counts
+                state = run.state if run else "not run"
+                entries.append((setting.title, variant.label, task, state, seed, counts))
+    return entries
+
+
+def command(run: Run) -> str:
+    """What to type to train what the run trained, with the prompt that it started from."""
+    lines, extra = [], []
+    source = source_spec(run.spec)
+    if source is not None:
+        # how many steps its seconds allowed is not in the store
+        steps = ["--max_steps", "STEPS"] if "seconds" in run.spec["budget"] else []
+        lines.append(_line(source, [*steps, "--output_dir", "SOURCE"]))
+        extra = ["--prompt_tuning_init_kwargs", json.dumps({"source": "SOURCE"})]
+    if "seconds" in run.spec["budget"] and run.counts:
+        extra += ["--max_steps", str(run.result["steps"])]
+    return " && ".join([*lines, _line(run.spec, [*extra, "--output_dir", "OUTPUT"])])
+
+
+def _line(spec: Any, extra: list[str]) -> str:
+    return shlex.join(["python", "recipes/train.py", *train_arguments(spec, "DATA_DIR"), *extra])
+
+
+def _never(evidence: Evidence) -> list[str]:
+    """Whole kinds of things of which there is nothing."""
+    counted = [run for run in evidence.runs if run.counts]
+    lines = [] if any(run.device == "cuda" for run in counted) else ["A GPU: no run used one."]
+    methods = {run.spec["method"] for run in counted}
+    lines += [f"{label}: no usable run." for method, label in METHODS.items() if method not in methods]
+    inits = {run.spec["init"] for run in counted}
+    lines += [f"Prompt tuning, {init}: no usable run." for init in INITS if init not in inits]
+    if not any(run.spec["quantization"] for run in counted):
+        lines.append("4 bits: no usable run.")
+    for cost in COSTS:
+        trained = [run.result for run in counted if run.result["steps"]]
+        if cost.title != "training of the source" and all(cost.value(result) is None for result in trained):
+            lines.append(f"{cost.title[0].upper()}{cost.title[1:]}: no run has it.")
+    return lines or ["Every kind of number was measured at least once."]
+
+
+def _hashes(evidence: Evidence) -> Table:
+    """Which rows and weights the runs of a task saw; the rows of a run without training are the scored ones alone."""
+    found: dict[tuple[str, ...], int] = {}
+    for run in evidence.runs:
+        if run.counts:
+            data, weights = (str(run.env.get(name))[:12] for name in ("data_sha256", "weights_sha256"))
+            method = METHODS.get(run.spec["method"], run.spec["method"])
+            key = (run.spec["task"], run.model, method, str(run.result["eval_samples"]), data, weights)
+            found[key] = found.get(key, 0) + 1
+    rows = [cells([*key, str(count)]) for key, count in sorted(found.items())]
+    columns = ("task", "model", "method", "scored rows", "rows, sha256", "weights, sha256", "runs")
+    return Table("Rows and weights (the first 12 digits of their hashes)", columns, rows)
+
+
+def _environment(run: Run) -> str:
+    keys = ("device", "machine", "capability", "python", "versions", "commit", "dirty")
+    return json.dumps({key: run.env.get(key) for key in keys}, sort_keys=True) if run.env else ""
+
+
+def _environments(evidence: Evidence) -> Iterable[str]:
+    return dict.fromkeys(_environment(run) for run in evidence.runs if run.env)
+
+
+def _environment_texts(env: Mapping[str, Any]) -> list[str]:
+    packages = ", ".join(f"{name} {version}" for name, version in (env["versions"] or {}).items() if version)
+    commit = f"{env['commit'] or 'unknown'}{' with changes' if env['dirty'] else ''}"
+    return [str(env["device"]), f"{env['machine']}, {env['capability']}", str(env["python"]), packages, commit]
+
+
+def _name(run: Run) -> str:
+    return Variant(run.spec["method"], run.spec["init"], run.spec["quantization"]).label
+
+
+def _budget(run: Run) -> str:
+    return _budget_text(run.spec["budget"])
+
+
+def _budget_text(budget: Mapping[str, float]) -> str:
+    unit, amount = next(iter(budget.items()))
+    return f"{amount:,.10g} {'s' if unit == 'seconds' else unit}"
+
+
+def _where(run: Run) -> str:
+    return f"{run.file}:{run.line}"

@@ -1,0 +1,149 @@
+"""The tables of scores and of costs, and how hyper-parameters were chosen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+from ..contrasts import best_variant, mean_score, score_text
+from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
+from ..evidence import Evidence, Setting, Variant
+from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, written
+from ..statistics import compare
+
+
+def scores_section(evidence: Evidence) -> Section:
+    """Per setting: scores of every task, and what each method costs on each."""
+    blocks: list[Block] = [
+        Text(
+            "Mean over seeds ± 95 % interval (Student's t over the seeds), x 100. Bold: the best and what no test "
+            "tells from it, where the lead over the best method of another kind is larger than the noise, which is p "
+            "< 0.05 in the paired test over seeds and in the one over rows. Runs at equal examples and runs at "
+            "equal seconds have tables of their own; zero-shot is the same in both."
+        )
+    ]
+    for setting in evidence.settings:
+        if setting.has_results and not setting.is_search:
+            blocks += [Heading(setting.title), *_scores(setting), *(_costs(setting, task) for task in setting.tasks)]
+    return Section("scores", "Scores and costs", blocks)
+
+
+def search_section(evidence: Evidence) -> Section | None:
+    """What was tried to choose hyper-parameters; None if no store has it."""
+    searches = [setting for setting in evidence.settings if setting.is_search and setting.has_results]
+    if not searches:
+        return None
+    blocks: list[Block] = [
+        Text("Scored on rows held out of train, never on the rows that the comparison is scored on.")
+    ]
+    for setting in searches:
+        blocks += [Heading(setting.title), _score_table(setting, set(), f"Scores while searching: {setting.title}")]
+    return Section("search", "How hyper-parameters were chosen", blocks)
+
+
+def _scores(setting: Setting) -> list[Block]:
+    bold, notes = set(), []
+    for name, tasks in setting.columns.items():
+        winners, note = leaders(setting, name, tasks)
+        bold |= {(tasks, variant) for variant in winners}
+        notes.append(note)
+    notes += _warnings(setting)
+    return [_score_table(setting, bold, f"Scores: {setting.title}"), Bullets(notes)]
+
+
+def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Variant], str]:
+    """The variants to be set in bold in a column, and a sentence that says why."""
+    best = best_variant(setting, tasks)
+    rival = best and best_variant(setting, tasks, lambda variant: variant.method != best.method)
+    if best is None or rival is None:
+        return [], f"{name}: nobody is bold, there are no two kinds of method to compare."
+    lead = compare(setting, best, rival, tasks)
+    if lead is None:
+        return [], f"{name}: nobody is bold, {best.label} and {rival.label} have no seed in common."
+    figures = f"{in_points(lead.difference)}; p: {p_values(lead)}"
+    what = f"the lead of {best.label} over {rival.label} ({figures})"
+    if not _leads(setting, best, rival, tasks):
+        return [], f"{name}: nobody is bold, {what} is {lead.verdict}."
+    same_kind = [variant for variant in setting.variants if variant.method == best.method]
+    bold = [v for v in same_kind if _leads(setting, v, rival, tasks) and not _is_worse(setting, v, best, tasks)]
+    return bold, f"{name}: {what} is larger than the noise."
+
+
+def _leads(setting: Setting, variant: Variant, rival: Variant, tasks: Sequence[str]) -> bool:
+    comparison = compare(setting, variant, rival, tasks)
+    return comparison is not None and comparison.is_larger_than_noise and comparison.difference.mean > 0
+
+
+def _is_worse(setting: Setting, variant: Variant, best: Variant, tasks: Sequence[str]) -> bool:
+    comparison = compare(setting, variant, best, tasks) if variant != best else None
+    return comparison is not None and comparison.is_found
+
+
+def _score_table(setting: Setting, bold: set[tuple[tuple[str, ...], Variant]], caption: str) -> Table:
+    columns = setting.columns
+    rows = []
+    for variant in setting.variants:
+        row = [Cell(variant.label)]
+        for tasks in columns.values():
+            text = _score(setting, variant, tasks)
+            runs = setting.runs(tasks[0], variant) if len(tasks) == 1 else ()
+            row.append(Cell(text, (tasks, variant) in bold, runs[0].run_id if runs else ""))
+        rows.append(row)
+    metrics = {run.result["main_metric"] for runs in setting.cells.values() for run in runs if run.counts}
+    named = [name + (_metric(setting, tasks) if len(metrics) > 1 else "") for name, tasks in columns.items()]
+    what = f" ({metrics.pop()})" if len(metrics) == 1 else ""
+    return Table(caption + what, ("method", *named), rows)
+
+
+def _metric(setting: Setting, tasks: Sequence[str]) -> str:
+    found = {run.result["main_metric"] for v in setting.variants for run in setting.runs(tasks[0], v)}
+    return f" ({', '.join(sorted(found))})" if len(tasks) == 1 and found else ""
+
+
+def _score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
+    score = mean_score(setting, variant, tasks)
+    if score is None:
+        states = {run.state for task in tasks for run in setting.cells.get((task, variant), ()) if not run.counts}
+        return ", ".join(sorted(states)) or MISSING
+    return score_text(setting, variant, score) + _mark(setting, variant, tasks)
+
+
+def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
+    """At equal seconds a disturbed run has seen fewer examples, so its score is marked too."""
+    runs = [run for task in tasks for run in setting.runs(task, variant)]
+    return " †" if setting.unit == "seconds" and any(run.disturbed for run in runs) else ""
+
+
+def _costs(setting: Setting, task: str) -> Table:
+    tried = [variant for variant in setting.variants if (task, variant) in setting.cells]
+    has_source = any(variant.init == "TRANSFER" for variant in tried)
+    costs = [cost for cost in COSTS if cost is not SOURCE_TIME or has_source]
+    rows = [[variant.label, *(written(setting, task, variant, cost) for cost in costs)] for variant in tried]
+    columns = ("method", *(cost.title for cost in costs))
+    return Table(f"What it costs: {task}, {setting.title}", columns, list(map(cells, rows)))
+
+
+def _warnings(setting: Setting) -> list[str]:
+    """What makes numbers of this setting less comparable than they look."""
+    counted = [run for runs in setting.cells.values() for run in runs if run.counts]
+    disturbed, warnings = sum(run.disturbed for run in counted), []
+    if disturbed:
+        warnings.append(
+            f"{disturbed} of {len(counted)} runs shared the machine with other programs: their timings are left out"
+            + (
+                ", and their scores, which at equal seconds suffer too, are marked †."
+                if setting.unit == "seconds"
+                else "."
+            )
+        )
+    machines = Counter(run.machine for run in counted)
+    if len(machines) > 1:
+        names = ", ".join(
+            f"{name} ({capability}): {count} runs" for (name, capability), count in sorted(machines.items())
+        )
+        warnings.append(f"Runs are from several machines ({names}); timings are of {setting.machine[0]} alone.")
+    for what in ("weights_sha256", "data_sha256"):
+        for (task, variant), runs in setting.cells.items():
+            if len({run.env.get(what) for run in runs if run.counts}) > 1:
+                warnings.append(f"{variant.label} on {task}: not all seeds have the same {what}.")
+    return warnings

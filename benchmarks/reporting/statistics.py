@@ -1,0 +1,161 @@
+"""How sure a number is: intervals over seeds, and whether two variants can be told apart.
+
+Two variants are compared in pairs, because a seed or a row is easy or hard for both. Student's test over the seeds
+sees how much training differs from run to run, and the sign-flip test over the scored rows how few rows there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+from .evidence import Setting, Variant
+from .runs import Run
+
+
+ALPHA = 0.05
+LEVEL = 0.95
+MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over `count` seeds, and half the width of its 95 % interval; None for one seed."""
+
+    mean: float
+    half: float | None
+    count: int
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One variant minus another.
+
+    Attributes:
+        difference: Of the scores, over the seeds that both have; a mean over tasks.
+        p_seeds, p_rows: Of the two tests; None where one could not be made.
+        why_not: The reason then.
+    """
+
+    difference: Interval
+    p_seeds: float | None
+    p_rows: float | None
+    why_not: str = ""
+
+    @property
+    def is_larger_than_noise(self) -> bool:
+        """Whether both tests find the difference, with the same sign."""
+        return not self.why_not and all(p is not None and p < ALPHA for p in (self.p_seeds, self.p_rows))
+
+    @property
+    def is_found(self) -> bool:
+        """Whether any test finds it: then nobody should call the two equal."""
+        return any(p is not None and p < ALPHA for p in (self.p_seeds, self.p_rows))
+
+    @property
+    def verdict(self) -> str:
+        """In words."""
+        if self.is_larger_than_noise:
+            return "larger than the noise"
+        if self.why_not:
+            return f"not decided ({self.why_not})"
+        return "not clear: one of the two tests finds it" if self.is_found else "within the noise"
+
+
+def interval(values: Sequence[float]) -> Interval:
+    """Mean and 95 % interval by Student's t."""
+    count = len(values)
+    half = None
+    if count > 1:
+        half = float(stats.t.ppf((1 + LEVEL) / 2, count - 1) * np.std(values, ddof=1) / count**0.5)
+    return Interval(float(np.mean(values)), half, count)
+
+
+def seed_test(first: Sequence[float], second: Sequence[float]) -> float | None:
+    """The paired t-test's p, two-sided; None for fewer than `MIN_SEEDS` pairs."""
+    if len(first) < MIN_SEEDS:
+        return None
+    differences = np.subtract(first, second)
+    if np.ptp(differences) < 1e-12:  # without any spread t is infinite, or 0 / 0
+        return float(abs(differences[0]) < 1e-12)
+    return float(stats.ttest_rel(first, second).pvalue)
+
+
+def row_test(differences: Sequence[int]) -> float:
+    """P of a sum at least as far from 0 if each difference had either sign, two-sided and exact.
+
+    Args:
+        differences: Of each row, how many more seeds the one variant had right than the other.
+    """
+    sizes, counts = np.unique(np.abs(differences), return_counts=True)
+    chances = np.ones(1)  # of each sum of signed differences, from the least to the greatest
+    for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
+        if size:
+            steps = np.zeros(2 * size * count + 1)
+            steps[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
+            chances = np.convolve(chances, steps)
+    sums = np.arange(len(chances)) - len(chances) // 2
+    return float(min(1.0, chances[np.abs(sums) >= abs(np.sum(differences))].sum()))
+
+
+def by_seed(setting: Setting, task: str, variant: Variant) -> dict[int, Run]:
+    """The runs of an entry; zero-shot has nothing random and stands for every seed."""
+    runs = setting.runs(task, variant)
+    if variant.method == "zero_shot" and runs:
+        return {run.seed: run for run in runs} | dict.fromkeys(setting.seeds or (runs[0].seed,), runs[0])
+    return {run.seed: run for run in runs}
+
+
+def common_seeds(setting: Setting, variants: Sequence[Variant], tasks: Sequence[str]) -> list[int]:
+    """Seeds that every one of the variants has for every one of the tasks."""
+    found = [set(by_seed(setting, task, variant)) for task in tasks for variant in variants]
+    return sorted(set.intersection(*found)) if found else []
+
+
+def seed_scores(setting: Setting, variant: Variant, tasks: Sequence[str], seeds: Sequence[int]) -> list[float]:
+    """The mean score over tasks, for each seed."""
+    runs = [by_seed(setting, task, variant) for task in tasks]
+    return [float(np.mean([of_task[seed].result["score"] for of_task in runs])) for seed in seeds]
+
+
+def compare(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str]) -> Comparison | None:
+    """The first minus the second; None if they have no seed in common."""
+    seeds = common_seeds(setting, (first, second), tasks)
+    if not seeds:
+        return None
+    scores = [seed_scores(setting, variant, tasks, seeds) for variant in (first, second)]
+    p_seeds = seed_test(*scores)
+    rows = _row_differences(setting, first, second, tasks, seeds)
+    difference = interval(np.subtract(*scores).tolist())
+    why_not = ""
+    if p_seeds is None:
+        why_not = f"fewer than {MIN_SEEDS} seeds"
+    elif rows is None:
+        why_not = "no answers of single rows"
+    elif sum(rows) * difference.mean < 0:  # of a metric that is not accuracy
+        why_not = "more rows right, a lower score" if sum(rows) > 0 else "fewer rows right, a higher score"
+    return Comparison(difference, p_seeds, None if rows is None else row_test(rows), why_not)
+
+
+def _row_differences(
+    setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], seeds: Sequence[int]
+) -> list[int] | None:
+    """The rows of all tasks, one behind the other; None if a run does not tell them, or not the same ones."""
+    rows: list[int] = []
+    for task in tasks:
+        right = [_right(by_seed(setting, task, variant), seeds) for variant in (first, second)]
+        if right[0] is None or right[1] is None or len(right[0]) != len(right[1]):
+            return None
+        rows += np.subtract(*right).tolist()
+    return rows
+
+
+def _right(runs: Mapping[int, Run], seeds: Sequence[int]) -> np.ndarray | None:
+    """How many of the seeds had each row right."""
+    answers = [runs[seed].result.get("correct") for seed in seeds]
+    if any(answer is None for answer in answers) or len({len(answer) for answer in answers}) > 1:
+        return None
+    return np.sum([[int(digit) for digit in answer] for answer in answers], axis=0)

@@ -1,0 +1,540 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from scipy import stats
+
+from benchmarks.report import main
+from benchmarks.reporting.advice import Needs, advise
+from benchmarks.reporting.evidence import read_evidence
+from benchmarks.reporting.runs import EvidenceError
+from benchmarks.reporting.sections.origin import command, gaps_section
+from benchmarks.reporting.sections.pictures import _lines
+from benchmarks.reporting.sections.scores import leaders
+from benchmarks.reporting.statistics import compare, interval, row_test, seed_test
+from tests.helpers_report import EXAMPLES, SECONDS, Oracle, label
+
+
+STORE = Path(__file__).parent / "data" / "benchmark_store.jsonl"
+SPEED = Path(__file__).parent / "data" / "benchmark_speed.jsonl"
+HAND_MADE = ("Runs", "The command behind every run", "Environments", "Runs without a usable result")
+
+
+@pytest.fixture(scope="module")
+def oracle():
+    return Oracle(STORE)
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory):
+    """HTML and Markdown of the fixed store."""
+    folder = tmp_path_factory.mktemp("report")
+    main(["--results", str(STORE), "--speed", str(SPEED), "--output", str(folder)])
+    return tuple((folder / name).read_text(encoding="utf-8") for name in ("report.html", "report.md"))
+
+
+@pytest.fixture
+def store(tmp_path):
+    """Writes a store: `store(event, event, ...)`."""
+
+    def write(*events, name="runs.jsonl"):
+        path = tmp_path / name
+        path.write_text("".join(json.dumps(event) + "\n" for event in events), encoding="utf-8")
+        return path
+
+    return write
+
+
+@pytest.fixture
+def run_of(oracle):
+    """Makes an event out of one of the store: `run_of("lora", 0, "10" * 30, score=...)`."""
+
+    def make(method, seed, correct, task="colours", init=None, score=None, **changes):
+        event = json.loads(json.dumps(next(e for e in oracle.good.values() if e["spec"]["method"] == method)))
+        event["spec"] |= {"seed": seed, "task": task, "init": init, "source": None, "quantization": None}
+        event["run_id"] = f"{method}-{init}-{task}-{seed}"
+        share = correct.count("1") / len(correct) if correct else 0.0
+        score = share if score is None else score
+        event["result"] |= {"correct": correct or None, "score": score, "eval_samples": len(correct), **changes}
+        return event
+
+    return make
+
+
+def tables(markdown):
+    """Rows of every table, by the last heading of a setting and the caption; [] for the columns first."""
+    found, heading, lines = {}, "", markdown.splitlines()
+    for number, line in enumerate(lines):
+        if line.startswith("## "):
+            heading = ""
+        if line.startswith("### "):
+            heading = line[4:]
+        if line.startswith("Table: "):
+            rows = []
+            for row in lines[number + 2 :]:
+                if not row.startswith("| ") and not row.startswith("|--"):
+                    break
+                rows.append([cell.strip().replace("\\|", "|") for cell in re.split(r"(?<!\\)\|", row)[1:-1]])
+            key = heading, line[7:]
+            assert key not in found, "two tables have one name"
+            found[key] = [rows[0], *rows[2:]]
+    return found
+
+
+def plain(rows):
+    return [[cell.replace("**", "") for cell in row] for row in rows]
+
+
+def settings_of(*paths):
+    return read_evidence(paths).settings
+
+
+def test_every_number_of_every_table_is_what_an_independent_computation_gives(report, oracle):
+    found = tables(report[1])
+    expected = oracle.tables() | oracle.speed_tables(SPEED)
+    search = EXAMPLES, f"Scores while searching: {EXAMPLES} (accuracy)"
+    searched = [event for event in oracle.good.values() if "held_out_samples" in event["spec"]["arguments"]]
+    expected[search] = [
+        [
+            f"LoRA, learning_rate={event['spec']['arguments']['learning_rate']}",
+            f"{100 * event['result']['score']:.1f} (one seed, no interval)",
+        ]
+        for event in searched
+    ]
+    for key, rows in expected.items():
+        assert plain(found[key][1:]) == rows, key
+        assert len({len(row) for row in found[key]}) == 1, key
+    others = {caption for _, caption in set(found) - set(expected)}
+    assert others == {*HAND_MADE, "Without a usable run", "Rows and weights (the first 12 digits of their hashes)"}
+
+
+def test_every_run_is_there_with_its_line_its_machine_and_its_command(report, oracle):
+    found = tables(report[1])
+    rows = found["", "Runs"][1:]
+    assert sorted(row[0] for row in rows) == sorted(oracle.latest)
+    for row in rows:
+        event = oracle.latest[row[0]]
+        spec, result = event["spec"], event["result"]
+        unit, amount = next(iter(spec["budget"].items()))
+        assert row[2:4] == [spec["task"], str(spec["seed"])]
+        assert row[4] == f"{amount} {'s' if unit == 'seconds' else unit}"
+        if row[0] in oracle.good:
+            assert row[5] == f"{100 * result['score']:.1f}"
+            disturbed = result["other_cpu_share"] > 0.1
+            seconds = "no training" if spec["method"] == "zero_shot" else None
+            time = result["train_time_s"]
+            assert row[6] == (seconds or f"{time:.{1 if time >= 10 else 2}f} s" + ", disturbed" * disturbed)
+        else:
+            assert row[5:7] == [row[5], "not measured"] and not re.search(r"\d", row[5])
+        assert row[7:9] == [str(event["attempt"]), f"{STORE.name}:{oracle.line[row[0]]}"]
+        assert row[9] == ("E1" if event["env"] else "unknown")
+    line = STORE.read_text().splitlines()
+    assert all(json.loads(line[int(row[8].split(":")[1]) - 1])["run_id"] == row[0] for row in rows)
+    commands = {row[0]: row[1].strip("`") for row in found["", "The command behind every run"][1:]}
+    assert sorted(commands) == sorted(oracle.latest)
+    for run_id, typed in commands.items():
+        spec = oracle.latest[run_id]["spec"]
+        last = typed.split(" && ")[-1]
+        assert last.startswith(f"python recipes/train.py --task_name {spec['task']} --method {spec['method']}")
+        assert f"--seed {spec['seed']} --data_dir DATA_DIR/toys/{spec['task']}" in last
+        assert all(f"--{name} {value}" in last for name, value in spec["arguments"].items())
+        source = spec["source"] and f"--task_name {spec['source']['task']} "
+        assert len(typed.split(" && ")) == (2 if source else 1)
+        assert not source or (source in typed.split(" && ")[0] and '\'{"source": "SOURCE"}\'' in last)
+    commit = "0123456789abcdef" * 2 + "01234567"
+    environment = ["E1", "cpu", "made up for the tests, none", "3.11.7", "peft 0.21.2, torch 2.13.0", commit]
+    assert found["", "Environments"][1:] == [environment]
+    hashes = found["", "Rows and weights (the first 12 digits of their hashes)"][1:]
+    assert ["shapes", "made-up-model", "LoRA", "48", "shapes-rows0", "made-up-weig", "7"] in hashes
+    assert sum(int(row[-1]) for row in hashes) == len(oracle.good)
+
+
+def test_failures_are_rows_with_their_reason_and_a_torn_line_is_said(report, oracle):
+    rows = tables(report[1])["", "Runs without a usable result"][1:]
+    bad = {run_id: event for run_id, event in oracle.latest.items() if run_id not in oracle.good}
+    assert sorted(row[-1] for row in rows) == sorted(
+        [*(f"{STORE.name}:{oracle.line[run_id]}" for run_id in bad), f"{SPEED.name}:9"]
+    )
+    reasons = {row[-1]: row[4:6] for row in rows}
+    for run_id, event in bad.items():
+        state, reason = reasons[f"{STORE.name}:{oracle.line[run_id]}"]
+        if event["status"] == "started":
+            assert (state, reason) == ("never ended", f"started at {event['started_at']}, never ended")
+        elif event["status"] == "ok":
+            assert (state, reason) == ("unusable result", "score is no finite number (nan)")
+        else:
+            assert (state, reason) == (event["status"].replace("_", " "), event["error"])
+    assert reasons[f"{SPEED.name}:9"] == ["failed", "exit 1: ValueError: made up"]
+    assert f"- {STORE.name}: line 77 is not whole (a kill tore it) and was left out." in report[1]
+
+
+def test_what_was_not_measured_is_said_for_the_grid_of_the_runs(report, oracle):
+    rows = tables(report[1])["", "Without a usable run"][1:]
+    found = [(row[0], row[1], row[2], int(seed), row[4]) for row in rows for seed in row[3].split(", ")]
+    bad = [event for run_id, event in oracle.latest.items() if run_id not in oracle.good]
+    expected = [(EXAMPLES, label(e["spec"]), e["spec"]["task"], e["spec"]["seed"]) for e in bad]
+    assert sorted(entry[:4] for entry in found if entry[0] == EXAMPLES) == sorted(expected)
+    assert {entry[4] for entry in found if entry[1] == "Full fine-tuning" and entry[0] == EXAMPLES} == {
+        "out of memory"
+    }
+    assert [row for row in rows if row[0] == SECONDS] == [
+        [SECONDS, "Full fine-tuning", "shapes", "0, 1, 2", "not run"]
+    ]
+    # nine methods with three seeds and zero-shot on two tasks; three and zero-shot at equal seconds
+    assert f"{len(found)} of its {2 * (9 * 3 + 1) + 2 * (3 * 3 + 1)} entries have no usable run." in report[1]
+    for line in ("A GPU: no run used one.", "Energy: no run has it.", "Prompt tuning, SAMPLE_VOCAB: no usable run."):
+        assert f"- {line}" in report[1]
+
+
+def test_what_a_suite_wants_and_no_run_has_is_said(oracle):
+    evidence = read_evidence([STORE])
+    good = next(event["spec"] for event in oracle.good.values() if event["spec"]["method"] == "lora")
+    failed = next(event["spec"] for event in oracle.latest.values() if event["status"] == "out_of_memory")
+    section = gaps_section(evidence, [good, failed, {**good, "seed": 98}, {**good, "seed": 99}])
+    rows = [[cell.text for cell in row] for row in section.blocks[1].rows]
+    assert rows == [
+        ["80 examples", "Full fine-tuning", "shapes", "0", "out of memory"],
+        ["80 examples", "LoRA", good["task"], "98, 99", "not run"],
+    ]
+    assert "3 of its 4 entries" in section.blocks[0].text
+
+
+def test_means_are_over_the_tasks_that_most_methods_were_run_on(store, run_of):
+    """A task that was tried with one method more than the rest must not leave the rest without a mean."""
+    events = [run_of(method, seed, "10") for method in ("lora", "full", "prompt_tuning") for seed in range(3)]
+    [setting] = settings_of(store(*events, *(run_of("lora", seed, "11", task="shapes") for seed in range(3))))
+    assert setting.tasks == ("colours", "shapes")
+    assert setting.columns == {"colours": ("colours",), "shapes": ("shapes",)}
+    assert advise(setting, Needs()).tasks == ("colours",)
+    more = [run_of("full", seed, "11", task="shapes") for seed in range(3)]
+    [setting] = settings_of(store(*events, *more, *(run_of("lora", seed, "11", task="shapes") for seed in range(3))))
+    assert setting.columns["mean of 2 tasks"] == ("colours", "shapes")
+    one = run_of("lora", 0, "11", task="sizes")
+    [setting] = settings_of(store(*events, *more, *(run_of("lora", s, "11", task="shapes") for s in range(3)), one))
+    assert setting.columns["mean of colours, shapes"] == ("colours", "shapes")
+
+
+def test_zero_shot_brings_no_task_that_nothing_was_trained_on(store, run_of):
+    untrained = [run_of("zero_shot", 0, "10", task=task) for task in ("colours", "shapes")]
+    for event in untrained:
+        event["spec"]["budget"] = {"examples": 0}
+    [setting] = settings_of(store(run_of("lora", 0, "10"), *untrained))
+    assert setting.tasks == ("colours",)
+    [setting] = settings_of(store(*untrained))
+    assert setting.tasks == ("colours", "shapes") and setting.has_results
+
+
+def test_sentences_hold_the_numbers_of_the_tables(report, oracle):
+    text = report[1]
+    best, base = "Prompt tuning, CLASS_LABELS", "Prompt tuning, RANDOM"
+    both = ["colours", "shapes"]
+
+    def sentence(first, second, tasks=both, setting=EXAMPLES):
+        words = oracle.points(setting, tasks, first, second)
+        return words.replace(" (", " points (", 1)
+
+    assert f"The best init is CLASS_LABELS: {sentence(best, base)} against RANDOM, larger than the noise." in text
+    second = sentence(best, "Prompt tuning, TRANSFER")
+    assert f"Against TRANSFER it is {second}: within the noise." in text
+    for setting, tasks, name, leader, rival in (
+        (EXAMPLES, ["colours"], "colours", best, "Full fine-tuning"),
+        (EXAMPLES, ["shapes"], "shapes", "Prompt tuning, TRANSFER", "LoRA"),
+        (EXAMPLES, both, "mean of 2 tasks", best, "LoRA"),
+        (SECONDS, ["shapes"], "shapes", best, "LoRA"),
+    ):
+        _, _, over_seeds, over_rows, verdict, _ = oracle.compared(setting, tasks, leader, rival)
+        nobody = "" if verdict == "larger than the noise" else "nobody is bold, "
+        p = " ".join(f"{value:.3f}" if value >= 0.001 else "< 0.001" for value in (over_seeds,))
+        q = f"{over_rows:.3f}" if over_rows >= 0.001 else "< 0.001"
+        lead = f"the lead of {leader} over {rival} ({sentence(leader, rival, tasks, setting)}; p: seeds {p}, rows {q})"
+        assert f"- {name}: {nobody}{lead} is {verdict}." in text
+    assert "- 1 of 49 runs shared the machine with other programs: their timings are left out." in text
+    assert f"{len(oracle.good)} runs with a result, 1 failed, 1 never ended, 3 out of memory, 1 timeout" in text
+
+
+def test_bold_is_what_leads_another_kind_beyond_the_noise_and_cannot_be_told_from_the_best(report, oracle):
+    for setting in (EXAMPLES, SECONDS):
+        columns, *rows = tables(report[1])[setting, f"Scores: {setting} (accuracy)"]
+        for column, tasks in enumerate((["colours"], ["shapes"], ["colours", "shapes"]), start=1):
+            known = {
+                row[0]: float(np.mean(oracle.scores(setting, tasks, row[0], seeds)))
+                for row in rows
+                if len(seeds := oracle.seeds(setting, tasks, row[0])) == 3
+            }
+            methods = {row: row.split(",")[0] for row in known}
+            best = max(known, key=known.get)
+            rival = max((row for row in known if methods[row] != methods[best]), key=known.get)
+            expected = {
+                row
+                for row in known
+                if methods[row] == methods[best]
+                and known[row] > known[rival]
+                and oracle.compared(setting, tasks, row, rival)[4] == "larger than the noise"
+                and (row == best or not oracle.compared(setting, tasks, row, best)[5])
+            }
+            bold = {row[0] for row in rows if row[column].startswith("**")}
+            assert bold == expected, (setting, columns[column])
+    both = tables(report[1])[EXAMPLES, f"Scores: {EXAMPLES} (accuracy)"]
+    assert sum(cell.startswith("**") for row in both for cell in row) == 3  # else the loop above shows little
+
+
+@pytest.mark.parametrize(
+    ("right", "is_bold"),
+    [((45, 46, 47), True), ((31, 32, 30), False), ((59, 31, 30), False)],
+    ids=["clear", "few rows", "one lucky seed"],
+)
+def test_a_lead_is_bold_only_if_seeds_and_rows_both_show_it(store, run_of, right, is_bold):
+    prompts = [run_of("prompt_tuning", seed, "1" * n + "0" * (60 - n), init="TEXT") for seed, n in enumerate(right)]
+    loras = [run_of("lora", seed, "1" * n + "0" * (60 - n)) for seed, n in enumerate((30, 31, 29))]
+    [setting] = settings_of(store(*prompts, *loras))
+    bold, note = leaders(setting, "colours", ["colours"])
+    assert [variant.label for variant in bold] == (["Prompt tuning, TEXT"] if is_bold else [])
+    assert ("nobody is bold" not in note) == is_bold
+
+
+def test_what_leads_another_kind_but_is_worse_than_the_best_of_its_own_is_not_bold(store, run_of):
+    right = {"TEXT": (57, 58, 58), "CLASS_LABELS": (57, 58, 57), "RANDOM": (46, 45, 46)}
+    events = [run_of("lora", seed, "1" * n + "0" * (60 - n)) for seed, n in enumerate((30, 31, 29))]
+    for init, counts in right.items():
+        events += [run_of("prompt_tuning", seed, "1" * n + "0" * (60 - n), init=init) for seed, n in enumerate(counts)]
+    bold, _ = leaders(settings_of(store(*events))[0], "colours", ["colours"])
+    assert [variant.init for variant in bold] == ["CLASS_LABELS", "TEXT"]
+
+
+def test_two_seeds_or_no_answers_of_single_rows_are_never_bold(store, run_of):
+    few = [run_of("lora", seed, "0" * 60) for seed in (0, 1)]
+    few += [run_of("prompt_tuning", seed, "1" * 60, init="TEXT") for seed in (0, 1)]
+    bold, note = leaders(settings_of(store(*few))[0], "colours", ["colours"])
+    assert not bold and "not decided (fewer than 3 seeds)" in note
+    blind = [run_of("lora", seed, "", score=0.1) for seed in range(3)]
+    blind += [run_of("prompt_tuning", seed, "", score=0.8 + seed / 100, init="TEXT") for seed in range(3)]
+    bold, note = leaders(settings_of(store(*blind))[0], "colours", ["colours"])
+    assert not bold and "not decided (no answers of single rows)" in note
+
+
+def test_rows_that_say_the_opposite_of_the_score_decide_nothing(store, run_of):
+    worse = [run_of("lora", seed, "1" * 50 + "0" * 10, score=0.2) for seed in range(3)]
+    better = [run_of("prompt_tuning", seed, "0" * 60, score=0.5 + seed / 100, init="TEXT") for seed in range(3)]
+    [setting] = settings_of(store(*worse, *better))
+    prompt, lora = setting.variants
+    comparison = compare(setting, prompt, lora, ["colours"])
+    assert not comparison.is_larger_than_noise
+    assert comparison.verdict == "not decided (fewer rows right, a higher score)"
+
+
+def test_intervals_and_tests_agree_with_scipy():
+    draw = np.random.default_rng(0)
+    for _ in range(20):
+        first, second = draw.normal(size=(2, draw.integers(3, 9)))
+        assert seed_test(first, second) == pytest.approx(stats.ttest_rel(first, second).pvalue)
+        low, high = stats.t.interval(0.95, len(first) - 1, np.mean(first), stats.sem(first))
+        assert (interval(first).mean - interval(first).half) == pytest.approx(low)
+        assert (interval(first).mean + interval(first).half) == pytest.approx(high)
+        rows = draw.integers(-3, 4, size=9)
+        exact = stats.permutation_test(
+            (rows,), np.sum, permutation_type="samples", n_resamples=10**6, alternative="two-sided"
+        )
+        assert row_test(rows.tolist()) == pytest.approx(exact.pvalue)
+    assert row_test([1] * 9 + [-1] * 2) == pytest.approx(stats.binomtest(9, 11).pvalue)
+    assert row_test([0, 0]) == 1
+    assert seed_test([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == 0
+    assert seed_test([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) == 1
+
+
+def test_pictures_show_the_numbers_of_their_table(oracle):
+    setting = read_evidence([STORE]).settings[0]
+    for axis in ("examples", "seconds"):
+        lines = {line.variant.label: line for line in _lines(setting, "colours", axis)}
+        assert len(lines) == 9
+        for row, line in lines.items():
+            curves = [r["curve"] for r in oracle.results(EXAMPLES, "colours", row).values()]
+            timed = [r["curve"] for r in oracle.results(EXAMPLES, "colours", row, timed=axis == "seconds").values()]
+            for stop in range(5):
+                scores = [curve[stop]["score"] for curve in curves]
+                assert line.x[stop] == pytest.approx(np.mean([curve[stop][axis] for curve in timed]))
+                drawn = line.mean[stop], line.low[stop], line.high[stop]
+                assert drawn == pytest.approx((np.mean(scores), min(scores), max(scores)))
+
+
+class Page(HTMLParser):
+    """Tables, ids and links of a page."""
+
+    def __init__(self, text):
+        super().__init__()
+        self.tables, self.ids, self.links, self.heads, self.pictures, self.text = [], [], [], [], [], None
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.ids += [found["id"]] if "id" in found else []
+        self.links += [found["href"]] if "href" in found else []
+        if tag == "table":
+            self.tables.append([])
+        if tag == "tr":
+            self.tables[-1].append([])
+        if tag in {"td", "th"}:
+            self.text = ""
+            assert tag == "td" or found["scope"] in {"row", "col"}
+        if tag == "svg":
+            self.pictures.append(found)
+        if tag in {"h1", "h2", "h3"}:
+            self.heads.append(int(tag[1]))
+
+    def handle_endtag(self, tag):
+        if tag in {"td", "th"}:
+            self.tables[-1][-1].append(self.text)
+            self.text = None
+
+    def handle_data(self, data):
+        if self.text is not None:
+            self.text += data
+
+
+def test_html_has_the_numbers_of_the_markdown(report):
+    expected = [plain(rows) for rows in tables(report[1]).values()]
+    found = Page(report[0]).tables
+    assert [[[cell.strip("`") for cell in row] for row in rows] for rows in expected] == found
+    assert sum(map(len, found)) > 250
+    for line in re.findall(r"(?m)^- (.*)$", report[1]):
+        assert line in re.sub(r"&#39;", "'", report[0]).replace("&lt;", "<"), line
+
+
+def test_html_needs_no_network_and_no_script_and_its_links_lead_somewhere(report):
+    page = Page(report[0])
+    assert "http" not in report[0] and "<script" not in report[0] and "@import" not in report[0]
+    assert all(link.startswith("#") for link in page.links)
+    assert {link[1:] for link in page.links} <= set(page.ids)
+    assert set(re.findall(r"url\(#([^)]*)\)", report[0])) <= set(page.ids)
+    assert len(page.ids) == len(set(page.ids))
+    assert page.heads[0] == 1 and all(b - a <= 1 for a, b in zip(page.heads, page.heads[1:], strict=False))
+    assert len(page.pictures) == 3 * 2 + 2 + 4 + 3 + 1
+    for picture in page.pictures:
+        assert picture["role"] == "img"
+        assert set(picture["aria-labelledby"].split()) <= set(page.ids)
+    assert "currentColor" in report[0] and "prefers-color-scheme: dark" in report[0]
+
+
+def test_the_same_store_gives_the_same_bytes_in_another_process(report, tmp_path, pytestconfig):
+    command = [sys.executable, "-m", "benchmarks", "report", "--results", str(STORE), "--speed", str(SPEED)]
+    environment = {**os.environ, "PYTHONHASHSEED": "7", "TZ": "Asia/Tokyo"}
+    subprocess.run([*command, "--output", str(tmp_path)], check=True, env=environment, cwd=pytestconfig.rootpath)
+    assert tuple((tmp_path / name).read_text(encoding="utf-8") for name in ("report.html", "report.md")) == report
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda e: None, "holds no run"),
+        (lambda e: {**e, "status": "failed", "result": None}, r"no run of runs.jsonl ended well \(1 failed\)"),
+        (lambda e: {**e, "schema_version": 99}, "schema version 99"),
+        (lambda e: {**e, "result": {**e["result"], "score": float("nan")}}, "1 unusable result"),
+        (lambda e: {**e, "spec": {**e["spec"], "budget": {}}}, "line 1: the spec of a run has no budget"),
+        (lambda e: [e], "wanted an event"),
+    ],
+    ids=["empty", "all failed", "newer", "nan", "no budget", "no event"],
+)
+def test_a_store_that_gives_no_report_is_said_and_nothing_is_written(store, run_of, tmp_path, change, message):
+    event = change(run_of("lora", 0, "10"))
+    path = store(*([event] if event else []))
+    with pytest.raises(SystemExit, match=message) as stopped:
+        main(["--results", str(path), "--speed", "--output", str(tmp_path / "report")])
+    assert str(stopped.value).startswith("error: ")
+    assert not (tmp_path / "report").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "problem"),
+    [
+        ({"score": float("inf")}, "score is no finite number (inf)"),
+        ({"train_time_s": None}, "train_time_s is no finite number (None)"),
+        ({"energy_j": "5"}, "energy_j is no finite number ('5')"),
+        ({"correct": "012"}, "correct is not one digit for each of 2 rows"),
+        ({"curve": [{"examples": 0, "seconds": None, "score": 0.5}]}, "a point of the curve is not three finite"),
+    ],
+)
+def test_a_result_with_a_bad_number_is_a_failure_with_its_reason(store, run_of, change, problem):
+    bad, good = run_of("lora", 0, "10"), run_of("lora", 1, "10")
+    bad["result"] |= change
+    evidence = read_evidence([store(bad, good)])
+    reasons = {run.seed: run.problem for run in evidence.runs}
+    assert reasons[0].startswith(problem) and not reasons[1]
+    del bad["result"]["score"]
+    assert read_evidence([store(bad, good)]).runs[0].problem == "score is missing"
+
+
+def test_a_missing_file_and_a_broken_speed_line_are_said(store, run_of, tmp_path):
+    with pytest.raises(SystemExit, match="no results file"):
+        main(["--results", str(tmp_path / "none.jsonl")])
+    (tmp_path / "speed.jsonl").write_text('{"method": "stock"\n')
+    with pytest.raises(SystemExit, match=r"speed\.jsonl, line 1 is not whole JSON"):
+        main(["--results", str(store(run_of("lora", 0, "10"))), "--speed", str(tmp_path / "speed.jsonl")])
+    (tmp_path / "speed.jsonl").write_text('{"method": "stock"}\n')
+    with pytest.raises(SystemExit, match="line 1 is no row"):
+        main(["--results", str(store(run_of("lora", 0, "10"))), "--speed", str(tmp_path / "speed.jsonl")])
+
+
+def test_the_newest_event_counts_and_of_two_stores_the_usable_one(store, run_of):
+    failed = {**run_of("lora", 0, "10"), "status": "failed", "result": None, "started_at": "2032"}
+    good = run_of("lora", 0, "11")
+    other = run_of("lora", 1, "10")
+    assert [run.counts for run in read_evidence([store(good, failed, other)]).runs] == [False, True]
+    first, second = store(good, other), store(failed, name="later.jsonl")
+    for paths in ([first, second], [second, first]):
+        assert [run.file for run in read_evidence(paths).runs] == ["runs.jsonl", "runs.jsonl"]
+
+
+def test_runs_that_differ_in_a_flag_are_rows_of_their_own(store, run_of):
+    short, long = (run_of("lora", seed, "10") for seed in (0, 1))
+    long["spec"]["arguments"] = {**long["spec"]["arguments"], "num_shots": 4}
+    [setting] = settings_of(store(short, long))
+    assert [variant.label for variant in setting.variants] == ["LoRA, num_shots=4", "LoRA, num_shots=default"]
+    rates = [run_of("lora", 0, "10") for _ in range(3)]
+    for rate, event in zip((1e-4, 3e-5, 1e-5), rates, strict=True):
+        event["run_id"], event["spec"]["arguments"] = str(rate), {**event["spec"]["arguments"], "learning_rate": rate}
+    [setting] = settings_of(store(*rates))
+    assert [variant.extras[0][1] for variant in setting.variants] == ["1e-05", "3e-05", "0.0001"]
+    long["spec"]["arguments"] = {**short["spec"]["arguments"], "max_eval_samples": 2}
+    [setting] = settings_of(store(short, long))
+    assert setting.tasks == ("colours, max_eval_samples=2", "colours, max_eval_samples=default")
+
+
+def test_runs_on_a_gpu_and_of_another_model_are_not_compared_with_the_rest(store, run_of):
+    events = [run_of("lora", seed, "10") for seed in range(3)]
+    events[1]["env"] = {**events[1]["env"], "device": "cuda"}
+    events[2]["spec"]["arguments"] = {**events[2]["spec"]["arguments"], "model_name_or_path": "other"}
+    assert [setting.title for setting in settings_of(store(*events))] == [
+        "made-up-model on cpu, 80 examples",
+        "made-up-model on cuda, 80 examples",
+        "other on cpu, 80 examples",
+    ]
+
+
+def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
+    events = [run_of("lora", seed, "10", train_time_s=10.0 * (seed + 1)) for seed in range(3)]
+    events[2]["env"] = {**events[2]["env"], "machine": "a faster one"}
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    found = tables((tmp_path / "report.md").read_text(encoding="utf-8"))
+    columns, row = found[EXAMPLES, f"What it costs: colours, {EXAMPLES}"]
+    assert row[columns.index("training")] == "15.0 s"
+    assert "Runs are from several machines" in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_the_command_at_equal_seconds_names_the_steps_that_were_run(oracle):
+    runs = {run.run_id: run for run in read_evidence([STORE]).runs}
+    timed = [key for key, event in oracle.good.items() if "seconds" in event["spec"]["budget"]]
+    assert timed
+    for key in timed:
+        assert f"--max_steps {oracle.good[key]['result']['steps']} " in command(runs[key])
+
+
+def test_a_store_without_a_usable_run_raises_for_programs_too(store):
+    with pytest.raises(EvidenceError, match="holds no run"):
+        read_evidence([store()])
+    with pytest.raises(EvidenceError, match="no results file was given"):
+        read_evidence([])
