@@ -183,7 +183,7 @@ def test_a_wrong_attention_is_refused_with_its_figure(build_model, monkeypatch, 
 
 def test_the_probe_can_be_switched_off(build_model):
     model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix_probe=False)
-    assert engine_status(model) == type(engine_status(model))(True, "not probed", keeps_prompts=True)
+    assert engine_status(model) == type(engine_status(model))(True, "not probed", keeps_prompts=True, attention="sdpa")
 
 
 def test_the_probe_leaves_training_mode_and_random_state_alone(build_model):
@@ -367,6 +367,7 @@ def test_autocast_and_bf16_backbones_are_as_close_as_pefts_own_path(build_model)
                 out = model(**batch)
             out.loss.backward()
             assert prompt_of(model).grad.dtype == torch.float32
+            assert engine_status(model).packed == shared_prefix
             errors.append(abs(out.loss.item() - exact))
         assert errors[0] <= errors[1] + 5e-3, (low, errors)
 

@@ -59,13 +59,17 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
     """
     if _is_sharded(base_model):
         return None
-    device = prompt.device.type
-    autocast = torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device)
     try:
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
     except RuntimeError:  # made in inference mode
         return None
-    return prompt.dtype, prompt.device, autocast, weights
+    return precision(prompt), weights
+
+
+def precision(tensor: torch.Tensor) -> tuple[Any, ...]:
+    """Where and in what precision a model works on a tensor: device, dtype, autocast's dtype or False."""
+    kind = tensor.device.type
+    return tensor.device, tensor.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 def _is_sharded(base_model: Any) -> bool:

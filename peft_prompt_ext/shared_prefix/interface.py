@@ -15,11 +15,12 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from .attention import packed_attention
+from .choice import AttentionCall
 
 
 KEYWORD = "shared_prefix_layout"
 _PREFIX = "shared_prefix|"
-_OURS = {"scaling", "dropout", "sliding_window", "softcap"}
+_OURS = {"scaling", "sliding_window", "softcap"}
 
 
 class NotPackable(Exception):
@@ -77,7 +78,6 @@ def _attention(
         raise NotPackable("its attention adds a bias to the scores")
     if not (kwargs.get("is_causal", getattr(module, "is_causal", True))):
         raise NotPackable("its attention is not causal: the prompt sees the text")
-    layout.windows.append(kwargs.get("sliding_window"))
     if layout.recorded is not None:
         if module in layout.recorded:
             raise NotPackable("it runs an attention layer twice")
@@ -86,6 +86,9 @@ def _attention(
         keys, values = zip(*(state.keys_values[module] for state in layout.cached), strict=True)
         key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
     options = {key: value for key, value in kwargs.items() if key in _OURS}
-    if not module.training:
-        options["dropout"] = 0.0
-    return packed_attention(query, key, value, layout, **options), None
+    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
+    if layout.calls is not None:
+        tensors = tuple((x.shape[1], x.shape[3], x.dtype) for x in (query, key, value))
+        layout.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
+    attention = layout.attention or packed_attention
+    return attention(query, key, value, layout, dropout=dropout, **options), None

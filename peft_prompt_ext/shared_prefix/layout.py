@@ -6,14 +6,16 @@ tokens, M real tokens of the longest row, N = sum P_k + S packed tokens.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 
 if TYPE_CHECKING:
     from .cache import KeysValues, PromptState
+    from .choice import AttentionCall
 
 
 @dataclass(eq=False)
@@ -32,7 +34,9 @@ class PackedLayout:
         prefix: The same from the right, so that the last column is the token before the text, [K, P].
         rows: Place in the packed sequence of each row's text tokens; behind its end any place, [B, M].
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
-        windows: The sliding window of each attention call that used this layout, None without one.
+        attention: What computes attention, with the signature of `attention.packed_attention`; None: that one.
+        blocks: The masks that FlexAttention makes of the layout, once for all layers.
+        calls: Where attention leaves what each layer asks of it, if anybody wants it.
         recorded: Where attention leaves its keys and values, if anybody wants them.
         cached: The prompts that have tokens, in order, if they ran before: then the text tokens run alone.
     """
@@ -48,7 +52,9 @@ class PackedLayout:
     prefix: torch.Tensor
     rows: torch.Tensor
     last: torch.Tensor
-    windows: list[int | None] = field(default_factory=list)
+    attention: Callable[..., torch.Tensor] | None = None
+    blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    calls: list[AttentionCall] | None = None
     recorded: KeysValues | None = None
     cached: list[PromptState] | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -78,6 +84,26 @@ class PackedLayout:
                 mask = mask & (key >= longest - lengths[:, None])[:, None, None]
             self._masks[sliding_window] = mask
         return self._masks[sliding_window]
+
+    def spans(self, sliding_window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The two runs of places that a token sees: of its prompt, and of its own row (or prompt) up to itself.
+
+        Returns:
+            Where the first run starts, and the place behind its end, which may be no further (virtual tokens have an
+            empty one); where the second run starts. Each [N].
+        """
+        device, virtual = self.rows.device, self.num_prompt_tokens
+        lengths = torch.tensor(self.prompt_lengths, device=device)
+        which = self.prompt_of_row[self.row]
+        none = torch.zeros(virtual, dtype=torch.long, device=device)
+        length, end = (torch.cat([none, x[which]]) for x in (lengths, lengths.cumsum(0)))
+        start, position = end - length, self.position_ids[0]
+        place = torch.arange(len(position), device=device)
+        own = place - (position - length)
+        if sliding_window is not None:
+            start = torch.maximum(start, start + position - sliding_window + 1)
+            own = torch.maximum(own, place - sliding_window + 1)
+        return start, end, own
 
     def column_sources(self) -> torch.Tensor:
         """Place in the packed sequence of each column of the padded batch `[prompt | text]`; -1 where there is none.

@@ -28,7 +28,9 @@ BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 class SharedPrefixMixin(PeftModel):
     """Goes in front of a model class whose `forward` is PEFT's path."""
 
+    # of the last batch, and of each device and precision that a batch had
     _status: EngineStatus | None = None
+    _proved: dict[Any, EngineStatus] | None = None
     # by adapter: what must not have changed since, and what its prompt left to the texts
     _states: dict[str, tuple[Any, PromptState]] | None = None
     _packed_arguments: ClassVar[set[str]] = set()
@@ -121,7 +123,9 @@ class SharedPrefixMixin(PeftModel):
         status = self._engine_status()
         return None if status.packed else status.reason
 
-    def _engine_status(self) -> EngineStatus:
+    def _engine_status(self, last: bool = False) -> EngineStatus:
+        """For a batch of now; with `last` for the last one, if there was one."""
+        from .cache import precision
         from .interface import attach, attached
         from .probe import prove
 
@@ -130,14 +134,23 @@ class SharedPrefixMixin(PeftModel):
         if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
         # whoever changes the attention implementation takes our name away
-        if self._status is None or (self._status.packed and not attached(base_model)):
+        if self._status is not None and self._status.packed and not attached(base_model):
+            self._status = self._proved = None
+        if last and self._status is not None:
+            return self._status
+        words: Any = self.word_embeddings
+        now = precision(words.weight)
+        proved = self._proved = self._proved or {}
+        if now not in proved:
             probe = getattr(config, "shared_prefix_probe", True)
-            self._status = prove(base_model, self._packed_forward, self.word_embeddings, probe)
-        elif self._status.packed:
+            proved[now] = prove(base_model, self._packed_forward, words, probe)
+        elif proved[now].packed:
             attach(base_model)
+        self._status = proved[now]
         return self._status
 
     def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
+        from .choice import ATTENTIONS
         from .layout import pack
 
         if len(names) != len(attention_mask):
@@ -150,7 +163,9 @@ class SharedPrefixMixin(PeftModel):
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
         prompt_of_row = torch.tensor([used.index(name) for name in names], device=attention_mask.device)
-        return pack(attention_mask, lengths, prompt_of_row)
+        layout = pack(attention_mask, lengths, prompt_of_row)
+        layout.attention = ATTENTIONS[self._engine_status().attention or "sdpa"]
+        return layout
 
     def _too_long(self, layout: PackedLayout) -> str | None:
         text, prompt = layout.rows.shape[1], max(layout.prompt_lengths)
@@ -209,8 +224,8 @@ class SharedPrefixMixin(PeftModel):
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
-        """What the prompts left is not part of the model."""
-        return {**self.__dict__, "_states": None}
+        """What the prompts left is not part of the model, nor what was proved on this machine."""
+        return {**self.__dict__, "_states": None, "_status": None, "_proved": None}
 
 
 def engine_status(model: Any) -> EngineStatus:
@@ -220,9 +235,9 @@ def engine_status(model: Any) -> EngineStatus:
         model: What `get_peft_model` returned; also inside a wrapper such as DistributedDataParallel.
 
     Returns:
-        The status; the first call on a model runs the probe.
+        The status of the last batch; the first call or batch on a device and in a precision runs the probe.
     """
     model = getattr(model, "module", model)
     if isinstance(model, SharedPrefixMixin):
-        return model._engine_status()
+        return model._engine_status(last=True)
     return EngineStatus(False, f"{type(model).__name__} of this task or config has no shared prefix")

@@ -13,9 +13,10 @@ from typing import Any
 
 import torch
 
-from .cache import prompt_state
+from .cache import precision, prompt_state
+from .choice import AttentionCall, candidates, choose
 from .interface import NotPackable, attach, detach
-from .layout import PackedLayout, pack
+from .layout import pack
 from .status import EngineStatus
 
 
@@ -36,21 +37,27 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
         packed_forward: `packed_forward(base_model, embeds [1, N, H], layout)` returns an output with logits
             [B, P+T, V] or [B, C].
         word_embeddings: Its word embeddings.
-        run: Run the ragged batch; without it every model is trusted whose attention can be reached.
+        run: Run the ragged batch; without it every model is trusted whose attention can be reached, and that
+            attention is SDPA.
+
+    Raises:
+        ValueError: An attention is asked for that does not exist.
     """
+    names = candidates(word_embeddings.weight.device)
     try:
         refuse_early(base_model)
         attach(base_model)
-        status = EngineStatus(True, "not probed", keeps_prompts=True)
+        status = EngineStatus(True, "not probed", keeps_prompts=True, attention="sdpa")
         if run:
-            status = _probe(base_model, packed_forward, word_embeddings)
+            status = _probe(base_model, packed_forward, word_embeddings, names)
     except NotPackable as refusal:
         status = EngineStatus(False, str(refusal))
     except Exception as error:  # an unknown architecture may do anything with one packed sequence
         status = EngineStatus(False, f"its forward cannot run a packed batch ({type(error).__name__}: {error})")
     if not status.packed:
         detach(base_model)
-    logger.info("The shared prefix is %s: %s.", "used" if status.packed else "not used, PEFT's path is", status.reason)
+    how = f"used, with {status.attention} attention" if status.packed else "not used, PEFT's path is"
+    logger.info("The shared prefix is %s: %s.", how, status.reason)
     return status
 
 
@@ -68,7 +75,9 @@ def refuse_early(base_model: Any) -> None:
 
 
 @torch.no_grad()
-def _probe(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any) -> EngineStatus:
+def _probe(
+    base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, attentions: tuple[str, ...]
+) -> EngineStatus:
     device = word_embeddings.weight.device
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(word_embeddings.num_embeddings, (PROMPT_LENGTH + sum(ROW_LENGTHS),), generator=generator).to(
@@ -77,10 +86,11 @@ def _probe(base_model: Any, packed_forward: Callable[..., Any], word_embeddings:
     embeds = word_embeddings(ids)[None]
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
     layout = pack(mask.to(device), (PROMPT_LENGTH,))
+    calls = layout.calls = []
     prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
     with _evaluating(base_model):
         packed = packed_forward(base_model, embeds, layout).logits.float()
-        _every_layer_packed(base_model, layout)
+        _every_layer_packed(base_model, calls)
         cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask.to(device))
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
@@ -88,12 +98,15 @@ def _probe(base_model: Any, packed_forward: Callable[..., Any], word_embeddings:
         ]
     error = _relative_error(packed, alone)
     figure = f"relative error {error:.1e} on rows of {', '.join(map(str, ROW_LENGTHS))} tokens"
-    exact = embeds.dtype in {torch.float32, torch.float64} and getattr(base_model, "hf_quantizer", None) is None
+    _, dtype, autocast = precision(embeds)
+    exact = dtype.itemsize >= 4 and not autocast and getattr(base_model, "hf_quantizer", None) is None
     tolerance = FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
     if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
     keeps = cached is not None and _relative_error(cached, alone) <= tolerance
-    return EngineStatus(True, figure, _longest_row(base_model.config.get_text_config(), layout), keeps)
+    attention, not_taken = choose(attentions, calls)
+    longest = _longest_row(base_model.config.get_text_config(), calls)
+    return EngineStatus(True, "; ".join([figure, *not_taken]), longest, keeps, attention)
 
 
 def _relative_error(got: torch.Tensor, rows: list[torch.Tensor]) -> float:
@@ -116,16 +129,17 @@ def _with_kept_prompt(
         return None
 
 
-def _every_layer_packed(base_model: Any, layout: PackedLayout) -> None:
+def _every_layer_packed(base_model: Any, calls: list[AttentionCall]) -> None:
     layers = base_model.config.get_text_config().num_hidden_layers
-    if len(layout.windows) != layers:
-        raise NotPackable(f"{len(layout.windows)} of its {layers} layers use transformers' attention interface")
+    if len(calls) != layers:
+        raise NotPackable(f"{len(calls)} of its {layers} layers use transformers' attention interface")
 
 
-def _longest_row(config: Any, layout: PackedLayout) -> int | None:
+def _longest_row(config: Any, calls: list[AttentionCall]) -> int | None:
     """The shortest window that the model has and does not hand to its attention: longer rows would need it."""
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    return min((window for window in windows if window and window not in layout.windows), default=None)
+    handed = {dict(call.options).get("sliding_window") for call in calls}
+    return min((window for window in windows if window and window not in handed), default=None)
 
 
 @contextmanager

@@ -1,0 +1,113 @@
+"""Attention over a packed sequence by FlexAttention: no row is padded, and no prompt is copied.
+
+Shapes: N packed tokens, Q of them with a query, A query heads, G key-value heads, D head size, X blocks of queries,
+Y blocks of keys.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch.nn.functional import pad
+
+from . import attention
+from .layout import PackedLayout
+
+
+BLOCK = 128  # tokens; the kernels skip blocks of keys that a block of queries does not see
+
+
+def packed_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    layout: PackedLayout,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See `attention.packed_attention`, which stands in where there is dropout: FlexAttention has none."""
+    if dropout:
+        return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
+    kind = sliding_window, query.shape[2] == key.shape[2]
+    if kind not in layout.blocks:
+        layout.blocks[kind] = block_mask(layout, query.shape[2], sliding_window)
+    out = _flex_attention(query.device.type)(
+        query,
+        key,
+        value,
+        score_mod=None if softcap is None else _softcapped(softcap, query.device),
+        block_mask=layout.blocks[kind],
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    return out.transpose(1, 2)
+
+
+@cache
+def _flex_attention(device_type: str) -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    if device_type == "cpu":  # compiled it has no gradients there
+        return flex_attention
+    # once for all lengths of a batch; after 8 kinds of call it would give up, for dense scores
+    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # mypy does not know them
+    return torch.compile(flex_attention, dynamic=True, **options)
+
+
+def _softcapped(softcap: float, device: torch.device) -> Any:
+    # as a float it would be a symbol among the dynamic shapes, which the kernels cannot capture
+    cap = torch.tensor(softcap, device=device)
+
+    def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+        return cap * torch.tanh(score / cap)
+
+    return score_mod
+
+
+def block_mask(layout: PackedLayout, queries: int, sliding_window: int | None = None) -> Any:
+    """Tell FlexAttention what the last Q tokens of the packed sequence see.
+
+    `create_block_mask` would build the mask [Q, N] for it. A token sees two runs of keys, so that which blocks it sees
+    follows from their ends, [Q, Y].
+
+    Args:
+        layout: Where each token belongs.
+        queries: Q.
+        sliding_window: A token sees this many tokens, itself included.
+
+    Returns:
+        A `BlockMask`.
+    """
+    from torch.nn.attention.flex_attention import BlockMask
+
+    place = torch.arange(layout.position_ids.shape[1], device=layout.rows.device)
+    start, end, own, place = (x[-queries:] for x in (*layout.spans(sliding_window), place))
+
+    def sees(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
+        return ((start[q] <= k) & (k < end[q])) | ((own[q] <= k) & (k <= place[q]))
+
+    length = layout.position_ids.shape[1]
+    first = torch.arange(0, length, BLOCK, device=place.device)  # [Y]
+    behind = first + BLOCK
+    runs = [(x[:, None], y[:, None]) for x, y in ((start, end), (own, place + 1))]  # [Q, 1]
+    some = torch.stack([(x < y) & (x < behind) & (first < y) for x, y in runs]).any(0)  # [Q, Y]
+    every = torch.stack([(x <= first) & (behind <= y) for x, y in runs]).any(0)
+    some, every = (pad(x, (0, 0, 0, -queries % BLOCK)).view(-1, BLOCK, len(first)) for x in (some, every))
+    some, every = some.any(1), every.all(1)  # [X, Y]
+    return BlockMask.from_kv_blocks(
+        *_listed(some & ~every),
+        *_listed(every),
+        BLOCK_SIZE=BLOCK,
+        mask_mod=sees,
+        seq_lengths=(queries, length),
+    )
+
+
+def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How many blocks each row has, [1, 1, X], and their numbers before those of the others, [1, 1, X, Y]."""
+    blocks = blocks.int()[None, None]
+    return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()

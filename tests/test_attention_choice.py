@@ -1,0 +1,188 @@
+"""Which attention is used: proved before it is trusted, once for each device and precision, and told."""
+
+import copy
+import logging
+
+import pytest
+import torch
+
+from peft_prompt_ext import engine_status
+from peft_prompt_ext.shared_prefix import choice, probe, reference
+from peft_prompt_ext.shared_prefix.choice import AttentionCall, choose
+from tests.helpers import one_thread, prompted  # noqa: F401
+from tests.test_shared_prefix import compare, padded
+
+
+CPU = torch.device("cpu")
+
+
+def call_of(dtype=torch.float32, **options):
+    return AttentionCall(CPU, ((6, 10, dtype), (3, 10, dtype), (3, 7, dtype)), tuple(sorted(options.items())))
+
+
+def fails(*args, **options):
+    raise RuntimeError("no kernel for this\nand three pages more")
+
+
+def forgets_the_scale(*args, scaling=None, **options):
+    return reference.packed_attention(*args, **options)
+
+
+def forgets_the_window(*args, sliding_window=None, **options):
+    return reference.packed_attention(*args, **options)
+
+
+def stops_the_gradient_of_the_keys(query, key, value, layout, **options):
+    return reference.packed_attention(query, key.detach() + 0 * key, value, layout, **options)
+
+
+def gives_nan(*args, **options):
+    return reference.packed_attention(*args, **options) * torch.nan
+
+
+def takes_the_first_queries_for_the_texts(query, key, value, layout, **options):
+    if query.shape[2] == key.shape[2]:
+        return reference.packed_attention(query, key, value, layout, **options)
+    whole = torch.cat([query, query], 2)[:, :, : key.shape[2]]
+    return reference.packed_attention(whole, key, value, layout, **options)[:, : query.shape[2]]
+
+
+WRONG = {
+    fails: "RuntimeError: no kernel for this)",
+    forgets_the_scale: "relative error",
+    forgets_the_window: "relative error",
+    stops_the_gradient_of_the_keys: "relative error",
+    gives_nan: "relative error nan",
+    takes_the_first_queries_for_the_texts: "relative error",
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_attention_is_not_taken_and_its_reason_is_told(monkeypatch, wrong, dtype):
+    monkeypatch.setitem(choice.ATTENTIONS, "flex", wrong)
+    calls = [call_of(dtype), call_of(dtype, scaling=0.3, sliding_window=4096)]
+
+    name, (reason,) = choose(["flex"], calls)
+
+    assert name == "sdpa"
+    assert reason.startswith("flex attention is not used (")
+    assert WRONG[wrong] in reason
+    assert "\n" not in reason
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["sdpa", "reference"])
+def test_right_attentions_pass_the_proof(monkeypatch, name, dtype):
+    monkeypatch.setitem(choice.ATTENTIONS, "reference", reference.packed_attention)
+    state = torch.get_rng_state()
+    for options in ({}, {"scaling": 0.3, "sliding_window": 7}, {"softcap": 2.0}):
+        assert choice.differs(choice.ATTENTIONS[name], call_of(dtype, **options)) is None
+    with torch.inference_mode():  # whatever the user's batch runs in
+        assert choice.differs(choice.ATTENTIONS[name], call_of(dtype)) is None
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_cuda_is_offered_flex_and_a_cpu_sdpa(build_model, monkeypatch):
+    assert choice.candidates(torch.device("cuda", 1)) == ("flex",)
+    monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
+    status = engine_status(prompted(build_model("llama"), "CAUSAL_LM"))
+    assert (status.attention, "flex" in status.reason) == ("sdpa", False)
+
+
+def test_the_environment_decides_what_is_tried(monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "sdpa")
+    assert choice.candidates(torch.device("cuda")) == ()
+    monkeypatch.setenv(choice.VARIABLE, "flex")
+    assert choice.candidates(CPU) == ("flex",)
+
+
+def test_an_unknown_attention_is_an_error(build_model, monkeypatch):
+    monkeypatch.setenv(choice.VARIABLE, "flash")
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    with pytest.raises(ValueError, match="PEFT_PROMPT_EXT_ATTENTION is 'flash'; it can be 'sdpa' or 'flex'"):
+        model(**padded("left", "CAUSAL_LM"))
+
+
+@pytest.fixture
+def offered(monkeypatch):
+    """Offers an attention on the CPU; returns the query lengths that it is asked for after the proof."""
+
+    def offer(function):
+        seen = []
+
+        def spy(query, key, value, layout, **options):
+            seen.append(query.shape[2])
+            return function(query, key, value, layout, **options)
+
+        monkeypatch.setitem(choice.ATTENTIONS, "flex", spy)
+        monkeypatch.setitem(choice.CANDIDATES, "cpu", ("flex",))
+        return seen
+
+    return offer
+
+
+def test_the_proved_attention_serves_every_layer_and_is_told(build_model, offered, caplog):
+    seen = offered(reference.packed_attention)
+    model = prompted(build_model("gemma2"), "CAUSAL_LM", num_virtual_tokens=13)
+    with caplog.at_level(logging.INFO, "peft_prompt_ext"):
+        assert engine_status(model).attention == "flex"
+    assert "is used, with flex attention: relative error" in caplog.text
+    seen.clear()
+
+    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+    assert seen == [13 + 6 + 11 + 1] * 2
+
+
+@pytest.mark.parametrize("wrong", [fails, stops_the_gradient_of_the_keys])
+def test_a_model_whose_attention_is_not_proved_takes_sdpa(build_model, offered, caplog, wrong):
+    seen = offered(wrong)
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    with caplog.at_level(logging.INFO, "peft_prompt_ext"):
+        status = engine_status(model)
+    assert (status.packed, status.attention) == (True, "sdpa")
+    assert "flex attention is not used (" in status.reason
+    assert status.reason in caplog.text
+    seen.clear()
+
+    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+    assert not seen
+
+
+def test_a_refused_model_has_no_attention_and_an_unproved_one_sdpa(build_model, offered):
+    offered(reference.packed_attention)
+    assert engine_status(prompted(build_model("bloom"), "CAUSAL_LM")).attention is None
+    unproved = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix_probe=False)
+    assert engine_status(unproved).attention == "sdpa"
+
+
+def test_the_choice_is_made_once_for_each_precision_and_told_for_the_last_batch(build_model, offered, monkeypatch):
+    def exact_alone(query, *args, **options):
+        if query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
+            raise RuntimeError("not in bfloat16")
+        return reference.packed_attention(query, *args, **options)
+
+    offered(exact_alone)
+    choices, batch = [], padded("left", "CAUSAL_LM")
+    monkeypatch.setattr(probe, "choose", lambda *args: choices.append(1) or choose(*args))
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    for _ in range(2):
+        model(**batch)
+        assert engine_status(model).attention == "flex"
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**batch)
+        assert engine_status(model).attention == "sdpa"
+        assert "not in bfloat16" in engine_status(model).reason
+    assert len(choices) == 2
+    model.bfloat16()(**batch)
+    assert (engine_status(model).attention, len(choices)) == ("sdpa", 3)
+
+
+def test_what_was_proved_here_is_not_copied_to_another_machine(build_model, offered, monkeypatch):
+    offered(reference.packed_attention)
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    assert engine_status(model).attention == "flex"
+    monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
+    assert engine_status(copy.deepcopy(model)).attention == "sdpa"
