@@ -265,8 +265,10 @@ def prepare(
     family = find_family(record, task, data_args.max_seq_length)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
     record = json.loads(json.dumps(record))  # as it will be read again
-    checkpoint = claim(folder, record, args.do_train, args.resume_from_checkpoint)
-    if args.should_save:
+    trained = has_result(folder) and not args.do_train
+    same = {name: value for name, value in record.items() if not (trained and name in SAMPLING)}
+    checkpoint = claim(folder, same, args.do_train, args.resume_from_checkpoint)
+    if args.should_save and not trained:
         write_record(folder, record)
     set_seed(args.seed)
     splits = load_splits(task, data_args, args)
@@ -275,10 +277,7 @@ def prepare(
         lengths = encoded[split]["length"]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
-    if args.do_train or not has_result(folder):
-        model = new_model(family, record, args.seed)
-    else:
-        model = trained_model(family, record, str(folder))
+    model = trained_model(family, record, str(folder)) if trained else new_model(family, record, args.seed)
     trainer = build_trainer(model, family, encoded, splits, args)
     job = Job(trainer, encoded, splits, record, checkpoint)
     trainer.card = lambda: model_card(trainer, record, job.scores).save(folder / "README.md")

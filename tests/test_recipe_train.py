@@ -141,6 +141,17 @@ def test_a_trained_run_is_scored_again_and_predicts(train, tmp_path):
     assert (tmp_path / "out" / "predict_results_sst2.txt").is_file()
 
 
+def test_a_trained_run_may_be_scored_on_other_rows_than_it_was_trained_with(train, tmp_path):
+    train("sst2", "--max_train_samples", "4")
+    record = (tmp_path / "out" / "recipe.json").read_bytes()
+
+    assert train("sst2", "--do_eval", "true")["eval_samples"] == 6
+    assert train("sst2", "--do_eval", "true", "--held_out_samples", "2")["eval_samples"] == 2
+    assert (tmp_path / "out" / "recipe.json").read_bytes() == record
+    with pytest.raises(ValueError, match="max_train_samples"):
+        train("sst2", "--resume_from_checkpoint", "true")
+
+
 def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
     from transformers import AutoModelForCausalLM
 
