@@ -124,6 +124,26 @@ def test_what_any_test_finds_worse_is_not_called_as_good(setting):
     assert found["LoRA"] == "worse than Prompt tuning, TRANSFER by 5.6 points"
 
 
+@pytest.mark.parametrize(("share", "pick"), [(0.95, BEST), (0.8, FOUR_BITS)])
+def test_costs_that_differ_by_less_than_a_tenth_count_as_equal(changed_store, share, pick):
+    def same_but_for_the_share(event):
+        if event["result"] and event["spec"]["init"] == "CLASS_LABELS":
+            event["result"]["train_time_s"] = 10.0 * (share if event["spec"]["quantization"] else 1.0)
+
+    advice = advise(read_evidence([changed_store(same_but_for_the_share)]).settings[0], Needs(first="time"))
+    assert advice.pick.variant.label == pick
+
+
+def test_a_method_with_few_seeds_is_not_what_others_are_measured_by(changed_store):
+    def lucky_text(event):
+        if event["result"] and event["spec"]["init"] == "TEXT":
+            event["result"] |= {"score": 1.0, "correct": "1" * event["result"]["eval_samples"]}
+
+    advice = advise(read_evidence([changed_store(lucky_text)]).settings[0], Needs(first="score"))
+    assert advice.pick.variant.label == BEST and not advice.is_thin
+    assert reasons(advice)["Prompt tuning, TEXT"] == "too thin: 2 of the 3 seeds wanted"
+
+
 def test_with_too_few_seeds_the_best_mean_is_a_hint(changed_store):
     path = changed_store(lambda event: event["spec"]["seed"] == 0)
     advice = advise(read_evidence([path]).settings[0], Needs(first="memory"))

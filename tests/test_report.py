@@ -12,6 +12,7 @@ from scipy import stats
 
 from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
+from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
@@ -508,11 +509,25 @@ def test_runs_on_a_gpu_and_of_another_model_are_not_compared_with_the_rest(store
     events = [run_of("lora", seed, "10") for seed in range(3)]
     events[1]["env"] = {**events[1]["env"], "device": "cuda"}
     events[2]["spec"]["arguments"] = {**events[2]["spec"]["arguments"], "model_name_or_path": "other"}
-    assert [setting.title for setting in settings_of(store(*events))] == [
-        "made-up-model on cpu, 80 examples",
-        "made-up-model on cuda, 80 examples",
-        "other on cpu, 80 examples",
-    ]
+    seeds = {
+        setting.title: [run.seed for runs in setting.cells.values() for run in runs]
+        for setting in settings_of(store(*events))
+    }
+    assert seeds == {
+        "made-up-model on cpu, 80 examples": [0],
+        "made-up-model on cuda, 80 examples": [1],
+        "other on cpu, 80 examples": [2],
+    }
+
+
+def test_an_init_that_was_tried_in_two_ways_is_compared_with_the_one_random(store, run_of):
+    events = [run_of("prompt_tuning", 0, "10", init="RANDOM")]
+    for rate in (0.01, 0.03):
+        events.append(run_of("prompt_tuning", 0, "11", init="TEXT"))
+        events[-1]["run_id"] = str(rate)
+        events[-1]["spec"]["arguments"] = {**events[-1]["spec"]["arguments"], "learning_rate": rate}
+    [setting] = settings_of(store(*events))
+    assert [random_of(setting, variant).init for variant in setting.variants[1:]] == ["RANDOM", "RANDOM"]
 
 
 def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
