@@ -61,7 +61,8 @@ def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Var
     if lead is None:
         return [], f"{name}: nobody is bold, {best.label} and {rival.label} have no seed in common."
     figures = f"{in_points(lead.difference)}; p: {p_values(lead)}"
-    what = f"the lead of {best.label} over {rival.label} ({figures})"
+    ahead = lead.difference.mean >= 0  # what has too few seeds is nobody's best, and may still have a higher mean
+    what = f"the {'lead' if ahead else 'gap'} of {best.label} {'over' if ahead else 'to'} {rival.label} ({figures})"
     if not _leads(setting, best, rival, tasks):
         return [], f"{name}: nobody is bold, {what} is {lead.verdict}."
     same_kind = [variant for variant in setting.variants if variant.method == best.method]
