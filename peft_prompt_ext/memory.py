@@ -383,7 +383,7 @@ def parse_bytes(text: str) -> int:
     Raises:
         ValueError: It is not a number with one of these units.
     """
-    found = re.fullmatch(r"\s*([0-9.]+)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
+    found = re.fullmatch(r"\s*(\d+\.?\d*|\.\d+)\s*([KMGT])(i?)B?\s*", text, re.IGNORECASE)
     if not found:
         raise ValueError(f"A size such as '8GB' or '24GiB' was wanted; got {text!r}.")
     number, unit, binary = found.groups()

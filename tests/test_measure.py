@@ -62,7 +62,8 @@ def test_a_run_is_measured_as_it_was(spec, tmp_path):
     assert result["unrelated_loss"] != result["bare_unrelated_loss"]
     assert min(result["inference_time_s"], result["bare_inference_time_s"]) > 0
     assert 0 <= result["other_cpu_share"] <= 1.5
-    assert env["versions"]["peft"] and len(env["data_sha256"]) == 64 and len(env["weights_sha256"]) == 64
+    assert env["versions"]["peft"] and len(env["weights_sha256"]) == 64
+    assert env["train_rows_sha256"] != env["scored_rows_sha256"]
     json.dumps([result, env], allow_nan=False)
 
 
@@ -71,8 +72,23 @@ def test_the_same_run_has_the_same_scores_again(spec, tmp_path):
     second, again = measure(spec(), tmp_path / "b", None)
     for name in ("score", "loss", "correct", "tokens_seen", "unrelated_loss", "bare_unrelated_loss"):
         assert first[name] == second[name], name
-    assert env["data_sha256"] == again["data_sha256"]
-    assert env["weights_sha256"] == again["weights_sha256"]
+    for name in ("scored_rows_sha256", "train_rows_sha256", "weights_sha256"):
+        assert env[name] == again[name]
+
+
+def test_methods_that_train_differently_are_known_to_be_scored_on_the_same_rows(spec, tmp_path):
+    _, trained = measure(spec(), tmp_path / "a", None)
+    _, bare = measure(spec("zero_shot", budget={"examples": 0}), tmp_path / "b", None)
+    assert trained["scored_rows_sha256"] == bare["scored_rows_sha256"]
+    assert trained["train_rows_sha256"] and bare["train_rows_sha256"] is None
+
+
+def test_a_curve_is_scored_on_some_of_the_rows(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr(measuring, "CURVE_SAMPLES", 5)
+    result, _ = measure(spec(), tmp_path, None)
+    assert result["curve_samples"] == 5 and len(result["correct"]) == 17
+    assert {point["score"] * 5 % 1 for point in result["curve"]} == {0.0}
+    assert result["score"] * 17 % 1 == pytest.approx(0.0, abs=1e-9)
 
 
 def test_the_harness_trains_what_its_command_trains(spec, tmp_path):

@@ -137,7 +137,7 @@ def test_sizes_are_read_with_their_units(text, size):
     assert parse_bytes(text) == size
 
 
-@pytest.mark.parametrize("text", ["8", "eight GB", "8 GBs"])
+@pytest.mark.parametrize("text", ["8", "eight GB", "8 GBs", "1.2.3GB", ".GB"])
 def test_sizes_without_a_unit_are_refused(text):
     with pytest.raises(ValueError, match=text):
         parse_bytes(text)

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
 from .suite import Spec, source_spec, train_arguments
 
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
 CURVE_POINTS = 3  # scores taken while a run trains
+CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
 UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
 WHOLE_MODELS = {"full", "linear_probe"}
@@ -51,7 +52,8 @@ class Result(TypedDict):
     eval_samples: int
     examples_seen: int
     tokens_seen: int  # of the rows trained on, pads and prompt not counted
-    curve: list[dict[str, float]]  # examples, seconds of training alone, score
+    curve: list[dict[str, float]]  # examples, seconds of training alone, score on the curve's rows
+    curve_samples: int  # rows of the curve, evenly spaced among the scored ones
     train_time_s: float  # without the scoring
     source_time_s: float | None  # training of the prompt that a TRANSFER started from
     steps: int
@@ -111,6 +113,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     """
     from transformers import set_seed
 
+    from peft_prompt_ext.recipe.trainer import task_metrics
     from recipes import train as recipe
 
     from ..machine import touch
@@ -122,30 +125,32 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
-    before, _ = _score(job)
+    before = after = _score(job)
     if trainer.args.do_train:
         _fit_budget(job, spec)
     set_seed(spec["seed"])
-    watch = Watch(job, before[_main_key(job)], spec["budget"].get("seconds"))
+    watch = Watch(job, before.on_curve, spec["budget"].get("seconds"))
     if trainer.args.do_train:
         trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
+        encoded, rows = (split.select(_curve_rows(len(split))) for split in _scored(job))
+        trainer.eval_dataset, trainer.compute_metrics = encoded, task_metrics(trainer.family, rows)
         trainer.add_callback(watch)
         recipe.train(trainer, None)
         trainer.remove_callback(watch)
-    after, correct = _score(job) if trainer.args.do_train else (before, _score(job)[1])
-    if trainer.args.do_train:
-        watch.point(after[_main_key(job)])
+        after = _score(job)
+        watch.point(after.on_curve)
     with_adapter, bare = _inference_times(job)
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if trainer.args.do_train else 0
     result: Result = {
         "main_metric": trainer.family.task.main_metric,
-        "score": after[_main_key(job)],
-        "score_before": before[_main_key(job)],
-        "metrics_all": _metrics(after),
-        "loss": after["eval_loss"],
-        "correct": correct,
+        "score": after.metrics[_main_key(job)],
+        "score_before": before.metrics[_main_key(job)],
+        "metrics_all": _metrics(after.metrics),
+        "loss": after.metrics["eval_loss"],
+        "correct": after.correct,
         "eval_samples": len(_scored(job)[1]),
         "curve": watch.curve,
+        "curve_samples": len(_curve_rows(len(_scored(job)[1]))),
         **watch.totals(),
         "source_time_s": source_time,
         "weights_bytes": weights,
@@ -202,8 +207,21 @@ def _scored(job: Job) -> tuple[Any, Any]:
     return job.encoded[split], job.splits[split]
 
 
-def _score(job: Job) -> tuple[dict[str, float], str | None]:
-    """Every metric, and which rows were right."""
+def _curve_rows(count: int) -> list[int]:
+    """Which of the scored rows the points of a learning curve are of."""
+    some = min(count, CURVE_SAMPLES)
+    return [number * count // some for number in range(some)]
+
+
+class _Scores(NamedTuple):
+    metrics: dict[str, float]  # on all scored rows
+    on_curve: float  # main metric on the curve's rows
+    correct: str | None  # see `Result`
+
+
+def _score(job: Job) -> _Scores:
+    from transformers.trainer_utils import EvalPrediction
+
     from peft_prompt_ext.recipe.trainer import task_metrics
     from peft_prompt_ext.tasks.scoring import predictions
 
@@ -211,12 +229,15 @@ def _score(job: Job) -> tuple[dict[str, float], str | None]:
     encoded, rows = _scored(job)
     trainer.compute_metrics = task_metrics(trainer.family, rows)
     output = trainer.predict(encoded, metric_key_prefix="eval")
+    some = _curve_rows(len(rows))
+    of_some = EvalPrediction(output.predictions[some], output.label_ids[some])
+    on_curve = task_metrics(trainer.family, rows.select(some))(of_some)[task.main_metric]
     if task.is_regression:
-        return output.metrics, None
+        return _Scores(output.metrics, on_curve, None)
     counts = [len(task.choices_of(task.prepared(row))) for row in rows]
     right = [a == b for a, b in zip(predictions(task, output.predictions, counts), encoded["target"], strict=True)]
     order = sorted(range(len(rows)), key=lambda i: json.dumps(rows[i], sort_keys=True, default=str))
-    return output.metrics, "".join("1" if right[i] else "0" for i in order)
+    return _Scores(output.metrics, on_curve, "".join("1" if right[i] else "0" for i in order))
 
 
 def _metrics(scores: dict[str, float]) -> dict[str, float]:
@@ -322,10 +343,7 @@ def environment(job: Job) -> dict[str, Any]:
     from ..machine import machine
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    name, digest = job.record["model_name_or_path"], hashlib.sha256()
-    for split in sorted(job.splits):
-        for row in job.splits[split]:
-            digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    train = job.splits.get("train")
     commit = _git("rev-parse", "HEAD")
     return {
         **machine(device),
@@ -334,9 +352,16 @@ def environment(job: Job) -> dict[str, Any]:
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": commit,
         "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
-        "data_sha256": digest.hexdigest(),
-        "weights_sha256": _weights_hash(name),
+        "scored_rows_sha256": _rows_hash(_scored(job)[1]),
+        "train_rows_sha256": None if train is None else _rows_hash(train),
+        "weights_sha256": _weights_hash(job.record["model_name_or_path"]),
     }
+
+
+def _rows_hash(rows: Any) -> str:
+    """Of rows in any order."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _weights_hash(name: str) -> str | None:

@@ -6,7 +6,7 @@ sees how much training differs from run to run, and the sign-flip test over the 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -134,7 +134,7 @@ def compare(setting: Setting, first: Variant, second: Variant, tasks: Sequence[s
     if p_seeds is None:
         why_not = f"fewer than {MIN_SEEDS} seeds"
     elif rows is None:
-        why_not = "no answers of single rows"
+        why_not = "no answers of the same rows"
     elif sum(rows) * difference.mean < 0:  # of a metric that is not accuracy
         why_not = "more rows right, a lower score" if sum(rows) > 0 else "fewer rows right, a higher score"
     return Comparison(difference, p_seeds, None if rows is None else row_test(rows), why_not)
@@ -146,16 +146,18 @@ def _row_differences(
     """The rows of all tasks, one behind the other; None if a run does not tell them, or not the same ones."""
     rows: list[int] = []
     for task in tasks:
-        right = [_right(by_seed(setting, task, variant), seeds) for variant in (first, second)]
-        if right[0] is None or right[1] is None or len(right[0]) != len(right[1]):
+        runs = [[by_seed(setting, task, variant)[seed] for seed in seeds] for variant in (first, second)]
+        right = [_right(side) for side in runs]
+        scored = {(run.env.get("scored_rows_sha256"), run.result["eval_samples"]) for side in runs for run in side}
+        if right[0] is None or right[1] is None or len(scored) > 1:
             return None
         rows += np.subtract(*right).tolist()
     return rows
 
 
-def _right(runs: Mapping[int, Run], seeds: Sequence[int]) -> np.ndarray | None:
-    """How many of the seeds had each row right."""
-    answers = [runs[seed].result.get("correct") for seed in seeds]
-    if any(answer is None for answer in answers) or len({len(answer) for answer in answers}) > 1:
+def _right(runs: Sequence[Run]) -> np.ndarray | None:
+    """How many of the runs had each row right."""
+    answers = [run.result.get("correct") for run in runs]
+    if None in answers or len(set(map(len, answers))) > 1:
         return None
     return np.sum([[int(digit) for digit in answer] for answer in answers], axis=0)

@@ -161,16 +161,15 @@ def _never(evidence: Evidence) -> list[str]:
 
 
 def _hashes(evidence: Evidence) -> Table:
-    """Which rows and weights the runs of a task saw; the rows of a run without training are the scored ones alone."""
+    """Which rows the runs of a task were scored on, and with which weights."""
     found: dict[tuple[str, ...], int] = {}
     for run in evidence.runs:
         if run.counts:
-            data, weights = (str(run.env.get(name))[:12] for name in ("data_sha256", "weights_sha256"))
-            method = METHODS.get(run.spec["method"], run.spec["method"])
-            key = (run.spec["task"], run.model, method, str(run.result["eval_samples"]), data, weights)
+            data, weights = (str(run.env.get(name))[:12] for name in ("scored_rows_sha256", "weights_sha256"))
+            key = (run.spec["task"], run.model, str(run.result["eval_samples"]), data, weights)
             found[key] = found.get(key, 0) + 1
     rows = [cells([*key, str(count)]) for key, count in sorted(found.items())]
-    columns = ("task", "model", "method", "scored rows", "rows, sha256", "weights, sha256", "runs")
+    columns = ("task", "model", "scored rows", "scored rows, sha256", "weights, sha256", "runs")
     return Table("Rows and weights (the first 12 digits of their hashes)", columns, rows)
 
 

@@ -25,9 +25,12 @@ COSTS = {
 
 def curves_section(evidence: Evidence) -> Section:
     """Scores on the way."""
+    known = {run.result.get("curve_samples") for run in evidence.runs if run.counts and run.result["steps"]}
+    counts = " or ".join(map(str, sorted(known - {None}))) or "rows"
     blocks: list[Block] = [
         Text(
-            "Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds are of training "
+            f"The points of a line are scored on the same {counts} of the task's rows, the tables on all of them, so that "
+            "a line may end beside the score of its table. Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds are of training "
             "alone. Dashed lines with open markers are 4-bit; the dotted line is the model before any training."
         )
     ]

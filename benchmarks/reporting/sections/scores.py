@@ -143,7 +143,7 @@ def _warnings(setting: Setting) -> list[str]:
             f"{name} ({capability}): {count} runs" for (name, capability), count in sorted(machines.items())
         )
         warnings.append(f"Runs are from several machines ({names}); timings are of {setting.machine[0]} alone.")
-    for what in ("weights_sha256", "data_sha256"):
+    for what in ("weights_sha256", "scored_rows_sha256"):
         for (task, variant), runs in setting.cells.items():
             if len({run.env.get(what) for run in runs if run.counts}) > 1:
                 warnings.append(f"{variant.label} on {task}: not all seeds have the same {what}.")
