@@ -167,7 +167,7 @@ def test_failures_are_rows_with_their_reason_and_a_torn_line_is_said(report, ora
     for run_id, event in bad.items():
         state, reason = reasons[f"{STORE.name}:{oracle.line[run_id]}"]
         if event["status"] == "started":
-            assert (state, reason) == ("never ended", f"started at {event['started_at']}, never ended")
+            assert (state, reason) == ("not ended", f"started at {event['started_at']}, not ended")
         elif event["status"] == "ok":
             assert (state, reason) == ("unusable result", "score is no finite number (nan)")
         else:
@@ -257,7 +257,7 @@ def test_sentences_hold_the_numbers_of_the_tables(report, oracle):
         lead = f"the lead of {leader} over {rival} ({sentence(leader, rival, tasks, setting)}; p: seeds {p}, rows {q})"
         assert f"- {name}: {nobody}{lead} is {verdict}." in text
     assert "- 1 of 49 runs shared the machine with other programs: their timings are left out." in text
-    assert f"{len(oracle.good)} runs with a result, 1 failed, 1 never ended, 3 out of memory, 1 timeout" in text
+    assert f"{len(oracle.good)} runs with a result, 1 failed, 1 not ended, 3 out of memory, 1 timeout" in text
 
 
 def test_bold_is_what_leads_another_kind_beyond_the_noise_and_cannot_be_told_from_the_best(report, oracle):

@@ -90,7 +90,7 @@ class Run:
         """How it ended, for people."""
         if self.problem:
             return "unusable result"
-        return {"started": "never ended"}.get(self.event["status"], self.event["status"].replace("_", " "))
+        return {"started": "not ended"}.get(self.event["status"], self.event["status"].replace("_", " "))
 
     @property
     def model(self) -> str:

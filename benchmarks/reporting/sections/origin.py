@@ -23,7 +23,7 @@ def failures_section(evidence: Evidence, speed: list[SpeedRow]) -> Section:
         if not run.counts:
             reason = run.problem or run.event["error"] or "no reason is in the store"
             if run.event["status"] == "started":
-                reason = f"started at {run.event['started_at']}, never ended"
+                reason = f"started at {run.event['started_at']}, not ended"
             rows.append([_name(run), run.spec["task"], str(run.seed), _budget(run), run.state, reason, _where(run)])
     for failed in speed:
         if "error" in failed.row:

@@ -29,9 +29,10 @@ def curves_section(evidence: Evidence) -> Section:
     counts = " or ".join(map(str, sorted(known - {None}))) or "rows"
     blocks: list[Block] = [
         Text(
-            f"The points of a line are scored on the same {counts} of the task's rows, the tables on all of them, so that "
-            "a line may end beside the score of its table. Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds are of training "
-            "alone. Dashed lines with open markers are 4-bit; the dotted line is the model before any training."
+            f"The points of a line are scored on the same {counts} of the task's rows, the tables on all of them: "
+            "the two may differ. Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds "
+            "are of training alone. Dashed lines with open markers are 4-bit; the dotted line is the model before any "
+            "training."
         )
     ]
     for setting in evidence.settings:
