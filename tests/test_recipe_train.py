@@ -475,14 +475,18 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_pat
     assert scores[0]["eval_loss"] == pytest.approx(scores[1]["eval_loss"], rel=1e-4)
 
 
-def test_metrics_equal_a_count_over_the_predictions(train, tmp_path):
-    # validation has labels: predicted as a test split it must give the score of the evaluation
+def with_a_test_split(tmp_path):
+    """Rows of sst2 whose test split is the validation: it has labels, so that predictions can be counted."""
     folder = tmp_path / "data"
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for split, source in (("train", "train"), ("validation", "validation"), ("test", "validation")):
         text = (DATA / "glue" / "sst2" / f"{source}.jsonl").read_text(encoding="utf-8")
         (folder / f"{split}.jsonl").write_text(text, encoding="utf-8")
+    return folder
 
+
+def test_metrics_equal_a_count_over_the_predictions(train, tmp_path):
+    folder = with_a_test_split(tmp_path)
     flags = ("--data_dir", str(folder), "--do_train", "true", "--do_eval", "true", "--do_predict", "true")
     results = train("sst2", *flags)
 
@@ -491,3 +495,14 @@ def test_metrics_equal_a_count_over_the_predictions(train, tmp_path):
     names = [("negative", "positive")[label] for label in rows["label"]]
     right = [line.split("\t")[1] == name for line, name in zip(lines, names, strict=True)]
     assert results["eval_accuracy"] == pytest.approx(sum(right) / len(right))
+
+
+def test_rows_keep_their_places_when_training_groups_them_by_length(recipe, saved_model, tmp_path):
+    line = ["--task_name", "sst2", "--data_dir", str(DATA / "glue" / "sst2"), "--method", "zero_shot", "--use_cpu"]
+    line += ["--model_name_or_path", saved_model("llama", "CAUSAL_LM"), "--output_dir", str(tmp_path / "out")]
+    job = recipe.prepare(*recipe.parse([*line, "--train_sampling_strategy", "group_by_length"]))
+    rows = job.encoded["validation"].select([3, 0, 2, 1])
+    assert len(set(rows["length"])) > 1 and len(set(rows["target"])) > 1
+    job.trainer.compute_metrics = None
+    assert job.trainer.predict(rows).label_ids.tolist() == rows["target"]
+    assert job.trainer.evaluation_loop(job.trainer.get_eval_dataloader(rows), "").label_ids.tolist() == rows["target"]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
@@ -62,6 +63,10 @@ class ChoiceTrainer(Trainer):
         """See transformers."""
         with self._collating_choices():
             return super().get_test_dataloader(*args, **kwargs)
+
+    def _get_eval_sampler(self, eval_dataset: Any) -> Any:
+        # group_by_length would shuffle the scored rows too, and metrics pair predictions with rows by their place
+        return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
         """See transformers; the recipe's card has scores, init and seed."""
