@@ -15,7 +15,7 @@ benchmark-smoke: .venv/benchmarks.ready ## every method for a moment, and the re
 	$(BIN)/python -m benchmarks run benchmarks/suites/smoke.yaml --report outputs/benchmarks/smoke
 
 test: .venv/dev.ready ## the tests: CPU only, no Hub
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 lint: .venv/dev.ready
 	$(BIN)/ruff check .

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> None:
     """Answer the rows; see the module's docstring."""
     options = _options(argv)
+    from peft_prompt_ext.assets import AssetError
     from peft_prompt_ext.recipe.predictor import Predictor
     from peft_prompt_ext.tasks.data import read_file
 
@@ -37,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         answers = predictor.predict(rows, options.batch_size)
         for row, answer in zip(rows, answers, strict=True):
             show(task, row, answer)
-    except (ValueError, ImportError) as error:
+    except (ValueError, ImportError, AssetError) as error:
         raise SystemExit(f"error: {error}") from None
 
 
@@ -56,20 +57,23 @@ def parse_lines(task: Task, lines: Iterable[str]) -> list[dict[str, Any]]:
     """Turn lines into rows.
 
     Raises:
-        ValueError: A line is a bare text and the task has more than one column of text.
+        ValueError: A line begins an object that is not JSON, or is a bare text and the task has more than one column.
     """
     rows = []
-    for line in lines:
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except json.JSONDecodeError as error:
+            if line.lstrip().startswith("{"):
+                raise ValueError(f"Line {number} is not JSON ({error}): {line[:60]!r}.") from error
             row = None
         if not isinstance(row, dict):
             if len(task.columns) != 1:
                 raise ValueError(
-                    f"A row of {task.name} is a JSON object with {', '.join(task.columns)}; got {line[:60]!r}."
+                    f"A row of {task.name} is a JSON object with {', '.join(task.columns)}; "
+                    f"line {number} is {line[:60]!r}."
                 )
             row = {task.columns[0]: line}
         rows.append(row)

@@ -14,6 +14,7 @@ import json
 import logging
 import sys
 import warnings
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -47,7 +48,8 @@ DEFAULTS = {
     "report_to": "none",
 }
 SAMPLING = ("max_train_samples", "num_shots", "held_out_samples", "sample_seed")
-SUFFIXES = {"validation_mismatched": "_mm"}  # GLUE's key for the second validation of MNLI
+OWN_DATA = {"text_columns": [], "label_column": "label", "label_words": [], "template": None}
+SUFFIXES = {"validation_mismatched": "_mm", "test_mismatched": "_mm"}  # GLUE's keys for the second rows of MNLI
 
 
 @dataclass
@@ -55,7 +57,7 @@ class ModelArguments:
     """Which model."""
 
     model_name_or_path: str = field(
-        default="smollm2-135m", metadata={"help": "A Hub id, a folder, a .gguf file or an embedded asset"}
+        default="smollm2-135m", metadata={"help": "A Hub id, a folder or an embedded asset"}
     )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub"})
     task_type: Literal["CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM"] | None = field(
@@ -162,7 +164,10 @@ def with_config(argv: list[str]) -> list[str]:
 
     if not Path(path).is_file():
         raise ValueError(f"--config: there is no file {path}.")
-    entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    try:
+        entries = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise ValueError(f"{path} is not YAML: {error}") from None
     if not isinstance(entries, dict):
         raise ValueError(f"{path} must hold `name: value` lines, got {type(entries).__name__}.")
     flags: list[str] = []
@@ -234,9 +239,9 @@ def run(
         train(trainer, job.checkpoint)
     if args.do_eval:
         score(job)
-    if args.do_predict:
-        write_predictions(trainer, job.encoded["test"], job.splits["test"])
-    if args.do_train or args.do_eval:
+    for split in unlabelled(job.splits) if args.do_predict else []:
+        write_predictions(trainer, job.encoded[split], job.splits[split], SUFFIXES.get(split, ""))
+    if args.do_train or (args.do_eval and method_args.method == "zero_shot"):  # else the card of the training stays
         trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
@@ -251,7 +256,7 @@ def prepare(
     import torch
     from transformers import set_seed
 
-    from peft_prompt_ext.recipe.folder import claim, has_result, write_record
+    from peft_prompt_ext.recipe.folder import claim, trained_weights, write_record
     from peft_prompt_ext.recipe.methods import find_family, new_model, trained_model
     from peft_prompt_ext.recipe.model_card import model_card
 
@@ -265,10 +270,13 @@ def prepare(
     family = find_family(record, task, data_args.max_seq_length)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
     record = json.loads(json.dumps(record))  # as it will be read again
-    trained = has_result(folder) and not args.do_train
-    same = {name: value for name, value in record.items() if not (trained and name in SAMPLING)}
+    scores_trained = not args.do_train and method_args.method != "zero_shot"
+    # other rows may be scored than were sampled, but not rows held out of a train split that was trained on whole
+    free = () if not scores_trained else SAMPLING[:2] if data_args.held_out_samples else SAMPLING
+    same = {name: value for name, value in record.items() if name not in free}
     checkpoint = claim(folder, same, args.do_train, args.resume_from_checkpoint)
-    if args.should_save and not trained:
+    weights = trained_weights(folder, checkpoint) if scores_trained else None
+    if args.should_save and weights is None:
         write_record(folder, record)
     set_seed(args.seed)
     splits = load_splits(task, data_args, args)
@@ -277,7 +285,7 @@ def prepare(
         lengths = encoded[split]["length"]
         order = sorted(range(len(lengths)), key=lengths.__getitem__)
         splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
-    model = trained_model(family, record, str(folder)) if trained else new_model(family, record, args.seed)
+    model = trained_model(family, record, weights) if weights else new_model(family, record, args.seed)
     trainer = build_trainer(model, family, encoded, splits, args)
     job = Job(trainer, encoded, splits, record, checkpoint)
     trainer.card = lambda: model_card(trainer, record, job.scores).save(folder / "README.md")
@@ -292,6 +300,9 @@ def find_task(data_args: DataArguments) -> Task:
     from peft_prompt_ext.tasks.data import own_task
 
     if data_args.task_name:
+        own = [f"--{name}" for name in OWN_DATA if getattr(data_args, name) != OWN_DATA[name]]
+        if own:
+            raise ValueError(f"{', '.join(own)}: for your own data alone; {data_args.task_name} brings its own.")
         return get_task(data_args.task_name)
     if not data_args.train_file:
         raise ValueError(f"Give --task_name ({', '.join(available_tasks())}) or --train_file with your own data.")
@@ -324,19 +335,26 @@ def load_splits(task: Task, data_args: DataArguments, args: TrainingArguments) -
     for split in scored:
         splits[split] = sample(load(task, split, data_args, args), data_args.max_eval_samples, data_args.sample_seed)
     if args.do_predict:
-        rows = load(task, "test", data_args, args)
-        splits["test"] = rows.select(range(min(data_args.max_predict_samples or len(rows), len(rows))))
+        for split in ["test"] if data_args.test_file else unlabelled(task.splits):
+            rows = load(task, split, data_args, args)
+            splits[split] = rows.select(range(min(data_args.max_predict_samples or len(rows), len(rows))))
     for split, rows in splits.items():
-        check_rows(task, split, rows, labelled=split != "test")
+        check_rows(task, split, rows, labelled=split not in unlabelled(splits))
     return splits
+
+
+def unlabelled(splits: Iterable[str]) -> list[str]:
+    """Those that are predicted: of mnli there are two."""
+    return [split for split in splits if split.startswith("test")]
 
 
 def load(task: Task, split: str, data_args: DataArguments, args: TrainingArguments) -> Dataset:
     """All rows of one split."""
     from peft_prompt_ext.tasks.data import load_split
 
-    given = {"train": data_args.train_file, "validation": data_args.validation_file, "test": data_args.test_file}
-    files = {name: path for name, path in given.items() if path} or None
+    files_of = {"train": data_args.train_file, task.validation[0]: data_args.validation_file}
+    given = {name: path for name, path in {**files_of, "test": data_args.test_file}.items() if path}
+    files = given if split in given or not (data_args.task_name or data_args.data_dir) else None
     with args.main_process_first(desc=f"reading {split}"):
         return load_split(task, split, data_args.data_dir, files)
 
@@ -413,7 +431,7 @@ def score(job: Job) -> None:
     trainer.save_metrics("eval", job.scores)
 
 
-def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -> None:
+def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset, suffix: str) -> None:
     """Write predict_results_TASK.txt in run_glue's form: index and prediction, one row a line."""
     from peft_prompt_ext.tasks.scoring import predictions
 
@@ -429,7 +447,7 @@ def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset) -
         f"{answer:.3f}" if task.is_regression else (task.names or [text.strip() for text in row])[answer]
         for answer, row in zip(predicted, choices, strict=True)
     ]
-    path = Path(trainer.args.output_dir, f"predict_results_{task.name}.txt")
+    path = Path(trainer.args.output_dir, f"predict_results_{task.name}{suffix}.txt")
     lines = [f"{i}\t{name}" for i, name in enumerate(names)]
     path.write_text("\n".join(["index\tprediction", *lines]) + "\n", encoding="utf-8")
 

@@ -9,6 +9,8 @@ import pytest
 
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ["OMP_NUM_THREADS"] = "1"  # workers that each use every core wait for one another
 
 import torch
 from peft import get_peft_model

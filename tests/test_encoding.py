@@ -55,3 +55,10 @@ def test_cutting_shortens_the_longest_columns_and_stops_at_the_limit(tokenizer, 
 
 def test_padding_stands_behind():
     assert pad([[5], [7, 11, 13]], 2).tolist() == [[5, 2, 2], [7, 11, 13]]
+
+
+def test_a_column_of_numbers_is_text_when_a_row_is_cut(tokenizer):
+    task = Task(name="own", template="{text} {amount}", texts=("{text}", "{amount}"), label_words=(" yes", " no"))
+    row = {"text": "a very long film " * 9, "amount": 12}
+    encoded, cut = fit(task, row, lambda row: tokenizer(task.template.format_map(row)), tokenizer, 20)
+    assert cut and len(encoded["input_ids"]) == 20

@@ -117,5 +117,12 @@ def test_the_command_answers_texts_files_and_lines(train, tmp_path, predict, cap
 def test_a_text_for_a_task_of_two_columns_is_an_error(train, tmp_path, predict):  # noqa: F811
     train("rte")
 
-    with pytest.raises(SystemExit, match="rte is a JSON object with sentence1, sentence2; got 'a film'"):
+    with pytest.raises(SystemExit, match="rte is a JSON object with sentence1, sentence2; line 1 is 'a film'"):
         predict.main([str(tmp_path / "out"), "--text", "a film"])
+
+
+def test_a_broken_object_is_no_text(train, tmp_path, predict):  # noqa: F811
+    train("sst2")
+
+    with pytest.raises(SystemExit, match="Line 2 is not JSON"):
+        predict.main([str(tmp_path / "out"), "--text", '{"sentence": "good"}', '{"sentence": "a film"'])

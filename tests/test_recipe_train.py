@@ -146,10 +146,37 @@ def test_a_trained_run_may_be_scored_on_other_rows_than_it_was_trained_with(trai
     record = (tmp_path / "out" / "recipe.json").read_bytes()
 
     assert train("sst2", "--do_eval", "true")["eval_samples"] == 6
-    assert train("sst2", "--do_eval", "true", "--held_out_samples", "2")["eval_samples"] == 2
     assert (tmp_path / "out" / "recipe.json").read_bytes() == record
     with pytest.raises(ValueError, match="max_train_samples"):
         train("sst2", "--resume_from_checkpoint", "true")
+
+
+def test_rows_that_were_trained_on_are_not_scored_as_held_out(train):
+    train("sst2", folder="all")
+    train("sst2", "--held_out_samples", "2", folder="some")
+
+    assert train("sst2", "--do_eval", "true", "--held_out_samples", "2", folder="some")["eval_samples"] == 2
+    with pytest.raises(ValueError, match="held_out_samples None, now 2"):
+        train("sst2", "--do_eval", "true", "--held_out_samples", "2", folder="all")
+    with pytest.raises(ValueError, match="sample_seed 0, now 1"):
+        train("sst2", "--do_eval", "true", "--held_out_samples", "2", "--sample_seed", "1", folder="some")
+
+
+@pytest.mark.parametrize("job", ["--do_eval", "--do_predict"])
+def test_nothing_is_scored_or_predicted_by_what_nobody_trained(train, job):
+    with pytest.raises(ValueError, match=r"out holds nothing trained: add --do_train true"):
+        train("sst2", job, "true")
+
+
+def test_a_checkpoint_is_scored_and_the_last_one_of_a_run_without_an_end(train, tmp_path):
+    end = train("sst2", "--max_steps", "4", "--save_steps", "2", "--learning_rate", "0.5")["eval_loss"]
+    middle = str(tmp_path / "out" / "checkpoint-2")
+    asked = train("sst2", "--do_eval", "true", "--resume_from_checkpoint", middle)["eval_loss"]
+    elsewhere = train("sst2", "--do_eval", "true", "--resume_from_checkpoint", middle, folder="new")["eval_loss"]
+    assert asked == pytest.approx(elsewhere, rel=1e-6)
+    assert abs(asked - end) > 1e-4
+    (tmp_path / "out" / "adapter_model.safetensors").unlink()
+    assert train("sst2", "--do_eval", "true")["eval_loss"] == pytest.approx(end, rel=1e-5)
 
 
 def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
@@ -178,9 +205,12 @@ def test_the_model_card_has_scores_init_seed_and_versions(train, tmp_path):
     head = yaml.safe_load(card.split("---")[1])
     scores = {m["type"]: m["value"] for m in head["model-index"][0]["results"][0]["metrics"]}
     assert scores["f1"] == results["eval_f1"]
+    assert set(scores) == {"accuracy", "f1", "combined_score"}
     assert f"| accuracy | {results['eval_accuracy']:.4f} |" in card
     for expected in ("| seed | 7 |", "| init | CLASS_LABELS |", "| peft | ", "| steps | 2 |"):
         assert expected in card
+    train("mrpc", "--do_eval", "true")
+    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card
 
 
 def test_rows_that_were_cut_are_counted(train, caplog):
@@ -197,6 +227,24 @@ def test_hidden_labels_are_predicted_and_not_scored(train, tmp_path):
     assert lines[0] == "index\tprediction"
     assert [line.split("\t")[0] for line in lines[1:4]] == ["0", "1", "2"]
     assert {line.split("\t")[1] for line in lines[1:4]} <= {"negative", "positive"}
+
+
+def test_both_test_splits_of_mnli_are_predicted(train, tmp_path):
+    folder = tmp_path / "mnli"
+    folder.mkdir()
+    for split in ("train", "validation_matched", "validation_mismatched"):
+        text = (DATA / "glue" / "mnli" / f"{split}.jsonl").read_text(encoding="utf-8")
+        (folder / f"{split.replace('validation', 'test')}.jsonl").write_text(text, encoding="utf-8")
+    train("mnli", "--data_dir", str(folder), "--do_train", "true", "--do_predict", "true")
+    for name in ("mnli", "mnli_mm"):
+        lines = (tmp_path / "out" / f"predict_results_{name}.txt").read_text().splitlines()
+        assert len(lines) == 7
+
+
+def test_a_file_of_ones_own_takes_the_place_of_one_split(train, tmp_path):
+    rows = (DATA / "glue" / "sst2" / "validation.jsonl").read_text(encoding="utf-8").splitlines()
+    (tmp_path / "new.jsonl").write_text("\n".join(rows[:2]) + "\n", encoding="utf-8")
+    assert train("sst2", "--validation_file", str(tmp_path / "new.jsonl"))["eval_samples"] == 2
 
 
 def own(*names):
@@ -253,6 +301,25 @@ def test_an_output_folder_of_another_run_is_refused_and_kept(train, tmp_path):
     assert (tmp_path / "out" / "adapter_model.safetensors").read_bytes() == before
 
 
+def test_the_scores_of_two_tasks_are_not_mixed(train):
+    train("mrpc", "--method", "zero_shot")
+
+    with pytest.raises(ValueError, match=r"holds another run \(task mrpc"):
+        train("sst2", "--method", "zero_shot")
+
+
+def test_a_checkpoint_of_elsewhere_does_not_write_over_a_run(train, tmp_path):
+    train("sst2", "--save_steps", "1", folder="a")
+    train("sst2", "--save_strategy", "no", folder="b")
+    checkpoint = ("--resume_from_checkpoint", str(tmp_path / "a" / "checkpoint-1"))
+
+    with pytest.raises(ValueError, match="b holds a run already"):
+        train("sst2", *checkpoint, folder="b")
+    with pytest.raises(ValueError, match="b holds a finished run without a checkpoint"):
+        train("sst2", "--resume_from_checkpoint", "true", folder="b")
+    train("sst2", *checkpoint, folder="c")
+
+
 def test_a_checkpoint_of_another_method_is_refused(train):
     train("sst2", "--method", "lora", "--save_steps", "1")
 
@@ -300,6 +367,8 @@ BAD = [
     (["--task_name", "sst3"], "no task 'sst3'"),
     (["--quantization", "nf4", "--method", "full"], "quantised ones have no gradient"),
     (["--validation_file", "x.csv", "--train_file", "y.csv"], "There is no file y.csv"),
+    (["--template", "{sentence}?"], "--template: for your own data alone; sst2 brings its own"),
+    (["--model_name_or_path", "nobody/no-such-model"], "no-such-model has no model that transformers can read"),
 ]
 
 
@@ -396,6 +465,9 @@ def test_an_unknown_key_is_an_error(recipe, config, capsys):
 def test_a_config_that_is_not_there_or_no_mapping_is_an_error(recipe, tmp_path):
     with pytest.raises(ValueError, match="no file"):
         recipe.parse(["--config", "nowhere.yaml"])
+    (tmp_path / "a.yaml").write_text("template: {text} is\n")
+    with pytest.raises(ValueError, match=r"a\.yaml is not YAML"):
+        recipe.parse(["--config", str(tmp_path / "a.yaml")])
     (tmp_path / "a.yaml").write_text("- 1\n")
     with pytest.raises(ValueError, match="must hold `name: value` lines, got list"):
         recipe.parse(["--config", str(tmp_path / "a.yaml")])

@@ -224,3 +224,19 @@ def test_no_movie_is_in_two_splits(movie_reviews, name):
         assert {task.target(task.prepared(row)) for row in rows} == {0, 1}
     with pytest.raises(ValueError, match="splits validation, test, train; got 'dev'"):
         load_split(task, "dev")
+
+
+@pytest.mark.parametrize(
+    ("column", "template", "message"),
+    [
+        ("review.text", None, "'review.text' cannot stand in a template"),
+        ("text", "Review: {}", "asks for {}"),
+        ("text", "Review: {body}", r"asks for {body}; --text_columns has text"),
+        ("text", "Review: {text", "columns stand in braces"),
+    ],
+)
+def test_a_template_that_cannot_be_filled_is_refused_at_once(tmp_path, column, template, message):
+    path = tmp_path / "rows.csv"
+    path.write_text(f"{column},label\na,yes\nb,no\n")
+    with pytest.raises(ValueError, match=message):
+        own_task(str(path), [column], "label", template=template)

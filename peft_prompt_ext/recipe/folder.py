@@ -57,14 +57,18 @@ def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | No
         checkpoint, source = resume, Path(resume).parent
         if not _is_whole(Path(checkpoint)):
             raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
-    if resuming or has_result(folder):
         _check_same(source, record)
-    if train and not resuming and has_result(folder):
+    if has_result(folder) or (folder / "all_results.json").is_file():  # zero_shot leaves nothing but scores
+        _check_same(folder, record)
+    goes_on = resuming and source.resolve() == folder.resolve()
+    if train and has_result(folder) and not goes_on:
         raise ValueError(
             f"{folder} holds a run already: add --resume_from_checkpoint true to go on with it, or choose another "
             "--output_dir."
         )
-    if resuming and checkpoint is None:
+    if train and resuming and checkpoint is None:
+        if has_weights(folder):
+            raise ValueError(f"{folder} holds a finished run without a checkpoint: choose another --output_dir.")
         logger.warning("%s has no checkpoint to go on from: the run starts at the beginning.", folder)
     return checkpoint
 
@@ -88,9 +92,29 @@ def last_whole_checkpoint(folder: Path) -> str | None:
 
 def has_result(folder: Path) -> bool:
     """Whether a folder holds anything trained."""
-    return folder.is_dir() and any(
-        path.name.startswith("checkpoint-") or path.suffix == ".safetensors" for path in folder.iterdir()
-    )
+    return has_weights(folder) or any(folder.glob("checkpoint-*"))
+
+
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds what a run had trained at its end."""
+    return any(folder.glob("*.safetensors"))
+
+
+def trained_weights(folder: Path, checkpoint: str | None) -> str:
+    """Where the weights lie that are to be scored.
+
+    Args:
+        folder: The run's output folder.
+        checkpoint: A checkpoint that was asked for, or None: the end of the run, or the last checkpoint of a run that
+            has not come so far.
+
+    Raises:
+        ValueError: There are none.
+    """
+    found = checkpoint or (str(folder) if has_weights(folder) else last_whole_checkpoint(folder))
+    if found is None:
+        raise ValueError(f"{folder} holds nothing trained: add --do_train true, or name the --output_dir of a run.")
+    return found
 
 
 def _is_whole(checkpoint: Path) -> bool:

@@ -34,13 +34,16 @@ def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Famil
     method, name = record["method"], resolve(record["model_name_or_path"])
     if record["quantization"] and method == "full":
         raise ValueError("Full fine-tuning trains every weight, and quantised ones have no gradient: choose lora.")
-    config = AutoConfig.from_pretrained(name, revision=record["model_revision"])
+    try:
+        config = AutoConfig.from_pretrained(name, revision=record["model_revision"])
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=record["model_revision"])
+    except OSError as error:
+        raise ValueError(f"{name} has no model that transformers can read: {error}") from error
     task_type = record["task_type"] or ("SEQ_CLS" if method == "linear_probe" else family_of(config))
     if method == "zero_shot" and task_type == "SEQ_CLS":
         raise ValueError("zero_shot needs a language model: the classification head of this one is new.")
     if method == "linear_probe" and task_type != "SEQ_CLS":
         raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
-    tokenizer = AutoTokenizer.from_pretrained(name, revision=record["model_revision"])
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
     prompt = record["num_virtual_tokens"] if method == "prompt_tuning" else 0
@@ -141,6 +144,6 @@ def _base_model(family: Family, record: Mapping[str, Any]) -> Any:
         revision=record["model_revision"],
         **family.model_options,
     )
-    if model.config.pad_token_id is None:
-        model.config.pad_token_id = family.tokenizer.pad_token_id  # a decoder's head looks for the last other token
+    # a decoder's head looks for the last token that is no pad
+    model.config.get_text_config().pad_token_id = family.tokenizer.pad_token_id
     return model

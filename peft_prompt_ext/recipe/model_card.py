@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from .trainer import ChoiceTrainer
 
 
-NO_SCORES = ("eval_loss", "eval_runtime", "eval_samples", "eval_steps")
+NO_SCORES = ("eval_loss", "eval_runtime", "eval_samples", "eval_steps", "eval_model_preparation_time")
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets")
 
 
@@ -33,7 +33,8 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
     task, args = trainer.family.task, trainer.args
     is_adapter = record["method"] in {"prompt_tuning", "lora"}
     base, name = record["model_name_or_path"], f"{task.name}-{record['method']}"
-    scores = [(name, value) for name, value in results.items() if not name.startswith(NO_SCORES)]
+    scored = [key for key in results if key.startswith("eval_") and not key.startswith(NO_SCORES)]
+    scores = [(key, results[key]) for key in scored]
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from .base import HIDDEN, Task
@@ -80,6 +81,7 @@ def own_task(
             f"The column {label_column!r} of {train_file} has {len(labels)} different values; from 2 to "
             f"{MOST_LABELS} classes are wanted. Is it the label column?"
         )
+    _check_names(text_columns, template)
     words = _label_words(labels, label_words)
     lines = [f"{column.replace('_', ' ').capitalize()}: {{{column}}}" for column in text_columns]
     heads = tuple(f"{{{column}}}" for column in text_columns)
@@ -92,6 +94,20 @@ def own_task(
         label_words=words,
         label_names=tuple(map(str, labels)),
     )
+
+
+def _check_names(text_columns: Sequence[str], template: str | None) -> None:
+    """A template names columns in braces, where some characters mean something else."""
+    odd = [column for column in text_columns if set(column) & set(".[]{}!:") or column.isdigit()]
+    if odd:
+        raise ValueError(f"The column {odd[0]!r} cannot stand in a template: rename it, to letters and _.")
+    try:
+        asked = [name for _, name, _, _ in Formatter().parse(template or "") if name is not None]
+    except ValueError as error:
+        raise ValueError(f"--template {template!r}: {error}; columns stand in braces, such as {{text}}.") from None
+    unknown = [name for name in asked if name not in text_columns]
+    if unknown:
+        raise ValueError(f"--template asks for {{{unknown[0]}}}; --text_columns has {', '.join(text_columns)}.")
 
 
 def sample(rows: Dataset, count: int | None, seed: int) -> Dataset:

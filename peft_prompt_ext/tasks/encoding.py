@@ -38,7 +38,7 @@ def fit(
     if len(encoded["input_ids"]) <= limit:
         return encoded, False
     row = dict(row)
-    tokens = {name: _tokens(tokenizer, row[name]) for name in task.truncate or task.columns if row.get(name)}
+    tokens = {name: _tokens(tokenizer, str(row[name])) for name in task.truncate or task.columns if row.get(name)}
     while (excess := len(encoded["input_ids"]) - limit) > 0:
         lengths = {name: len(ids) for name, ids in tokens.items()}
         longest = max(lengths, key=lengths.__getitem__, default=None)
