@@ -317,7 +317,7 @@ def find_task(data_args: DataArguments) -> Task:
 
 def load_splits(task: Task, data_args: DataArguments, args: TrainingArguments) -> dict[str, Dataset]:
     """The rows of every split that the run reads, sampled as asked and checked."""
-    from peft_prompt_ext.tasks.data import check_rows, few_shot, sample
+    from peft_prompt_ext.tasks.data import check_rows, few_shot, hold_out, sample, sample_to_score
 
     scored = list(task.validation) if args.do_eval or args.eval_strategy != "no" else []
     held_out = data_args.held_out_samples
@@ -325,15 +325,14 @@ def load_splits(task: Task, data_args: DataArguments, args: TrainingArguments) -
     if args.do_train or held_out:
         rows = load(task, "train", data_args, args)
         if held_out:
-            if not 0 < held_out < len(rows):
-                raise ValueError(f"--held_out_samples {held_out}: train has {len(rows)} rows, and some must stay.")
-            parts = rows.train_test_split(test_size=held_out, seed=data_args.sample_seed)
-            rows, scored, splits[task.validation[0]] = parts["train"], [], parts["test"]
+            rows, splits[task.validation[0]] = hold_out(task, rows, held_out, data_args.sample_seed)
+            scored = []
         if data_args.num_shots:
             rows = few_shot(task, rows, data_args.num_shots, data_args.sample_seed)
         splits["train"] = sample(rows, data_args.max_train_samples, data_args.sample_seed)
     for split in scored:
-        splits[split] = sample(load(task, split, data_args, args), data_args.max_eval_samples, data_args.sample_seed)
+        rows = load(task, split, data_args, args)
+        splits[split] = sample_to_score(task, rows, data_args.max_eval_samples, data_args.sample_seed)
     if args.do_predict:
         for split in ["test"] if data_args.test_file else unlabelled(task.splits):
             rows = load(task, split, data_args, args)

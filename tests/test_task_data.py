@@ -5,9 +5,19 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
 from peft_prompt_ext.tasks import get_task
-from peft_prompt_ext.tasks.data import check_rows, few_shot, load_split, own_task, read_file, sample
+from peft_prompt_ext.tasks.data import (
+    check_rows,
+    few_shot,
+    hold_out,
+    load_split,
+    own_task,
+    read_file,
+    sample,
+    sample_to_score,
+)
 
 
 DATA = Path(__file__).parent / "data"
@@ -240,3 +250,20 @@ def test_a_template_that_cannot_be_filled_is_refused_at_once(tmp_path, column, t
     path.write_text(f"{column},label\na,yes\nb,no\n")
     with pytest.raises(ValueError, match=message):
         own_task(str(path), [column], "label", template=template)
+
+
+def test_a_question_of_multirc_is_sampled_and_held_out_with_all_its_answers():
+    task = get_task("multirc")
+    sizes = (4, 3, 5, 2)
+    numbered = [(passage, answer) for passage, size in enumerate(sizes) for answer in range(size)]
+    rows = Dataset.from_list([{"paragraph": f"Passage {passage}.", "answer": answer} for passage, answer in numbered])
+    for seed in range(8):
+        sampled = Counter(sample_to_score(task, rows, 8, seed)["paragraph"])
+        train, held = (Counter(part["paragraph"]) for part in hold_out(task, rows, 8, seed))
+        for drawn in (sampled, held):
+            assert 0 < drawn.total() <= 8
+            assert all(sizes[int(passage[8])] == count for passage, count in drawn.items())
+        assert not set(train) & set(held) and train.total() + held.total() == len(rows)
+    assert len(sample_to_score(task, rows, None, 0)) == len(sample_to_score(task, rows, 99, 0)) == len(rows)
+    with pytest.raises(ValueError, match="multirc is sampled by whole paragraph: 2 rows at least, not 1"):
+        sample_to_score(task, rows, 1, 0)

@@ -36,6 +36,7 @@ class Task:
         label_names: Name of each label in a prediction; by default the label words.
         label_column: Column of the answer.
         values: For a regression, the number that each label word stands for.
+        group: Column whose rows belong together: they are drawn and held out whole, since a metric is of all of them.
         truncate: Columns that may be cut when a row is too long for the model; by default all.
         prepare: Function of a row that returns further columns for the templates.
         choices: Function of a prepared row that returns the answers to choose from, where they differ by row.
@@ -58,6 +59,7 @@ class Task:
     label_names: tuple[str, ...] = ()
     label_column: str = "label"
     values: tuple[float, ...] = ()
+    group: str | None = None
     truncate: tuple[str, ...] = ()
     prepare: Callable[[Row], dict[str, Any]] | None = None
     choices: Callable[[Row], list[str]] | None = None

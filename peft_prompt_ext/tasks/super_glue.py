@@ -95,6 +95,7 @@ register_tasks(
             "multirc",
             template="Passage: {paragraph}\nQuestion: {question}\nAnswer: {answer}\nIs the answer right?",
             texts=("{paragraph}", "{question} {answer}"),
+            group="paragraph",
             truncate=("paragraph",),
             main_metric="combined_score",
             **_NO_YES,
