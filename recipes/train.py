@@ -35,9 +35,9 @@ logger = logging.getLogger("recipes.train")
 # Where Trainer's own defaults are wrong for a method. README.md has the measurements behind the learning rates.
 METHODS: dict[str, dict[str, Any]] = {
     "prompt_tuning": {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-    "lora": {"learning_rate": 1e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
-    "full": {"learning_rate": 3e-5, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
-    "linear_probe": {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "lora": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "full": {"learning_rate": 1e-5, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
+    "linear_probe": {"learning_rate": 3e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "zero_shot": {},
 }
 DEFAULTS = {
