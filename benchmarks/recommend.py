@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
     except (StoreError, EvidenceError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
     needs = Needs(options.memory, options.storage, options.tasks, options.least_score, options.prefer)
-    columns = [[task for task in setting.tasks if _is_wanted(task, options.task)] for setting in settings]
+    columns = [_columns(setting, options.task) for setting in settings]
     answers = [advise(setting, needs, tasks) for setting, tasks in zip(settings, columns, strict=True) if tasks]
     for advice in answers:
         show(advice)
@@ -68,7 +68,7 @@ def show(advice: Advice) -> None:
 def _sentence(advice: Advice) -> str:
     """The pick and what it costs."""
     from .reporting.contrasts import score_text
-    from .reporting.measures import seconds, size
+    from .reporting.measures import in_points, seconds, size
     from .reporting.statistics import MIN_SEEDS
 
     pick = advice.pick
@@ -81,6 +81,8 @@ def _sentence(advice: Advice) -> str:
         f"{size(pick.storage_bytes(advice.needs.count))} of storage for {_tasks(advice.needs.count)}",
         f"{seconds(pick.time_s)} of training a task" if pick.time_s else time,
     ]
+    if pick.comparison is not None:
+        costs.append(f"{in_points(pick.comparison.difference)} against the best mean")
     thin = f" The evidence is too thin, fewer than {MIN_SEEDS} seeds: a hint, no advice." if advice.is_thin else ""
     return f"Pick {pick.variant.label}: {', '.join(costs)}.{thin}"
 
@@ -89,9 +91,9 @@ def _tasks(count: int) -> str:
     return f"{count} task{'' if count == 1 else 's'}"
 
 
-def _is_wanted(task: str, names: list[str] | None) -> bool:
+def _columns(setting: Setting, names: list[str] | None) -> list[str]:
     """A column may say more than the task's name, where it was scored in several ways."""
-    return not names or task.split(", ")[0] in names
+    return [task for task in setting.tasks if task.split(", ")[0] in names] if names else list(setting.common)
 
 
 def _check_tasks(names: Iterable[str] | None, settings: list[Setting]) -> None:
@@ -113,7 +115,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
     parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
-    parser.add_argument("--task", nargs="+", help="those of the report that are like yours; by default all")
+    parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's mean")
     parser.add_argument("--prefer", choices=PREFER, default="time", help="what decides among those that are as good")
     parser.add_argument("--results", nargs="+", type=Path, help="stores; by default those in benchmarks/results")
     return parser.parse_args(arguments)

@@ -48,7 +48,7 @@ def t_test(differences):
         return None
     spread = (sum((d - mean(differences)) ** 2 for d in differences) / 2) ** 0.5
     if spread < 1e-12:
-        return 1.0 if abs(mean(differences)) < 1e-12 else 0.0
+        return 1.0 if abs(mean(differences)) < 1e-12 else None
     t = mean(differences) / (spread / 3**0.5)
     return 1 - abs(t) / (2 + t * t) ** 0.5
 
@@ -169,7 +169,9 @@ class Oracle:
         found = [value is not None and value < 0.05 for value in (over_seeds, over_rows)]
         verdict = "larger than the noise" if all(found) else "within the noise"
         if over_seeds is None:
-            verdict = "not decided (fewer than 3 seeds)"
+            verdict = (
+                f"not decided ({'the same difference for every seed' if len(seeds) == 3 else 'fewer than 3 seeds'})"
+            )
         elif any(found) and not all(found):
             verdict = "not clear: one of the two tests finds it"
         return mean(differences), half, over_seeds, over_rows, verdict, any(found)
@@ -276,9 +278,18 @@ class Oracle:
         ):
             least = min(self.cost(setting, TASKS, row, cost) for row in equal)
             near = [row for row in equal if self.cost(setting, TASKS, row, cost) <= 1.1 * least]
-            picks[reader] = max(near, key=known.get)
+            if (cost, setting) != ("all_time", SECONDS):
+                picks[reader] = max(near, key=known.get)
         caption = "What to pick (colours, shapes; the score is the mean of the tasks' main metrics x 100)"
-        found = {(setting, caption): [[reader, row, *self.four(setting, row)] for reader, row in picks.items()]}
+        found = {
+            (setting, caption): [
+                [
+                    *(reader, row, *self.four(setting, row)),
+                    "is the best" if row == best else self.points(setting, TASKS, row, best),
+                ]
+                for reader, row in picks.items()
+            ]
+        }
         asked = []
         others = ["LoRA", "Full fine-tuning", "Linear probe", "Zero-shot"]
         for other in [row for row in others if row in rows]:

@@ -171,13 +171,37 @@ def test_zero_shot_is_picked_where_training_brings_nothing(changed_store):
     assert advice.pick.variant.method == "zero_shot" and not advice.is_thin
 
 
-def test_where_no_time_was_measured_the_next_cost_decides(changed_store):
+@pytest.mark.parametrize("kept", [(), ("4 bits",)], ids=["none", "of one"])
+def test_where_not_all_times_were_measured_the_next_cost_decides(changed_store, kept):
     def disturb(event):
         if event["result"] and event["spec"]["method"] != "zero_shot":
-            event["result"]["other_cpu_share"] = 0.5
+            is_kept = "4 bits" in kept and event["spec"]["quantization"]
+            event["result"] |= {"train_time_s": 10**6, "other_cpu_share": 0.0 if is_kept else 0.5}
 
     advice = advise(read_evidence([changed_store(disturb)]).settings[0], Needs(first="time"))
-    assert advice.pick.time_s is None and advice.pick.variant.label == FOUR_BITS
+    assert advice.pick.variant.label == FOUR_BITS
+    assert reasons(advice)[BEST] == (
+        "as good within the noise, but costs more: 850.0 MB of memory "
+        "(time was not measured for all, so memory decides)"
+    )
+
+
+def test_what_has_too_few_seeds_in_common_with_the_best_is_not_called_as_good(changed_store):
+    def other_seeds(event):
+        if event["spec"]["init"] == "TRANSFER":
+            event["spec"]["seed"] += 2
+
+    advice = advise(read_evidence([changed_store(other_seeds)]).settings[0], Needs(first="storage"))
+    reason = reasons(advice)["Prompt tuning, TRANSFER"]
+    assert reason == f"not comparable with {BEST}: 1 of the 3 seeds wanted in common"
+
+
+def test_the_command_asks_about_the_tasks_of_the_reports_mean(changed_store, capsys):
+    def mostly_colours(event):
+        return event["spec"]["task"] == "colours" or event["spec"]["init"] == "CLASS_LABELS"
+
+    main(["--results", str(changed_store(mostly_colours)), "--prefer", "score"])
+    assert "80 examples; tasks: colours\n" in capsys.readouterr().out
 
 
 def test_the_command_says_the_pick_its_cost_and_the_rule(say):
@@ -185,6 +209,7 @@ def test_the_command_says_the_pick_its_cost_and_the_rule(say):
     assert status == 0
     costs = "score 76.9 ± 4.8, 850.0 MB of memory, 540.3 MB of storage for 50 tasks, 10.3 s of training a task"
     assert f"Pick {BEST}: {costs}." in text
+    assert "of training a task, -" in say("--prefer", "memory")[0]  # what is given up against the best mean
     assert "scores 55.6, at least 70.0 is wanted" in text
     assert "made-up-model on cpu, 30 s of training; tasks: colours, shapes" in text
     assert "The rule: " in text

@@ -17,7 +17,7 @@ from benchmarks.reporting.evidence import read_evidence
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
-from benchmarks.reporting.sections.scores import leaders
+from benchmarks.reporting.sections.scores import _warnings, leaders
 from benchmarks.reporting.statistics import compare, interval, row_test, seed_test
 from tests.helpers_report import EXAMPLES, SECONDS, Oracle, label
 
@@ -317,17 +317,45 @@ def test_two_seeds_or_no_answers_of_single_rows_are_never_bold(store, run_of):
     blind = [run_of("lora", seed, "", score=0.1) for seed in range(3)]
     blind += [run_of("prompt_tuning", seed, "", score=0.8 + seed / 100, init="TEXT") for seed in range(3)]
     bold, note = leaders(settings_of(store(*blind))[0], "colours", ["colours"])
-    assert not bold and "not decided (no answers of the same rows)" in note
+    assert not bold and "not decided (no answers of single rows)" in note
 
 
 def test_methods_that_were_scored_on_other_rows_are_not_paired(store, run_of):
     events = [run_of("lora", seed, "0" * 60) for seed in range(3)]
-    events += [run_of("prompt_tuning", seed, "1" * 60, init="TEXT") for seed in range(3)]
+    events += [run_of("prompt_tuning", seed, "1" * (60 - seed) + "0" * seed, init="TEXT") for seed in range(3)]
     bold, _ = leaders(settings_of(store(*events))[0], "colours", ["colours"])
     assert bold
     events[0]["env"]["scored_rows_sha256"] = "others"
     bold, note = leaders(settings_of(store(*events))[0], "colours", ["colours"])
-    assert not bold and "not decided (no answers of the same rows)" in note
+    assert not bold and "not decided (scored on other rows)" in note
+    [setting] = settings_of(store(*events))
+    assert any("colours: not all runs have the same scored_rows_sha256" in line for line in _warnings(setting))
+    assert {candidate.excluded for candidate in advise(setting, Needs()).candidates} == {
+        "",
+        "not comparable with Prompt tuning, TEXT: scored on other rows",
+    }
+    events[0]["env"] |= {"scored_rows_sha256": events[1]["env"]["scored_rows_sha256"], "weights_sha256": "others"}
+    assert "other weights" in leaders(settings_of(store(*events))[0], "colours", ["colours"])[1]
+
+
+def test_a_higher_mean_of_too_few_seeds_lets_nobody_be_bold(store, run_of):
+    events = [run_of("prompt_tuning", seed, "1" * 40 + "0" * (20 - seed), init="TEXT") for seed in range(3)]
+    events += [run_of("zero_shot", 0, "0" * 60)] + [run_of("lora", seed, "1" * 60) for seed in range(2)]
+    [setting] = settings_of(store(*events))
+    assert leaders(setting, "colours", ["colours"]) == (
+        [],
+        "colours: nobody is bold, LoRA has a higher mean than Prompt tuning, TEXT, from fewer than 3 seeds.",
+    )
+
+
+def test_a_better_init_of_too_few_seeds_is_named(store, run_of, tmp_path):
+    events = [run_of("prompt_tuning", seed, "1" * 30 + "0" * 30, init="RANDOM") for seed in range(3)]
+    events += [run_of("prompt_tuning", seed, "1" * 60, init="TEXT") for seed in range(2)]
+    main(["--results", str(store(*events)), "--output", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    named = "Prompt tuning, TEXT has a higher mean, from fewer than 3 seeds."
+    assert f"The best init is RANDOM: no other has a higher mean from as many seeds. {named}" in text
+    assert "RANDOM has the highest mean. Prompt tuning, TEXT has a higher one, from fewer than 3 seeds." in text
 
 
 def test_rows_that_say_the_opposite_of_the_score_decide_nothing(store, run_of):
@@ -338,6 +366,7 @@ def test_rows_that_say_the_opposite_of_the_score_decide_nothing(store, run_of):
     comparison = compare(setting, prompt, lora, ["colours"])
     assert not comparison.is_larger_than_noise
     assert comparison.verdict == "not decided (fewer rows right, a higher score)"
+    assert comparison.p_rows is None
 
 
 def test_intervals_and_tests_agree_with_scipy():
@@ -355,7 +384,7 @@ def test_intervals_and_tests_agree_with_scipy():
         assert row_test(rows.tolist()) == pytest.approx(exact.pvalue)
     assert row_test([1] * 9 + [-1] * 2) == pytest.approx(stats.binomtest(9, 11).pvalue)
     assert row_test([0, 0]) == 1
-    assert seed_test([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) == 0
+    assert seed_test([0.5, 0.6, 0.7], [0.4, 0.5, 0.6]) is None
     assert seed_test([0.5, 0.6, 0.7], [0.5, 0.6, 0.7]) == 1
 
 
@@ -365,11 +394,11 @@ def test_pictures_show_the_numbers_of_their_table(oracle):
         lines = {line.variant.label: line for line in _lines(setting, "colours", axis)}
         assert len(lines) == 9
         for row, line in lines.items():
-            curves = [r["curve"] for r in oracle.results(EXAMPLES, "colours", row).values()]
-            timed = [r["curve"] for r in oracle.results(EXAMPLES, "colours", row, timed=axis == "seconds").values()]
+            found = oracle.results(EXAMPLES, "colours", row, timed=axis == "seconds")
+            curves = [r["curve"] for r in found.values()]
             for stop in range(5):
                 scores = [curve[stop]["score"] for curve in curves]
-                assert line.x[stop] == pytest.approx(np.mean([curve[stop][axis] for curve in timed]))
+                assert line.x[stop] == pytest.approx(np.mean([curve[stop][axis] for curve in curves]))
                 drawn = line.mean[stop], line.low[stop], line.high[stop]
                 assert drawn == pytest.approx((np.mean(scores), min(scores), max(scores)))
 

@@ -15,10 +15,11 @@ COSTS = ("time", "memory", "storage")
 SAME_COST = 1.1  # less is within what a machine differs from day to day
 RULE = (
     "What has no usable run for every task, needs more memory or storage than there is, or scores less than asked is "
-    "left out. Of the rest the best mean score is found, and what either test finds worse than it is left out too. "
-    "Of what then remains the cheapest is picked; costs that differ by less than a tenth count as equal, and then "
-    f"the higher mean decides. Methods with fewer than {MIN_SEEDS} seeds are picked only where nothing else is left, "
-    "and it is said."
+    "left out. Of the rest the best mean score is found, and what either test finds worse than it, or what was not "
+    "scored on the same rows and seeds, is left out too. Of what then remains the cheapest is picked; if that cost is "
+    "not known of all of it, another decides, and it is said. Costs that differ by less than a tenth count as equal, "
+    f"and then the higher mean decides. Methods with fewer than {MIN_SEEDS} seeds are picked only where nothing else "
+    "is left, and it is said."
 )
 
 
@@ -123,8 +124,9 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     judged = [_judged(setting, candidate, best, bool(sure), tasks) for candidate in candidates]
     left = [candidate for candidate in judged if not candidate.excluded]
     # without enough seeds "cannot be told apart" says nothing, so the best mean it is
-    pick = _cheapest(left, needs.first) if sure else best
-    final = [_not_cheapest(candidate, pick, needs, bool(sure)) for candidate in judged]
+    cost = _deciding_cost(left, needs.first) if sure else "score"
+    pick = _cheapest(left, cost) if sure else best
+    final = [_not_cheapest(candidate, pick, cost, needs.first, bool(sure)) for candidate in judged]
     return Advice(setting, tasks, needs, pick, tuple(final), not sure)
 
 
@@ -160,45 +162,50 @@ def _missing(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
 
 
 def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bool, tasks: Sequence[str]) -> Candidate:
-    """Compare with the best, and exclude what is worse or has too few seeds."""
+    """Compare with the best, and exclude what is worse, has too few seeds or cannot be compared."""
     if candidate.variant == best.variant or candidate.score is None:
         return candidate
     comparison = compare(setting, candidate.variant, best.variant, tasks)
-    excluded = candidate.excluded
+    excluded, common = candidate.excluded, 0 if comparison is None else comparison.difference.count
     if not excluded and is_sure and candidate.seeds < MIN_SEEDS:
         excluded = f"too thin: {candidate.seeds} of the {MIN_SEEDS} seeds wanted"
+    elif not excluded and is_sure and common < MIN_SEEDS:
+        excluded = f"not comparable with {best.variant.label}: {common} of the {MIN_SEEDS} seeds wanted in common"
+    elif not excluded and comparison is not None and comparison.is_of_other_rows:
+        excluded = f"not comparable with {best.variant.label}: {comparison.why_not}"
     elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
         excluded = f"worse than {best.variant.label} by {signed(-comparison.difference.mean).lstrip('+')} points"
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 
-def _cheapest(candidates: Sequence[Candidate], first: str) -> Candidate:
-    """The best mean of those that cost about the least, by the first cost that was measured."""
+def _deciding_cost(candidates: Sequence[Candidate], first: str) -> str:
+    """The cost that matters most of those that are known of every candidate; "score" if there is none."""
     if first == "score":
-        return max(candidates, key=lambda candidate: candidate.score.mean)
+        return "score"
     order = [first, *(name for name in COSTS if name != first)]
-    costs = next((name for name in order if any(c.cost(name) is not None for c in candidates)), first)
-    known = [candidate for candidate in candidates if candidate.cost(costs) is not None] or candidates
-    least = min(candidate.cost(costs) or 0.0 for candidate in known)
-    near = [candidate for candidate in known if (candidate.cost(costs) or 0.0) <= SAME_COST * least]
-    return max(near, key=lambda candidate: candidate.score.mean)
+    return next((name for name in order if all(c.cost(name) is not None for c in candidates)), "score")
 
 
-def _not_cheapest(candidate: Candidate, pick: Candidate, needs: Needs, is_sure: bool) -> Candidate:
+def _cheapest(candidates: Sequence[Candidate], cost: str) -> Candidate:
+    """The best mean of those that cost about the least."""
+    if cost != "score":
+        least = min(candidate.cost(cost) for candidate in candidates)
+        candidates = [candidate for candidate in candidates if candidate.cost(cost) <= SAME_COST * least]
+    return max(candidates, key=lambda candidate: candidate.score.mean)
+
+
+def _not_cheapest(candidate: Candidate, pick: Candidate, cost: str, first: str, is_sure: bool) -> Candidate:
     """Say why something else is picked although it would do."""
     if candidate.excluded or candidate.variant == pick.variant:
         return candidate
-    if not is_sure or needs.first == "score":
-        what = "within the noise" if is_sure else "on thin evidence"
-        return replace(candidate, excluded=f"no higher mean, {what}")
-    own, other = candidate.cost(needs.first), pick.cost(needs.first)
-    if own is not None and other is not None and own > SAME_COST * other:
-        reason = f"as good within the noise, but costs more: {cost_text(candidate, needs.first)}"
-    elif own is None and other is not None:
-        reason = f"as good within the noise, but its {needs.first} was not measured"
+    instead = f" ({first} was not measured for all, so {cost} decides)" if is_sure and cost != first else ""
+    if cost == "score":
+        reason = f"no higher mean, {'within the noise' if is_sure else 'on thin evidence'}"
+    elif candidate.cost(cost) > SAME_COST * pick.cost(cost):
+        reason = f"as good within the noise, but costs more: {cost_text(candidate, cost)}"
     else:
         reason = "as good within the noise and as cheap, but no higher mean"
-    return replace(candidate, excluded=reason)
+    return replace(candidate, excluded=reason + instead)
 
 
 def cost_text(candidate: Candidate, first: str) -> str:

@@ -39,6 +39,14 @@ def best_variant(
     return max(contest, key=lambda variant: contest[variant].mean, default=None)
 
 
+def too_thin(setting: Setting, tasks: Sequence[str], wanted: Callable[[Variant], bool] = lambda variant: True) -> str:
+    """Those with a higher mean than `best_variant` that have too few seeds to be it, by name; "" if there are none."""
+    best = best_variant(setting, tasks, wanted)
+    scores = {variant: mean_score(setting, variant, tasks) for variant in setting.variants if wanted(variant)}
+    higher = [v.label for v, score in scores.items() if score is not None and score.mean > scores[best].mean]
+    return " and ".join(higher)
+
+
 def best_of_method(setting: Setting, method: str, tasks: Sequence[str]) -> Variant | None:
     """The best full-precision variant of a method."""
     return best_variant(setting, tasks, lambda variant: variant.method == method and variant.quantization is None)

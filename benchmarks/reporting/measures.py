@@ -138,7 +138,7 @@ INFERENCE = Measure(
     "inference time, x bare model", _ratio, lambda value: f"{value:.2f}", is_time=True, of_training=False
 )
 FORGETTING = Measure("forgetting (loss on other text)", _forgetting, loss, of_training=False)
-ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J")
+ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J", is_time=True)
 ALL_TIME = Measure("training with its source", _all_seconds, seconds, is_time=True)
 COSTS = (BEFORE, EXAMPLES, TIME, SOURCE_TIME, STEP, PEAK, PARAMETERS, STORED, INFERENCE, FORGETTING, ENERGY)
 
@@ -167,6 +167,12 @@ def written(setting: Setting, task: str, variant: Variant, measure: Measure) -> 
         return "no training"
     if measure is SOURCE_TIME and variant.init != "TRANSFER":
         return "no source"
-    if runs and measure.is_time and not setting.timed(task, variant):
-        return "disturbed" if all(run.disturbed for run in runs) else "on another machine"
-    return MISSING
+    return untimed(setting, task, variant) if measure.is_time else MISSING
+
+
+def untimed(setting: Setting, task: str, variant: Variant) -> str:
+    """Why an entry has no time."""
+    runs = setting.runs(task, variant)
+    if not runs or setting.timed(task, variant):
+        return MISSING
+    return "disturbed" if all(run.disturbed for run in runs) else "on another machine"

@@ -38,12 +38,14 @@ class Comparison:
         difference: Of the scores, over the seeds that both have; a mean over tasks.
         p_seeds, p_rows: Of the two tests; None where one could not be made.
         why_not: The reason then.
+        is_of_other_rows: Whether the two were scored on other rows or began with other weights.
     """
 
     difference: Interval
     p_seeds: float | None
     p_rows: float | None
     why_not: str = ""
+    is_of_other_rows: bool = False
 
     @property
     def is_larger_than_noise(self) -> bool:
@@ -75,12 +77,12 @@ def interval(values: Sequence[float]) -> Interval:
 
 
 def seed_test(first: Sequence[float], second: Sequence[float]) -> float | None:
-    """The paired t-test's p, two-sided; None for fewer than `MIN_SEEDS` pairs."""
+    """The paired t-test's p, two-sided; None for fewer than `MIN_SEEDS` pairs, or if all differ by the same."""
     if len(first) < MIN_SEEDS:
         return None
     differences = np.subtract(first, second)
-    if np.ptp(differences) < 1e-12:  # without any spread t is infinite, or 0 / 0
-        return float(abs(differences[0]) < 1e-12)
+    if np.ptp(differences) < 1e-12:  # t is infinite, which three scores of a few rows can be by chance, or 0 / 0
+        return 1.0 if abs(differences[0]) < 1e-12 else None
     return float(stats.ttest_rel(first, second).pvalue)
 
 
@@ -127,29 +129,46 @@ def compare(setting: Setting, first: Variant, second: Variant, tasks: Sequence[s
     if not seeds:
         return None
     scores = [seed_scores(setting, variant, tasks, seeds) for variant in (first, second)]
-    p_seeds = seed_test(*scores)
-    rows = _row_differences(setting, first, second, tasks, seeds)
     difference = interval(np.subtract(*scores).tolist())
+    other = _other_rows(setting, first, second, tasks, seeds)
+    if other:
+        return Comparison(difference, None, None, other, is_of_other_rows=True)
+    p_seeds, p_rows = seed_test(*scores), None
+    rows = _row_differences(setting, first, second, tasks, seeds)
     why_not = ""
-    if p_seeds is None:
+    if len(seeds) < MIN_SEEDS:
         why_not = f"fewer than {MIN_SEEDS} seeds"
+    elif p_seeds is None:
+        why_not = "the same difference for every seed"
     elif rows is None:
-        why_not = "no answers of the same rows"
+        why_not = "no answers of single rows"
     elif sum(rows) * difference.mean < 0:  # of a metric that is not accuracy
         why_not = "more rows right, a lower score" if sum(rows) > 0 else "fewer rows right, a higher score"
-    return Comparison(difference, p_seeds, None if rows is None else row_test(rows), why_not)
+    if rows is not None and sum(rows) * difference.mean >= 0:
+        p_rows = row_test(rows)
+    return Comparison(difference, p_seeds, p_rows, why_not)
+
+
+def _other_rows(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], seeds: Sequence[int]) -> str:
+    """In what the runs of the two differ that no method should differ in, or ""."""
+    for task in tasks:
+        runs = [by_seed(setting, task, variant)[seed] for variant in (first, second) for seed in seeds]
+        if len({(run.env.get("scored_rows_sha256"), run.result["eval_samples"]) for run in runs}) > 1:
+            return "scored on other rows"
+        if len({run.env.get("weights_sha256") for run in runs}) > 1:
+            return "other weights of the base model"
+    return ""
 
 
 def _row_differences(
     setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], seeds: Sequence[int]
 ) -> list[int] | None:
-    """The rows of all tasks, one behind the other; None if a run does not tell them, or not the same ones."""
+    """The rows of all tasks, one behind the other; None if a run does not tell them."""
     rows: list[int] = []
     for task in tasks:
-        runs = [[by_seed(setting, task, variant)[seed] for seed in seeds] for variant in (first, second)]
-        right = [_right(side) for side in runs]
-        scored = {(run.env.get("scored_rows_sha256"), run.result["eval_samples"]) for side in runs for run in side}
-        if right[0] is None or right[1] is None or len(scored) > 1:
+        sides = [[by_seed(setting, task, variant)[seed] for seed in seeds] for variant in (first, second)]
+        right = [_right(side) for side in sides]
+        if right[0] is None or right[1] is None:
             return None
         rows += np.subtract(*right).tolist()
     return rows
@@ -158,6 +177,6 @@ def _row_differences(
 def _right(runs: Sequence[Run]) -> np.ndarray | None:
     """How many of the runs had each row right."""
     answers = [run.result.get("correct") for run in runs]
-    if None in answers or len(set(map(len, answers))) > 1:
+    if None in answers:
         return None
     return np.sum([[int(digit) for digit in answer] for answer in answers], axis=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..advice import READERS, RULE, Advice, Candidate, advise
-from ..contrasts import RATIOS, best_of_method, quantized_pairs, random_of, score_text, versus
+from ..contrasts import RATIOS, best_of_method, quantized_pairs, random_of, score_text, too_thin, versus
 from ..document import Block, Cell, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
@@ -21,7 +21,11 @@ def choice_section(evidence: Evidence) -> Section:
 
 def _of_setting(setting: Setting) -> list[Block]:
     tasks = ", ".join(setting.common)
-    answers = {reader: advise(setting, needs) for reader, needs in READERS.items()}
+    # at equal seconds the time is the budget, and no cost
+    readers = {
+        reader: needs for reader, needs in READERS.items() if (needs.first, setting.unit) != ("time", "seconds")
+    }
+    answers = {reader: advise(setting, needs) for reader, needs in readers.items()}
     first = next(iter(answers.values()))
     if first.pick is None:
         return [Text(f"Nothing has a usable run for each of the tasks {tasks} yet, so there is nothing to pick.")]
@@ -32,13 +36,34 @@ def _of_setting(setting: Setting) -> list[Block]:
         )
     picks = Table(
         f"What to pick ({tasks}; the score is the mean of the tasks' main metrics x 100)",
-        ("if", "pick", "score", "memory", "to store for a task", "training of a task"),
+        ("if", "pick", "score", "memory", "to store for a task", "training of a task", "minus the best"),
         [
-            cells([reader, Cell(answer.pick.variant.label, is_bold=True), *_costs(setting, answer.pick)])
+            cells(
+                [
+                    reader,
+                    Cell(answer.pick.variant.label, is_bold=True),
+                    *_costs(setting, answer.pick),
+                    signed_interval(answer.pick.comparison.difference) if answer.pick.comparison else "is the best",
+                ]
+            )
             for reader, answer in answers.items()
         ],
     )
-    return [*blocks, picks, *_questions(setting), _evidence_table(first)]
+    return [*blocks, picks, Text(_batches(setting)), *_questions(setting), _evidence_table(first)]
+
+
+def _batches(setting: Setting) -> str:
+    """Of what batches memory and time are."""
+    runs = [run for task in setting.common for variant in setting.variants for run in setting.runs(task, variant)]
+
+    def given(name: str) -> str:
+        values = {run.spec["arguments"].get(name) for run in runs if run.result["steps"]}
+        return " or ".join(map(str, sorted(values - {None}))) or "the recipe's default"
+
+    return (
+        f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
+        f"{given('max_seq_length')} tokens a row. Memory is the model and its training."
+    )
 
 
 def _costs(setting: Setting, candidate: Candidate) -> list[str]:
@@ -79,13 +104,17 @@ def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
     base = random_of(setting, prompt)
     if base is None or sum(v.method == "prompt_tuning" and not v.quantization for v in setting.variants) < 2:
         return []
+    thin = too_thin(
+        setting, setting.common, lambda variant: variant.method == "prompt_tuning" and not variant.quantization
+    )
+    but = f" {thin} has a higher mean, from fewer than {MIN_SEEDS} seeds." if thin else ""
     if base == prompt:
-        return [Text("The best init is RANDOM: no other has a higher mean.")]
+        return [Text(f"The best init is RANDOM: no other has a higher mean from as many seeds.{but}")]
     against = compare(setting, prompt, base, setting.common)
     if against is None:
         return []
     text = f"{in_points(against.difference)} against RANDOM, {against.verdict}."
-    return [Text(f"The best init is {prompt.init}: {text}")]
+    return [Text(f"The best init is {prompt.init}: {text}{but}")]
 
 
 def _has_runs(setting: Setting, task: str, method: str) -> bool:

@@ -18,7 +18,8 @@ DEFINITIONS = (
     "of seeds that were right; exact sign-flip test on the differences of these numbers, rows of several tasks one "
     "behind the other. It needs the answers of single rows, which regression does not have.",
     "Larger than the noise: both p < 0.05 with the same sign. Within the noise: neither. Nothing is corrected for "
-    "the number of comparisons: of twenty within the noise, one looks larger in one of the tests.",
+    "the number of comparisons: of twenty that are noise, one looks larger in each of the tests. The best of several "
+    "inits is found on the rows that it is then compared on, which favours the method with the most variants.",
     "Training: seconds of the steps alone, no scoring, no loading. Memory is above the loaded model, the most of "
     "any seed: of the process (rss) or of the GPU's allocator (cuda). Memory with the model is their sum.",
     "Bytes to store for a task: the adapter's file; the head of a linear probe; the whole model after full "

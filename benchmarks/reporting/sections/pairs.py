@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from ..contrasts import best_variant, paired_difference, quantized_pairs, random_of
+from ..contrasts import best_variant, paired_difference, quantized_pairs, random_of, too_thin
 from ..document import Block, Figure, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..figures import draw_differences
 from ..measures import MISSING, PEAK, STEP, TIME, WEIGHTS, Measure, in_points, p_values, seconds, signed_interval, size
-from ..statistics import compare
+from ..statistics import MIN_SEEDS, compare
 from .pictures import figure_id
 
 
@@ -102,13 +102,15 @@ def _best(setting: Setting, pairs: list[tuple[Variant, Variant]]) -> str:
     if best is None:
         return "No init has a usable run of every task."
     base = random_of(setting, best)
+    thin = too_thin(setting, setting.common, lambda variant: variant in plain)
+    but = f" {thin} has a higher one, from fewer than {MIN_SEEDS} seeds." if thin else ""
     if base is None or base == best:
-        return "RANDOM has the highest mean."
+        return f"RANDOM has the highest mean.{but}"
     comparison = compare(setting, best, base, setting.common)
     if comparison is None:
-        return f"{best.init} has the highest mean; it has no seed in common with RANDOM."
+        return f"{best.init} has the highest mean; it has no seed in common with RANDOM.{but}"
     text = f"{best.init} has the highest mean, {in_points(comparison.difference)} against RANDOM: "
-    text += f"{comparison.verdict} (p: {p_values(comparison)})."
+    text += f"{comparison.verdict} (p: {p_values(comparison)}).{but}"
     second = best_variant(setting, setting.common, lambda variant: variant in plain - {best, base})
     closest = compare(setting, best, second, setting.common) if second else None
     if closest is not None:
@@ -143,7 +145,8 @@ def _difference(
 ) -> str:
     difference = paired_difference(setting, first, second, tasks, measure)
     if difference is None:
-        return "disturbed" if measure.is_time and compare(setting, first, second, tasks) else MISSING
+        has_both = measure.is_time and compare(setting, first, second, tasks) is not None
+        return "disturbed, or on several machines" if has_both else MISSING
     middle = _with_sign(difference.mean, show)
     if difference.half is None:
         return f"{middle} (one seed)"

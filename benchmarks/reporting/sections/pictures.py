@@ -10,7 +10,7 @@ from ..contrasts import best_of_method, mean_score, score_text
 from ..document import Block, Figure, Gallery, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..figures import Line, Point, draw_curves, draw_frontier
-from ..measures import ALL_TIME, MEMORY, MISSING, PARAMETERS, STORED, over_tasks, points, whole
+from ..measures import ALL_TIME, MEMORY, MISSING, PARAMETERS, STORED, over_tasks, points, untimed, whole
 from ..runs import Run
 
 
@@ -31,8 +31,8 @@ def curves_section(evidence: Evidence) -> Section:
         Text(
             f"The points of a line are scored on the same {counts} of the task's rows, the tables on all of them: "
             "the two may differ. Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds "
-            "are of training alone. Dashed lines with open markers are 4-bit; the dotted line is the model before any "
-            "training."
+            "are of training alone, and a line over seconds is of the runs that were timed. Dashed lines with open "
+            "markers are 4-bit; the dotted line is the model before any training."
         )
     ]
     for setting in evidence.settings:
@@ -66,7 +66,7 @@ def _curves(setting: Setting, task: str) -> list[Block]:
     if len(prompts) > 1:
         wanted.append(("inits", setting.unit, prompts))
     runs = setting.runs(task, Variant("zero_shot", None, None))
-    level = runs[0].result["score"] if runs else None
+    level = runs[0].result["curve"][0]["score"] if runs and runs[0].result["curve"] else None  # of the same rows
     figures = []
     for kind, axis, variants in wanted:
         shown = [line for line in lines[axis] if line.variant in variants]
@@ -86,10 +86,9 @@ def _is_plain_prompt(variant: Variant) -> bool:
 def _lines(setting: Setting, task: str, axis: str) -> list[Line]:
     found = []
     for variant in setting.variants:
-        stops = curve(setting.runs(task, variant))
-        where = stops if axis == "examples" else curve(setting.timed(task, variant))
-        if len(stops) > 1 and len(where) == len(stops):
-            x = [fmean(point[axis] for point in stop) for stop in where]
+        stops = curve((setting.runs if axis == "examples" else setting.timed)(task, variant))
+        if len(stops) > 1:
+            x = [fmean(point[axis] for point in stop) for stop in stops]
             scores = [[point["score"] for point in stop] for stop in stops]
             found.append(Line(variant, x, *([fold(stop) for stop in scores] for fold in (fmean, min, max))))
     return found
@@ -110,7 +109,7 @@ def _curve_table(setting: Setting, task: str) -> Table:
         stops, timed = curve(setting.runs(task, variant)), curve(setting.timed(task, variant))
         for number, stop in enumerate(stops if len(stops) > 1 else []):
             scores = [point["score"] for point in stop]
-            seconds = f"{fmean(p['seconds'] for p in timed[number]):.1f}" if len(timed) == len(stops) else "disturbed"
+            seconds = f"{fmean(p['seconds'] for p in timed[number]):.1f}" if timed else untimed(setting, task, variant)
             examples = whole(fmean(point["examples"] for point in stop))
             rows.append([variant.label, examples, seconds, *(points(f(scores)) for f in (fmean, min, max))])
     columns = ("method", "examples", "seconds", "mean score", "lowest seed", "highest seed")

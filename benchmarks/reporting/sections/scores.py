@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from ..contrasts import best_variant, mean_score, score_text
+from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, written
-from ..statistics import compare
+from ..statistics import MIN_SEEDS, compare
 
 
 def scores_section(evidence: Evidence) -> Section:
@@ -60,9 +60,11 @@ def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Var
     lead = compare(setting, best, rival, tasks)
     if lead is None:
         return [], f"{name}: nobody is bold, {best.label} and {rival.label} have no seed in common."
-    figures = f"{in_points(lead.difference)}; p: {p_values(lead)}"
-    ahead = lead.difference.mean >= 0  # what has too few seeds is nobody's best, and may still have a higher mean
-    what = f"the {'lead' if ahead else 'gap'} of {best.label} {'over' if ahead else 'to'} {rival.label} ({figures})"
+    thin = too_thin(setting, tasks)
+    if thin:
+        few = f"from fewer than {MIN_SEEDS} seeds"
+        return [], f"{name}: nobody is bold, {thin} has a higher mean than {best.label}, {few}."
+    what = f"the lead of {best.label} over {rival.label} ({in_points(lead.difference)}; p: {p_values(lead)})"
     if not _leads(setting, best, rival, tasks):
         return [], f"{name}: nobody is bold, {what} is {lead.verdict}."
     same_kind = [variant for variant in setting.variants if variant.method == best.method]
@@ -77,7 +79,7 @@ def _leads(setting: Setting, variant: Variant, rival: Variant, tasks: Sequence[s
 
 def _is_worse(setting: Setting, variant: Variant, best: Variant, tasks: Sequence[str]) -> bool:
     comparison = compare(setting, variant, best, tasks) if variant != best else None
-    return comparison is not None and comparison.is_found
+    return comparison is not None and comparison.is_found and comparison.difference.mean < 0
 
 
 def _score_table(setting: Setting, bold: set[tuple[tuple[str, ...], Variant]], caption: str) -> Table:
@@ -139,12 +141,12 @@ def _warnings(setting: Setting) -> list[str]:
         )
     machines = Counter(run.machine for run in counted)
     if len(machines) > 1:
-        names = ", ".join(
-            f"{name} ({capability}): {count} runs" for (name, capability), count in sorted(machines.items())
-        )
-        warnings.append(f"Runs are from several machines ({names}); timings are of {setting.machine[0]} alone.")
-    for what in ("weights_sha256", "scored_rows_sha256"):
-        for (task, variant), runs in setting.cells.items():
-            if len({run.env.get(what) for run in runs if run.counts}) > 1:
-                warnings.append(f"{variant.label} on {task}: not all seeds have the same {what}.")
+        names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
+        counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
+        warnings.append(f"Runs are from several machines: {counts}. Timings are of {names[setting.machine]} alone.")
+    for task in setting.tasks:
+        runs = [run for variant in setting.variants for run in setting.runs(task, variant)]
+        for what in ("weights_sha256", "scored_rows_sha256", "train_rows_sha256"):
+            if len({run.env.get(what) for run in runs} - {None}) > 1:
+                warnings.append(f"{task}: not all runs have the same {what}.")
     return warnings
