@@ -5,7 +5,8 @@
     cat reviews.txt | python recipes/predict.py outputs/movie_reviews
 
 A file is CSV, JSON or JSONL with the task's columns. Lines of standard input are JSON objects, or texts if the task
-has one column of text. Into a file or a pipe the answers are written as JSON lines.
+has one column of text; each line has an answer, an empty one too. Into a file or a pipe the answers are written as
+JSON lines.
 """
 
 from __future__ import annotations
@@ -61,8 +62,6 @@ def parse_lines(task: Task, lines: Iterable[str]) -> list[dict[str, Any]]:
     """
     rows = []
     for number, line in enumerate(lines, start=1):
-        if not line.strip():
-            continue
         try:
             row = json.loads(line)
         except json.JSONDecodeError as error:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import sys
 import warnings
 from collections.abc import Iterable
@@ -144,6 +145,8 @@ def parse(argv: list[str]) -> Arguments:
     from transformers import HfArgumentParser, TrainingArguments
 
     argv = with_config([_underscored(item) for item in argv])
+    # argparse takes "-1=bad" for a flag, unless a space is in it
+    argv = [f" {item}" if re.match(r"-\d", item) else item for item in argv]
     method = _flag(argv, "--method") or MethodArguments.method
     kinds = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
     parser = HfArgumentParser(kinds, allow_abbrev=False)  # else a misspelt key may be another one's beginning

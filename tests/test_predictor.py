@@ -102,7 +102,7 @@ def test_the_command_answers_texts_files_and_lines(train, tmp_path, predict, cap
     folder, texts = str(tmp_path / "out"), ["a great film", "terrible"]
     file = tmp_path / "rows.jsonl"
     file.write_text("".join(json.dumps({"sentence": text}) + "\n" for text in texts))
-    monkeypatch.setattr(sys, "stdin", io.StringIO(f'{texts[0]}\n\n{{"sentence": "{texts[1]}"}}\n'))
+    monkeypatch.setattr(sys, "stdin", io.StringIO(f'{texts[0]}\n{{"sentence": "{texts[1]}"}}\n'))
     capsys.readouterr()
 
     outputs = []
@@ -112,6 +112,16 @@ def test_the_command_answers_texts_files_and_lines(train, tmp_path, predict, cap
 
     assert outputs[0] == outputs[1] == outputs[2]
     assert [set(answer) for answer in outputs[0]] == [{"label", "probability", "probabilities"}] * 2
+
+
+def test_every_line_has_an_answer(train, tmp_path, predict, capsys, monkeypatch):  # noqa: F811
+    train("sst2")
+    monkeypatch.setattr(sys, "stdin", io.StringIO("a great film\n\nterrible\n"))
+    capsys.readouterr()
+
+    predict.main([str(tmp_path / "out")])
+
+    assert len(capsys.readouterr().out.splitlines()) == 3
 
 
 def test_a_text_for_a_task_of_two_columns_is_an_error(train, tmp_path, predict):  # noqa: F811

@@ -18,6 +18,7 @@ from peft import PeftModel
 from safetensors.torch import load_file
 
 from peft_prompt_ext.tasks import available_tasks, get_task
+from peft_prompt_ext.tasks.data import own_task
 from tests.helpers import one_thread  # noqa: F401
 
 
@@ -429,6 +430,21 @@ def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(recipe
     assert (data_args.task_name, args.seed, args.learning_rate) == ("rte", 9, 0.3)
     assert data_args.label_words == ["a=b", "c=d"]
     assert args.per_device_train_batch_size == recipe.DEFAULTS["per_device_train_batch_size"]
+
+
+@pytest.mark.parametrize("place", ["command line", "config"])
+def test_a_label_may_be_a_negative_number(recipe, tmp_path, place):
+    config, rows = tmp_path / "run.yaml", tmp_path / "rows.csv"
+    config.write_text("label_words: [-1=bad, 1=good]\n")
+    rows.write_text("text,label\na,-1\nb,1\n")
+    words = ["--label_words", "-1=bad", "1=good"] if place == "command line" else ["--config", str(config)]
+
+    _, data_args, _, args = recipe.parse(["--train_file", str(rows), *words, "--max_steps", "-1"])
+    task = own_task(str(rows), ["text"], "label", data_args.label_words)
+
+    assert args.max_steps == -1
+    assert [task.target({"label": label}) for label in (-1, 1)] == [0, 1]
+    assert task.label_words == (" bad", " good")
 
 
 DO = [

@@ -189,7 +189,7 @@ def few_shot(task: Task, rows: Dataset, shots: int, seed: int) -> Dataset:
 def _label_words(labels: list[Any], given: Sequence[str]) -> tuple[str, ...]:
     words: dict[str, str] = {}
     for pair in given:
-        label, separator, word = pair.partition("=")
+        label, separator, word = pair.strip().partition("=")
         if not separator or label not in {str(known) for known in labels}:
             raise ValueError(
                 f"label_words are LABEL=WORD with a label out of {', '.join(map(str, labels))}; got {pair!r}."
