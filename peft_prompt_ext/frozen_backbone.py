@@ -102,6 +102,7 @@ def load_frozen_backbone(
     if quantization == "int8":
         _say_once("bitsandbytes.autograd._functions")
     model.requires_grad_(False)
+    keep_differentiable(model)
     if gradient_checkpointing:
         model.activation_checkpointing_enable({"use_reentrant": False})
         model.enable_input_require_grads()
@@ -230,6 +231,20 @@ def dequantize_modules(model: Any, names: Sequence[str]) -> None:
             linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
             model.set_submodule(name, linear)
             logger.info("%s is to be trained: its quantised weights were turned back into %s.", name, weight.dtype)
+
+
+def keep_differentiable(model: torch.nn.Module) -> None:
+    """Let no 4-bit weight be packed for inference: bitsandbytes has no backward pass for the packed ones.
+
+    On a CPU with AVX512-BF16, `bitsandbytes.nn.Linear4bit` packs its weight for good in the first forward pass of
+    evaluation; from then on no gradient reaches the prompt, and bfloat16 is what it computes in. What was packed
+    already is turned back, with its scales rounded to bfloat16.
+    """
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                module.state_dict()  # unpacks it in place
 
 
 def _bitsandbytes_config(

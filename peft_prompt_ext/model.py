@@ -21,7 +21,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
-from .frozen_backbone import dequantize_modules
+from .frozen_backbone import dequantize_modules, keep_differentiable
 from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
 
@@ -44,6 +44,7 @@ class PromptTuningMixin(PeftModel):
         return cls.__bases__[-1](model, peft_config, *args, **kwargs)
 
     def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        keep_differentiable(model)
         dequantize_modules(model, [*self._heads, *(peft_config.modules_to_save or [])])
         super().__init__(model, peft_config, *args, **kwargs)
 
