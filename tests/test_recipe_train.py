@@ -16,6 +16,7 @@ import yaml
 from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
+from transformers import Trainer
 
 from peft_prompt_ext.tasks import available_tasks, get_task
 from peft_prompt_ext.tasks.data import own_task
@@ -121,6 +122,22 @@ def test_the_default_prompt_begins_as_the_label_words_and_the_form_of_the_questi
     assert record["prompt_tuning_init_kwargs"] == {"labels": [" negative", " positive"], "fallback": "TEXT"}
     assert record["prompt_tuning_init_text"].endswith("Sentiment: positive\n")
     assert len(record["slots"]) == 20
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora", "linear_probe", "full"])
+def test_a_frozen_trunk_has_no_dropout(train, monkeypatch, method):
+    rates = {}
+
+    def keep(trainer, *args, **kwargs):
+        modules = trainer.model.modules()
+        rates["trained"] = {module.p for module in modules if isinstance(module, torch.nn.Dropout)}
+        return stock(trainer, *args, **kwargs)
+
+    stock = Trainer.train
+    monkeypatch.setattr(Trainer, "train", keep)
+    train("sst2", "--method", method, architecture="bert", task_type="SEQ_CLS")
+
+    assert rates["trained"] == ({0.1} if method == "full" else {0.0})
 
 
 def test_an_init_of_ones_own_is_taken_as_it_is(train, tmp_path):

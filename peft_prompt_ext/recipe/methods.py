@@ -143,7 +143,14 @@ def _base_model(family: Family, record: Mapping[str, Any]) -> Any:
         dtype=dtype if dtype == "auto" else getattr(torch, dtype),
         revision=record["model_revision"],
         **family.model_options,
+        **({} if record["method"] == "full" else _no_dropout(record)),
     )
     # a decoder's head looks for the last token that is no pad
     model.config.get_text_config().pad_token_id = family.tokenizer.pad_token_id
     return model
+
+
+def _no_dropout(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Every dropout of the base model at 0: frozen weights cannot overfit, and the noise reaches the gradient."""
+    config = AutoConfig.from_pretrained(resolve(record["model_name_or_path"]), revision=record["model_revision"])
+    return {name: 0.0 for name, value in config.to_dict().items() if "drop" in name and isinstance(value, float)}
