@@ -14,6 +14,7 @@ from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
 from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
+from benchmarks.reporting.measures import ENERGY, written
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
@@ -220,6 +221,15 @@ def test_means_are_over_the_tasks_that_most_methods_were_run_on(store, run_of):
     one = run_of("lora", 0, "11", task="sizes")
     [setting] = settings_of(store(*events, *more, *(run_of("lora", s, "11", task="shapes") for s in range(3)), one))
     assert setting.columns["mean of colours, shapes"] == ("colours", "shapes")
+
+
+@pytest.mark.parametrize(
+    ("energy", "share", "cell"), [(5.0, 0.0, "5 J"), (5.0, 0.5, "disturbed"), (None, 0.5, "not measured")]
+)
+def test_an_energy_is_written_unless_it_was_disturbed_or_not_measured(store, run_of, energy, share, cell):
+    run = run_of("lora", 0, "10", energy_j=energy, other_cpu_share=share)
+    [setting] = settings_of(store(run))
+    assert written(setting, "colours", setting.variants[0], ENERGY) == cell
 
 
 def test_zero_shot_brings_no_task_that_nothing_was_trained_on(store, run_of):

@@ -167,7 +167,8 @@ def written(setting: Setting, task: str, variant: Variant, measure: Measure) -> 
         return "no training"
     if measure is SOURCE_TIME and variant.init != "TRANSFER":
         return "no source"
-    return untimed(setting, task, variant) if measure.is_time else MISSING
+    has_any = any(measure.value(run.result) is not None for run in runs)
+    return untimed(setting, task, variant) if measure.is_time and has_any else MISSING
 
 
 def untimed(setting: Setting, task: str, variant: Variant) -> str:
