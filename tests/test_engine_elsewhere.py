@@ -59,6 +59,8 @@ def in_one_of_two_processes(rank, folder):
             parallel(**ragged(2 * step + rank)).loss.backward()
     assert engine_status(parallel).packed
     torch.save(prompt_of(model).grad, Path(folder, f"{rank}.pt"))
+    dist.barrier()
+    del parallel  # its reducer, freed after the group is gone, once hung
     dist.destroy_process_group()
 
 
