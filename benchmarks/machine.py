@@ -53,9 +53,18 @@ def machine(device: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{os.cpu_count()} {platform.machine()} CPU cores"
+    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     return {"machine": name, "capability": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+
+
+def _cpu_name() -> str:
+    """Number and kind of the cores; virtual machines hide the product's name, but not its family and model."""
+    core = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
+    kind = told.get("model name", platform.machine())
+    numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told)
+    return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
 
 
 def energy_j() -> float | None:
