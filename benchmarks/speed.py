@@ -19,6 +19,8 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
+from .random_llama import SHAPES
+
 
 PROMPTED = ("stock", "packed", "packed_all")
 METHODS = (*PROMPTED, "lora", "full", "floor")
@@ -66,7 +68,11 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one untimed")
     parser.add_argument("--turns", type=int, default=2, help="how often each method is measured")
-    parser.add_argument("--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name")
+    parser.add_argument(
+        "--model_name_or_path",
+        default="smollm2-135m",
+        help=f"an asset, a folder, a Hub name, or random weights: {', '.join(SHAPES)}",
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.jsonl"))
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -113,15 +119,14 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from peft_prompt_ext.assets import resolve
-
     from .machine import machine, peak, reset_peak, touch
+    from .random_llama import model_folder
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(spec["seed"])
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(spec["model"])
+    folder = model_folder(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
     model = load(folder, spec["precision"]).to(device)
     weights = model.get_memory_footprint()

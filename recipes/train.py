@@ -33,9 +33,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("recipes.train")
 
-# Where Trainer's own defaults are wrong for a method. README.md has the measurements behind the learning rates.
+# Where Trainer's own defaults are wrong for a method; a learning rate of None is the one of `prompt_learning_rate`.
+# README.md has the measurements behind the learning rates.
 METHODS: dict[str, dict[str, Any]] = {
-    "prompt_tuning": {"learning_rate": 1e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
+    "prompt_tuning": {"learning_rate": None, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "lora": {"learning_rate": 3e-3, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
     "full": {"learning_rate": 1e-5, "lr_scheduler_type": "linear", "warmup_steps": 0.1},
     "linear_probe": {"learning_rate": 3e-2, "lr_scheduler_type": "cosine", "warmup_steps": 0.1},
@@ -260,7 +261,7 @@ def prepare(
     from transformers import set_seed
 
     from peft_prompt_ext.recipe.folder import claim, trained_weights, write_record
-    from peft_prompt_ext.recipe.methods import find_family, new_model, trained_model
+    from peft_prompt_ext.recipe.methods import find_family, new_model, prompt_learning_rate, trained_model
     from peft_prompt_ext.recipe.model_card import model_card
 
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
@@ -271,6 +272,8 @@ def prepare(
     task, folder = find_task(data_args), Path(args.output_dir)
     record = {**asdict(model_args), **asdict(method_args), **{name: getattr(data_args, name) for name in SAMPLING}}
     family = find_family(record, task, data_args.max_seq_length)
+    if args.learning_rate is None:
+        args.learning_rate = prompt_learning_rate(record)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
     record = json.loads(json.dumps(record))  # as it will be read again
     scores_trained = not args.do_train and method_args.method != "zero_shot"

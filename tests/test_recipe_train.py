@@ -487,6 +487,17 @@ def test_the_learning_rate_is_the_methods(recipe, method):
     assert args.output_dir == f"outputs/rte-{method}"
 
 
+RATES = [(*KINDS[0], [], 0.01), ("llama", "SEQ_CLS", [], 0.01), (*KINDS[1], [], 0.1), (*KINDS[2], [], 0.01)]
+RATES += [(*KINDS[1], ["--learning_rate", "0.01"], 0.01), (*KINDS[1], ["--method", "lora"], 0.003)]
+
+
+@pytest.mark.parametrize(("architecture", "task_type", "flags", "rate"), RATES)
+def test_a_prompts_learning_rate_is_that_of_the_kind_of_model(train, tmp_path, architecture, task_type, flags, rate):
+    train("rte", *flags, architecture=architecture, task_type=task_type)
+
+    assert f"| learning rate | {rate} |" in (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+
+
 def test_an_unknown_key_is_an_error(recipe, config, capsys):
     config.write_text("task_nam: rte\nnum_virtual_token: 5\n")
 

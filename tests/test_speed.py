@@ -3,7 +3,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from benchmarks import random_llama
 from benchmarks.speed import table_lines
 
 
@@ -57,3 +60,30 @@ def test_each_method_is_measured_in_its_own_process_and_a_failure_is_a_row(
     assert [r["trainable_parameters"] for r in rows[:3]] == [3 * 24] * 3
     assert rows[5]["trainable_parameters"] == 0
     assert "ALiBi" in rows[-1]["error"]
+
+
+@pytest.mark.parametrize(("name", "billions"), [("random-llama-1b", 1.24), ("random-llama-8b", 8.03)])
+def test_the_random_models_are_as_large_as_their_models(name, billions):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(LlamaConfig(**random_llama.SHAPES[name]))
+
+    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.01)
+
+
+@pytest.mark.real
+def test_a_random_model_is_made_once_and_loads_with_its_tokenizer(monkeypatch, tmp_path):
+    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
+    monkeypatch.setitem(random_llama.SHAPES, "tiny", {**shape, "vocab_size": 50000, "num_key_value_heads": 1})
+    monkeypatch.chdir(tmp_path)
+
+    folder = random_llama.model_folder("tiny")
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)("a joy")
+    weights = tmp_path / folder / "model.safetensors"
+    made = weights.stat().st_mtime_ns
+
+    assert (model.dtype, model.config.hidden_size) == (torch.bfloat16, 24)
+    assert max(ids["input_ids"]) < model.config.vocab_size
+    assert random_llama.model_folder("tiny") == folder
+    assert weights.stat().st_mtime_ns == made
+    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["tiny"]
+    assert random_llama.model_folder(str(tmp_path)) == str(tmp_path)

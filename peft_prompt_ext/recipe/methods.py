@@ -123,6 +123,16 @@ def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> Peft
     )
 
 
+def prompt_learning_rate(record: Mapping[str, Any]) -> float:
+    """The default for a prompt, by the kind of model; recipes/README.md has the measurements.
+
+    Args:
+        record: The run's model.
+    """
+    config = AutoConfig.from_pretrained(resolve(record["model_name_or_path"]), revision=record["model_revision"])
+    return 0.1 if family_of(config) == "SEQ_CLS" else 0.01
+
+
 def question_form(family: Family, num_tokens: int) -> str:
     """The template with an ellipsis in place of the texts, once for each answer; the last tokens of that."""
     task, tokenizer = family.task, family.tokenizer
