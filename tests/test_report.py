@@ -354,7 +354,7 @@ def test_a_higher_mean_of_too_few_seeds_lets_nobody_be_bold(store, run_of):
     [setting] = settings_of(store(*events))
     assert leaders(setting, "colours", ["colours"]) == (
         [],
-        "colours: nobody is bold, LoRA has a higher mean than Prompt tuning, TEXT, from fewer than 3 seeds.",
+        "colours: nobody is bold; a higher mean than Prompt tuning, TEXT, but from fewer than 3 seeds: LoRA.",
     )
 
 
@@ -363,7 +363,7 @@ def test_a_better_init_of_too_few_seeds_is_named(store, run_of, tmp_path):
     events += [run_of("prompt_tuning", seed, "1" * 60, init="TEXT") for seed in range(2)]
     main(["--results", str(store(*events)), "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    named = "Prompt tuning, TEXT has a higher mean, from fewer than 3 seeds."
+    named = "A higher mean, but from fewer than 3 seeds: Prompt tuning, TEXT."
     assert f"The best init is RANDOM: no other has a higher mean from as many seeds. {named}" in text
     assert "RANDOM has the highest mean. Prompt tuning, TEXT has a higher one, from fewer than 3 seeds." in text
 

@@ -107,7 +107,7 @@ def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
     thin = too_thin(
         setting, setting.common, lambda variant: variant.method == "prompt_tuning" and not variant.quantization
     )
-    but = f" {thin} has a higher mean, from fewer than {MIN_SEEDS} seeds." if thin else ""
+    but = f" A higher mean, but from fewer than {MIN_SEEDS} seeds: {thin}." if thin else ""
     if base == prompt:
         return [Text(f"The best init is RANDOM: no other has a higher mean from as many seeds.{but}")]
     against = compare(setting, prompt, base, setting.common)

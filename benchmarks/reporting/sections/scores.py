@@ -63,7 +63,7 @@ def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Var
     thin = too_thin(setting, tasks)
     if thin:
         few = f"from fewer than {MIN_SEEDS} seeds"
-        return [], f"{name}: nobody is bold, {thin} has a higher mean than {best.label}, {few}."
+        return [], f"{name}: nobody is bold; a higher mean than {best.label}, but {few}: {thin}."
     what = f"the lead of {best.label} over {rival.label} ({in_points(lead.difference)}; p: {p_values(lead)})"
     if not _leads(setting, best, rival, tasks):
         return [], f"{name}: nobody is bold, {what} is {lead.verdict}."
