@@ -570,15 +570,43 @@ def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path, saved_model)
     assert scores[0] == scores[1]
 
 
-def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(tmp_path, saved_model):
-    flags = ("--max_steps", "6", "--num_virtual_tokens", "7", "--per_device_train_batch_size")
-    one = command(tmp_path / "one", saved_model("llama"), *flags, "4")
-    two = command(tmp_path / "two", saved_model("llama"), *flags, "2")
+@pytest.mark.parametrize(("architecture", "task_type"), [*KINDS, ("llama", "SEQ_CLS")])
+def test_accumulated_batches_have_the_loss_and_gradient_of_one(train, tmp_path, architecture, task_type):
+    flags = ("--max_steps", "3", "--per_device_train_batch_size")  # of eight rows: the last step has two
+    for folder, sizes in (("whole", ("3",)), ("parts", ("1", "--gradient_accumulation_steps", "3"))):
+        train("mnli", *flags, *sizes, architecture=architecture, task_type=task_type, folder=folder)
+
+    whole, parts = (read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "parts"))
+    for key in ("loss", "grad_norm"):
+        before, now = ([row[key] for row in history if key in row] for history in (whole, parts))
+        assert len(now) == 3
+        assert now == pytest.approx(before, rel=1e-4)
+
+
+def test_the_square_of_a_number_is_accumulated_as_a_mean(train, tmp_path):
+    flags = ("--max_steps", "3", "--per_device_train_batch_size")
+    bert = {"architecture": "bert", "task_type": "SEQ_CLS"}
+    train("stsb", *flags, "3", **bert, folder="whole")
+    train("stsb", *flags, "1", "--gradient_accumulation_steps", "3", **bert, folder="parts")
+
+    whole, parts = (read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "parts"))
+    losses = [[row["loss"] for row in history if "loss" in row] for history in (whole, parts)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
+
+
+@pytest.mark.parametrize(("architecture", "task_type"), KINDS)
+def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(
+    recipe, tmp_path, saved_model, architecture, task_type
+):
+    model = saved_model(architecture, task_type)
+    flags = ("--task_type", task_type, "--max_steps", "6", "--num_virtual_tokens", "7")
+    one = command(tmp_path / "one", model, *flags, "--per_device_train_batch_size", "4")
+    two = command(tmp_path / "two", model, *flags, "--per_device_train_batch_size", "2")
     config = str(ROOT / "recipes" / "configs" / "accelerate" / "ddp.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
 
-    for arguments in (one, [*launch, *two[1:]]):
-        subprocess.run(arguments, check=True, capture_output=True, timeout=300)
+    recipe.main(one[2:])
+    subprocess.run([*launch, *two[1:]], check=True, capture_output=True, timeout=300)
 
     histories = [read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("one", "two")]
     losses = [[row["loss"] for row in history if "loss" in row] for history in histories]

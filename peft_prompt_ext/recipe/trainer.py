@@ -1,4 +1,4 @@
-"""The Trainer of the recipes: evaluation rates every choice of a row. Training is transformers' own."""
+"""The Trainer of the recipes: evaluation rates every choice of a row, training weighs every label of a step alike."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
 from ..tasks.families import Family
+from ..tasks.families.language_model import IGNORE_INDEX
 from ..tasks.scoring import evaluate_predictions, predictions
 
 
@@ -32,6 +33,23 @@ class ChoiceTrainer(Trainer):
         kwargs.setdefault("data_collator", family.collate)
         super().__init__(*args, **kwargs)
         self.label_names = ["labels"]
+        self.model_accepts_loss_kwargs = True  # labels are counted for `compute_loss`, whatever the model takes
+
+    def compute_loss(
+        self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        """See transformers; the share of a batch in the mean over all labels of its step.
+
+        Transformers leaves the division by `num_items_in_batch` to the model, and not every model divides: heads of
+        classification and T5 give the mean of their own batch, and accumulated or distributed ones would add up.
+        Without that number every model gives its batch's mean.
+        """
+        mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        share = inputs["labels"].ne(IGNORE_INDEX).sum() / num_items_in_batch
+        if self.args.average_tokens_across_devices:
+            share = share * self.accelerator.num_processes  # the number is that of all, and gradients are averaged
+        loss = mean * share
+        return (loss, outputs) if return_outputs else loss
 
     def evaluate_task(self, encoded: Dataset, rows: Dataset, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Evaluate one split with its task's metrics.
