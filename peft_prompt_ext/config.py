@@ -40,9 +40,9 @@ class PromptTuningExtConfig(PromptTuningConfig):
             they differ.
         train_logits (`str`, defaults to `"all"`):
             `"all"`: logits as PEFT's, [B, P+T, V]. `"supervised"`: while training, the head runs only where a label
-            is predicted, and `logits` are [1, L, V], in the order of the L labels; without labels they are [B, T, V],
-            one for each text token, so that a Trainer's label smoothing or `compute_loss_func` lines up with them. The
-            loss is the same. Only a packed causal language model can leave logits out.
+            is predicted, and `logits` are [1, L, V], in the order of the L labels. The loss is the same. Without
+            labels (a Trainer keeps them for its label smoothing or `compute_loss_func`) logits are as with `"all"`.
+            Only a packed causal language model can leave logits out.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer that schemes use; by default the base model's own.
         tokenizer_kwargs (`dict`, *optional*):

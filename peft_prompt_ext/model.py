@@ -186,11 +186,25 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class; a text without room behind the prompt is refused before the first token."""
+        """See PEFT's class; what would give wrong tokens is refused before the first one.
+
+        Raises:
+            ValueError: The text has no room behind the prompt, or a padded batch is to be read in chunks.
+        """
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is not None and not self._adapters_disabled:
             self._check_length(inputs.shape[1])
+            self._check_chunks(kwargs)
         return super().generate(*args, **kwargs)
+
+    def _check_chunks(self, kwargs: Mapping[str, Any]) -> None:
+        config: Any = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
+        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        if size is not None and _is_padded(kwargs.get("attention_mask")):
+            raise ValueError(
+                f"prefill_chunk_size ({size}) needs rows without pads: pads are moved before the prompt, and that "
+                "across chunks. Leave it out, or generate for rows of one length."
+            )
 
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See PEFT's class; pads are moved before the prompt, so that none stands between it and the text."""
@@ -226,6 +240,9 @@ class PeftModelForSequenceClassification(
     def _mixed_options(self, names: list[str]) -> dict[str, Any]:
         return {"adapter_names": names}
 
+    def _inputs_of_tokens(self) -> set[str]:
+        return {"token_type_ids"} & set(signature(self.get_base_model().forward).parameters)
+
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         mask = inputs.get("attention_mask")
         base_model: Any = self.get_base_model()
@@ -241,7 +258,11 @@ class PeftModelForSequenceClassification(
         mask = torch.cat([mask.new_ones(rows, prompt.shape[1]), mask], dim=1)
         order = real_last(mask)
         inputs = {name: value for name, value in inputs.items() if value is not None}
-        for name in ("position_ids", "token_type_ids", "task_ids"):
+        types = inputs.pop("token_type_ids", None)
+        if types is not None and self._inputs_of_tokens():
+            types = torch.cat([types.new_zeros(rows, prompt.shape[1]), types], dim=1)
+            inputs["token_type_ids"] = types.gather(1, order)
+        for name in ("position_ids", "task_ids"):
             inputs.pop(name, None)
         return_dict = inputs.pop("return_dict", None)
         inputs["attention_mask"] = mask.gather(1, order)

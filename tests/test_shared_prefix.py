@@ -149,11 +149,11 @@ def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
         compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
 
 
-def other_model(architecture):
+def other_model(architecture, **changes):
     shape = tiny_config("llama").to_dict()
     sizes = {k: shape[k] for k in ("hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")}
     ids = {"vocab_size": 331, "bos_token_id": 0, "eos_token_id": 1, "intermediate_size": 41}
-    config = AutoConfig.for_model(architecture, **{**sizes, **ids, **MORE[architecture]})
+    config = AutoConfig.for_model(architecture, **{**sizes, **ids, **MORE[architecture], **changes})
     torch.manual_seed(0)
     base = AUTO_CLASSES["CAUSAL_LM"].from_config(config).eval()
     for parameter in base.parameters():
@@ -262,13 +262,76 @@ def test_supervised_logits_have_the_same_loss_and_gradient(build_model):
     assert model.eval()(**batch).logits.shape == (3, P + 11, 331)
 
 
-def test_supervised_logits_without_labels_line_up_with_the_text(build_model):
+def test_supervised_logits_without_labels_are_pefts(build_model):
     batch = padded("left", "CAUSAL_LM")
     del batch["labels"]
     model = prompted(build_model("llama"), "CAUSAL_LM", train_logits="supervised").eval()
-    wanted = model(**batch).logits[:, P:]
+    wanted = model(**batch).logits
 
+    assert wanted.shape == (3, P + 11, 331)
     assert torch.equal(model.train()(**batch).logits, wanted)
+
+
+def test_labels_of_another_width_than_the_texts_are_refused(build_model):
+    batch = padded("right", "CAUSAL_LM")
+    batch["labels"] = torch.nn.functional.pad(batch["labels"], (P, 0), value=-100)
+    with pytest.raises(ValueError, match=r"labels are \[3, 16\]; wanted .* \[3, 11\]"):
+        prompted(build_model("llama"), "CAUSAL_LM")(**batch)
+
+
+def noised(module, inputs, output):
+    """As NEFTune's hook: it needs embeddings [B, T, H], and its noise depends on their shape."""
+    rows, tokens, _ = output.shape
+    return output + module.training * torch.arange(rows * tokens).view(rows, tokens, 1) / tokens
+
+
+def test_hooks_on_the_embeddings_see_the_whole_batch(build_model):
+    losses, batch = [], padded("right", "CAUSAL_LM")
+    for shared_prefix in (True, False):
+        model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix).train()
+        plain = model(**batch).loss
+        model.get_base_model().get_input_embeddings().register_forward_hook(noised)
+        model._proved = None  # the probe meets the hook as well
+        losses.append(model(**batch).loss)
+        assert engine_status(model).packed == shared_prefix
+        assert abs(losses[-1] - plain) > 1e-2
+    torch.testing.assert_close(*losses)
+
+
+@pytest.mark.parametrize("kind", ["right", "left"])
+def test_token_types_count_where_a_classifiers_base_model_reads_them(build_model, kind):
+    batch = padded(kind, "SEQ_CLS")
+    batch["token_type_ids"] = 1 + batch["input_ids"] % 2
+    model = prompted(build_model("gpt2", "SEQ_CLS"), "SEQ_CLS").eval()
+    without = model(**{**batch, "token_type_ids": None}).logits
+
+    together = model(**batch).logits
+
+    assert (together - without).abs().max() > 1e-3
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        one = {name: batch[name][row, real][None] for name in ("input_ids", "attention_mask", "token_type_ids")}
+        torch.testing.assert_close(together[row], model(**one).logits[0], rtol=0, atol=1e-4)
+
+
+def test_rows_past_the_short_rotary_positions_take_pefts_path(build_model):
+    """LongRoPE: one row longer than 16 tokens changes the positions of all, those of a kept prompt not."""
+    factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
+    positions = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
+    model = prompted(other_model("phi3", **positions, rope_parameters=rope), "CAUSAL_LM").eval()
+    assert engine_status(model).max_tokens == 16
+    ids = make_batch("CAUSAL_LM", rows=2, text=20)["input_ids"]
+    with torch.no_grad():
+        for text in (ids[:, : 16 - P], ids):
+            packed, alone = model(input_ids=text).logits, [model(input_ids=row[None]).logits[0] for row in text]
+            torch.testing.assert_close(packed, torch.stack(alone), rtol=0, atol=1e-4)
+            exact = model(input_ids=text, use_cache=True).logits  # PEFT's path
+            torch.testing.assert_close(packed, exact, rtol=0, atol=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_status_is_found_inside_a_compiled_model(build_model):
+    assert engine_status(torch.compile(prompted(build_model("llama"), "CAUSAL_LM"))).packed
 
 
 @pytest.mark.parametrize("keep", [1, 3, torch.tensor([2, 7, 9])])
@@ -527,10 +590,21 @@ def train_through_a_raw_pointer(model):
     model.eval()
 
 
+def merge_into_a_weight(model):
+    """As LoRA's merging does it; evaluation begins behind it."""
+    model.get_base_model().get_parameter("model.layers.0.self_attn.v_proj.weight").data += 1
+    model.eval()
+
+
+def disable_adapters_of_the_base_model(model):
+    model.get_base_model().disable_adapters()
+
+
 def change_the_precision(model):
     model.double()
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.parametrize(
     "change",
     [
@@ -538,11 +612,16 @@ def change_the_precision(model):
         change_the_base_model,
         replace_a_weight,
         train_through_a_raw_pointer,
+        merge_into_a_weight,
+        disable_adapters_of_the_base_model,
         change_the_precision,
     ],
 )
 def test_a_kept_prompt_runs_again_after(build_model, change):
-    model = prompted(build_model("llama"), "CAUSAL_LM").eval()
+    base = build_model("llama")
+    if change is disable_adapters_of_the_base_model:
+        base.add_adapter(LoraConfig(init_lora_weights=False))
+    model = prompted(base, "CAUSAL_LM").eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     batch = padded("left", "CAUSAL_LM")
@@ -591,6 +670,14 @@ def test_wrong_adapter_names_are_refused(build_model):
         model(**batch, adapter_names=["default"])
     with pytest.raises(ValueError, match="it asks for use_cache"):
         model(**batch, adapter_names=["default", "b", "c"], use_cache=True)
+
+
+def test_reading_a_padded_text_in_chunks_is_refused(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM")
+    batch = padded("left", "CAUSAL_LM")
+    del batch["labels"]
+    with pytest.raises(ValueError, match=r"prefill_chunk_size \(3\)"):
+        model.generate(**batch, max_new_tokens=2, prefill_chunk_size=3)
 
 
 def test_windows_that_attention_does_not_get_limit_the_rows(build_model, monkeypatch):

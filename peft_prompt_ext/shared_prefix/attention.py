@@ -126,6 +126,9 @@ def _attend(
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if options["softcap"] is not None:
         return _softcapped(query, key, value, mask, options).transpose(1, 2)
+    if mask is not None and query.device.type == "cuda":
+        # masked and grouped there is only the kernel that writes every score down
+        key, value = _ungrouped(key, query), _ungrouped(value, query)
     out = scaled_dot_product_attention(
         query,
         key,
@@ -139,12 +142,16 @@ def _attend(
     return out.transpose(1, 2)
 
 
+def _ungrouped(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """A key-value head for each query head: [rows, G, L, D] -> [rows, A, L, D]."""
+    return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
+
+
 def _softcapped(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
     """Attention whose scores go through a tanh, which scaled_dot_product_attention does not have."""
-    groups = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+    key, value = _ungrouped(key, query), _ungrouped(value, query)
     scaling = options["scaling"] if options["scaling"] is not None else query.shape[-1] ** -0.5
     scores = options["softcap"] * torch.tanh(query @ key.transpose(-1, -2) * scaling / options["softcap"])
     if mask is None:

@@ -10,6 +10,7 @@ from functools import cached_property
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layout import pack
@@ -54,8 +55,8 @@ def _prefill(model: Any, prompt: torch.Tensor) -> tuple[Any, KeysValues]:
 def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
     """What has to stay as it is for a state to stay right, beside the prompt's values; None if nobody can tell.
 
-    Training may change weights unseen by it (an optimizer that writes through raw pointers): states are to be
-    dropped there.
+    What writes through raw pointers or `.data` (some optimizers, merging of adapters) changes weights unseen by it:
+    states are to be dropped where training or evaluation begins.
     """
     if _is_sharded(base_model):
         return None
@@ -63,7 +64,9 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
     except RuntimeError:  # made in inference mode
         return None
-    return precision(prompt), weights
+    tuners = (module for module in base_model.modules() if isinstance(module, BaseTunerLayer))
+    adapters = tuple((t.disable_adapters, *t.active_adapters, "merged", *t.merged_adapters) for t in tuners)
+    return precision(prompt), weights, adapters
 
 
 def precision(tensor: torch.Tensor) -> tuple[Any, ...]:

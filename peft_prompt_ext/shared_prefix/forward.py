@@ -36,25 +36,30 @@ def causal_lm(
         layout: Where each token belongs.
         labels: [B, T], -100 where there is none.
         logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
-        supervised: Run the head where there is a label alone; without labels, on the text alone. Columns asked for by
+        supervised: Run the head where there is a label alone, if there are labels. Columns asked for by
             `logits_to_keep` or `shift_labels` go before it.
         shift_labels: What each kept column predicts, the shape of the kept columns; then `labels` only ask for a loss.
         num_items_in_batch: See the loss functions of transformers.
 
     Returns:
         The base model's output with logits [B, P+T, V] (or of the columns to keep), zero at pads; with `supervised`
-        [1, L, V] in the order of the labels, or [B, T, V] without labels.
+        [1, L, V] in the order of the labels.
+
+    Raises:
+        ValueError: The labels are not one for each text token.
     """
+    if labels is not None and labels.shape != (len(layout.rows), layout.num_columns):
+        raise ValueError(
+            f"labels are {list(labels.shape)}; wanted one for each text token, "
+            f"{[len(layout.rows), layout.num_columns]}: virtual tokens have none."
+        )
     places, targets = _labelled(labels if shift_labels is None else None, layout)
     columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
-    supervised = supervised and not columns_asked
-    if supervised and labels is not None:
+    if supervised and labels is not None and not columns_asked:
         output = _logits_at(places, base_model, embeds, layout)
         return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
 
     sources = layout.column_sources()
-    if supervised:
-        sources = sources[:, sources.shape[1] - layout.num_columns :]
     if isinstance(logits_to_keep, torch.Tensor):
         sources = sources[:, logits_to_keep.to(sources.device)]
     elif logits_to_keep:

@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from .._label_smoothing import smooth_labels_of_prompts
 from .status import EngineStatus
 
 
@@ -45,6 +46,10 @@ class SharedPrefixMixin(PeftModel):
         """Arguments of `_packed_forward` for rows that name their adapters."""
         return {}
 
+    def _inputs_of_tokens(self) -> set[str]:
+        """Further inputs that PEFT hands to the base model for each token."""
+        return set()
+
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of `_packed_forward` that the config decides."""
         return {}
@@ -67,6 +72,8 @@ class SharedPrefixMixin(PeftModel):
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        if labels is None and not torch.compiler.is_compiling():
+            smooth_labels_of_prompts()
         extras = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -113,8 +120,8 @@ class SharedPrefixMixin(PeftModel):
         """What one packed sequence cannot give of this call; None if there is nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
             return "attention_mask is not a tensor [B, T]"
-        # PEFT ignores the ids, and the packed path returns no cache in any case
-        allowed = self._packed_arguments | {"position_ids", "token_type_ids"}
+        # PEFT ignores these, and the packed path returns no cache in any case
+        allowed = self._packed_arguments | {"position_ids"} | ({"token_type_ids"} - self._inputs_of_tokens())
         config: Any = self.get_base_model().config
         asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
         asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)}
@@ -173,7 +180,7 @@ class SharedPrefixMixin(PeftModel):
         limit = self._engine_status().max_tokens
         if limit is None or prompt + text <= limit:
             return None
-        return f"{prompt + text} tokens are more than its window of {limit}"
+        return f"{prompt + text} tokens are more than the {limit} of its window, or of its short rotary positions"
 
     def _unshared(self, names: list[str]) -> str | None:
         """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
@@ -189,7 +196,8 @@ class SharedPrefixMixin(PeftModel):
         """Embeddings of the real text tokens, [S, H]."""
         if inputs_embeds is not None:
             return inputs_embeds[layout.row, layout.column]
-        return self.word_embeddings(input_ids[layout.row, layout.column])  # type: ignore[index,misc]
+        # of the whole batch: hooks such as NEFTune's reckon with its shape
+        return self.word_embeddings(input_ids)[layout.row, layout.column]  # type: ignore[misc]
 
     def _prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
@@ -218,9 +226,8 @@ class SharedPrefixMixin(PeftModel):
         return [kept[name][1] for name in prompts]
 
     def train(self, mode: bool = True) -> Any:
-        """See torch; training makes prompts run again."""
-        if mode:
-            self._states = None
+        """See torch; prompts run again afterwards, also for `eval()`."""
+        self._states = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -232,12 +239,16 @@ def engine_status(model: Any) -> EngineStatus:
     """Tell whether a model's batches run as one packed sequence, and why.
 
     Args:
-        model: What `get_peft_model` returned; also inside a wrapper such as DistributedDataParallel.
+        model: What `get_peft_model` returned; also compiled or inside a wrapper such as DistributedDataParallel.
 
     Returns:
         The status of the last batch; the first call or batch on a device and in a precision runs the probe.
     """
-    model = getattr(model, "module", model)
+    while not isinstance(model, PeftModel):
+        inside = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inside is None:
+            break
+        model = inside
     if isinstance(model, SharedPrefixMixin):
         return model._engine_status(last=True)
     return EngineStatus(False, f"{type(model).__name__} of this task or config has no shared prefix")

@@ -83,12 +83,12 @@ def _probe(
     ids = torch.randint(word_embeddings.num_embeddings, (PROMPT_LENGTH + sum(ROW_LENGTHS),), generator=generator).to(
         device
     )
-    embeds = word_embeddings(ids)[None]
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
     layout = pack(mask.to(device), (PROMPT_LENGTH,))
     calls = layout.calls = []
-    prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
     with _evaluating(base_model):
+        embeds = word_embeddings(ids[None])
+        prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
         packed = packed_forward(base_model, embeds, layout).logits.float()
         _every_layer_packed(base_model, calls)
         cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask.to(device))
@@ -136,10 +136,19 @@ def _every_layer_packed(base_model: Any, calls: list[AttentionCall]) -> None:
 
 
 def _longest_row(config: Any, calls: list[AttentionCall]) -> int | None:
-    """The shortest window that the model has and does not hand to its attention: longer rows would need it."""
+    """Rows up to this length have a result of their own.
+
+    A longer one would need a window that the model does not hand to its attention; or it makes the rotary positions
+    of the whole batch other ones (LongRoPE), those of a kept prompt not.
+    """
     windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
     handed = {dict(call.options).get("sliding_window") for call in calls}
-    return min((window for window in windows if window and window not in handed), default=None)
+    limits = {window for window in windows if window and window not in handed}
+    rotary = getattr(config, "rope_parameters", None) or {}
+    for kind in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
+        if kind.get("rope_type") == "longrope":
+            limits.add(kind["original_max_position_embeddings"])
+    return min(limits, default=None)
 
 
 @contextmanager

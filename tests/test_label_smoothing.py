@@ -1,0 +1,74 @@
+"""A Trainer's label smoothing, and its compute_loss_func, over the logits of a prompt."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers.trainer_pt_utils import LabelSmoother
+
+from peft_prompt_ext._label_smoothing import smooth_labels_of_prompts
+from tests.helpers import VIRTUAL, dataset, losses_of, make_trainer, one_thread, prompted  # noqa: F401
+
+
+def right_padded():
+    rows = dataset("CAUSAL_LM", size=4)
+    for number, row in enumerate(rows):
+        real = len(row["labels"]) - number
+        row["labels"][real:] = [-100] * number
+        row["attention_mask"][real:] = [0] * number
+    return rows
+
+
+def smoothed(model, rows):
+    """By torch's own label smoothing, over PEFT's path; the Trainer divides by its count, which leaves out firsts."""
+    ids, mask, labels = (torch.tensor([row[k] for row in rows]) for k in ("input_ids", "attention_mask", "labels"))
+    logits = model(input_ids=ids, attention_mask=mask, use_cache=True).logits[:, VIRTUAL - 1 : -1]
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), label_smoothing=0.3, reduction="sum"
+    )
+    return losses / (labels[:, 1:] != -100).sum()
+
+
+@pytest.mark.parametrize("options", [{}, {"train_logits": "supervised"}, {"shared_prefix": False}], ids=str)
+def test_it_is_right_in_training_and_evaluation(build_model, tmp_path, options):
+    model = prompted(build_model("llama"), "CAUSAL_LM", **options)
+    trainer = make_trainer(
+        model, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3, max_steps=1, lr_scheduler_type="constant"
+    )
+    trainer.train_dataset = trainer.eval_dataset = rows = right_padded()
+    wanted = smoothed(model.eval(), rows).item()
+
+    before = trainer.evaluate()["eval_loss"]
+    trainer.train()
+
+    assert before == pytest.approx(wanted, rel=1e-5)
+    assert losses_of(trainer) == [pytest.approx(wanted, rel=1e-5)]
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(smoothed(model.eval(), rows).item(), rel=1e-5)
+
+
+def test_logits_as_wide_as_the_labels_are_smoothed_as_before(build_model, tmp_path):
+    lora = get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM"))
+    trainer = make_trainer(lora, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3)
+    batch = {key: torch.tensor([row[key] for row in right_padded()]) for key in right_padded()[0]}
+    output, original = lora(**batch), LabelSmoother.__call__
+    assert hasattr(original, "of_prompts")
+    wanted = torch.nn.functional.cross_entropy(
+        output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.3
+    )
+
+    torch.testing.assert_close(trainer.compute_loss(lora, batch), wanted)
+    smooth_labels_of_prompts()
+    assert LabelSmoother.__call__ is original
+
+
+def test_a_loss_of_ones_own_gets_pefts_logits(build_model, tmp_path):
+    model = prompted(build_model("llama"), "CAUSAL_LM", train_logits="supervised")
+    trainer, seen = make_trainer(model, "CAUSAL_LM", tmp_path, max_steps=1), []
+
+    def loss(outputs, labels, num_items_in_batch=None):
+        seen.append((outputs.logits.shape, labels.shape))
+        return outputs.logits[:, VIRTUAL:].sum()
+
+    trainer.compute_loss_func = loss
+    trainer.train()
+
+    assert seen == [((4, VIRTUAL + 7, 331), (4, 7))]
