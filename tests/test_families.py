@@ -165,9 +165,15 @@ def test_logits_where_labels_are_give_the_same_loss_and_gradients(kind):
     assert kept.loss.item() == pytest.approx(whole.loss.item(), rel=1e-5)
 
 
-def test_a_row_without_a_label_cannot_be_trained_on(kind):
-    _, family = kind("llama", "CAUSAL_LM")
-    row = family.encode({"text": "a", "label": HIDDEN})
+@pytest.mark.parametrize("label", [HIDDEN, "?"])
+@pytest.mark.parametrize(
+    ("architecture", "task_type"), [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
+)
+def test_a_row_without_a_label_is_encoded_and_cannot_be_trained_on(kind, architecture, task_type, label):
+    _, family = kind(architecture, task_type)
+    row = family.encode({"text": "a", "label": label})
+
+    assert family.collate_choices([row])["target"].tolist() == [HIDDEN]
 
     with pytest.raises(ValueError, match="without a label"):
         family.collate([row])

@@ -70,15 +70,27 @@ def test_the_label_of_a_row_is_not_looked_at(train, tmp_path):  # noqa: F811
     predictor, rows = Predictor.from_pretrained(str(tmp_path / "out")), rows_of("record")
     bare = [{key: value for key, value in row.items() if key != "answers"} for row in rows]
 
-    assert list(predictor.predict(rows)) == list(predictor.predict(bare))
+    odd = [{**row, "answers": ["?"]} for row in rows]
+
+    assert list(predictor.predict(rows)) == list(predictor.predict(bare)) == list(predictor.predict(odd))
 
 
-def test_a_row_without_a_column_is_an_error(train, tmp_path):  # noqa: F811
-    train("rte")
-    predictor = Predictor.from_pretrained(str(tmp_path / "out"))
+@pytest.mark.parametrize(
+    ("name", "change", "message"),
+    [
+        ("rte", {"sentence2": None}, "the field 'sentence2' is empty"),
+        ("copa", {"question": "why"}, "must be 'cause' or 'effect'; got 'why'"),
+        ("record", {"entities": []}, "'entities' must hold at least one"),
+    ],
+)
+def test_a_row_that_cannot_be_asked_is_an_error_before_the_first_answer(train, tmp_path, name, change, message):  # noqa: F811
+    train(name)
+    predictor, rows = Predictor.from_pretrained(str(tmp_path / "out")), rows_of(name)[:2]
 
-    with pytest.raises(ValueError, match="rte needs the column 'sentence2'; it has sentence1"):
-        list(predictor.predict([{"sentence1": "a"}]))
+    with pytest.raises(ValueError, match=f"Row 2 for {name}: .*{message}"):
+        next(predictor.predict([*rows, {**rows[0], **change}], batch_size=1))
+    with pytest.raises(ValueError, match=f"Row 0 for {name}: there is no column '{next(iter(change))}'; it has "):
+        next(predictor.predict([{key: value for key, value in rows[0].items() if key not in change}]))
 
 
 def test_a_folder_without_a_run_is_an_error(tmp_path):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from datasets import Dataset
 
-from peft_prompt_ext.tasks import get_task
+from peft_prompt_ext.tasks import HIDDEN, Task, get_task
 from peft_prompt_ext.tasks.data import (
     check_rows,
     few_shot,
@@ -84,8 +84,92 @@ def test_a_choice_that_is_not_there_is_named_with_its_row(folder):
     row = {"premise": "a", "question": "cause", "choice1": "b", "choice2": "c", "label": 2}
     rows = load_split(get_task("copa"), "train", folder("train", [row]))
 
-    with pytest.raises(ValueError, match="has the label 2; it has 2 choices"):
+    with pytest.raises(ValueError, match=r"Row 0 .* one of 0, 1; got 2"):
         check_rows(get_task("copa"), "train", rows)
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"),
+    [
+        ("sst2", [{"sentence": "a", "label": "?"}]),
+        ("stsb", [{"sentence1": "a", "sentence2": "b", "label": "?"}]),
+        ("plot_or_review", [{"text": "a", "category": "tv"}]),
+        ("copa", [{"premise": "a", "question": "cause", "choice1": "b", "choice2": "c", "label": "?"}]),
+        ("copa", [{"premise": "a", "question": "cause", "choice1": "b", "choice2": "c"}]),
+        ("record", [{"passage": "a", "query": "b", "entities": ["c", "d"]}]),
+    ],
+)
+def test_a_label_of_no_kind_is_hidden_where_none_is_needed(folder, name, rows):
+    task = get_task(name)
+    rows = load_split(task, "test", folder("test", rows))
+
+    check_rows(task, "test", rows, labelled=False)
+    assert task.target_or_hidden(task.prepared(rows[0])) == HIDDEN
+    with pytest.raises(
+        ValueError, match=r"Row 0 of the split 'train' of .*(got '|no column '(label|answers)'; it has)"
+    ):
+        check_rows(task, "train", rows)
+
+
+COPA = {
+    "premise": "It rained.",
+    "question": "effect",
+    "choice1": "We got wet.",
+    "choice2": "The sun shone.",
+    "label": 0,
+}
+RECORD = {"passage": "Ann met Bob.", "query": "@placeholder left", "entities": ["Ann", "Bob"], "answers": ["Bob"]}
+WSC = {
+    "text": "Ann met Bob .",
+    "span1_index": 0,
+    "span1_text": "Ann",
+    "span2_index": 2,
+    "span2_text": "Bob",
+    "label": 0,
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column", "value", "message"),
+    [
+        ("copa", COPA, "premise", None, "'premise' must hold a text; got None"),
+        ("copa", COPA, "choice1", None, "'choice1' must hold a text; got None"),
+        ("copa", COPA, "choice2", " ", "'choice2' must hold a text; got ' '"),
+        ("copa", COPA, "question", "why", "'question' must be 'cause' or 'effect'; got 'why'"),
+        ("copa", COPA, "label", None, "it has no label"),
+        ("record", RECORD, "entities", None, "'entities' must hold a list of texts; got None"),
+        ("record", RECORD, "entities", "Ann", "'entities' must hold a list of texts; got 'Ann'"),
+        ("record", RECORD, "entities", [], "'entities' must hold at least one to choose from; got \\[\\]"),
+        ("record", RECORD, "answers", "Bob", "'answers' must hold a list of texts; got 'Bob'"),
+        ("wsc", WSC, "span1_index", 4, "'span1_index' must count a word of the text, from 0 to 3; got 4"),
+        ("wsc", WSC, "span2_index", None, "'span2_index' must count a word of the text, from 0 to 3; got None"),
+        ("wsc", WSC, "span2_text", None, "'span2_text' must hold a text; got None"),
+    ],
+)
+def test_a_field_that_cannot_be_read_is_named_with_its_row(name, row, column, value, message):
+    task = get_task(name)
+    check_rows(task, "train", [row])
+
+    with pytest.raises(ValueError, match=f"Row 1 of the split 'train' of {name}: .*{message}"):
+        check_rows(task, "train", [row, {**row, column: value}])
+
+
+@pytest.mark.parametrize(
+    ("name", "row", "column"),
+    [("copa", COPA, "choice1"), ("copa", COPA, "label"), ("record", RECORD, "entities"), ("wsc", WSC, "span1_index")],
+)
+def test_a_column_that_a_function_lacks_is_named(name, row, column):
+    row = {key: value for key, value in row.items() if key != column}
+
+    with pytest.raises(ValueError, match=f"Row 0 .*: there is no column '{column}'; it has {', '.join(row)}"):
+        check_rows(get_task(name), "train", [row])
+
+
+def test_the_error_of_a_users_own_function_names_the_row():
+    task = Task(name="t", template="{a}", texts=("{a}",), choices=lambda row: [row["a"].upper()], answer=lambda row: 0)
+
+    with pytest.raises(ValueError, match="Row 0 of the split 'train' of t: it cannot be asked: 'int' object"):
+        check_rows(task, "train", [{"a": 3}])
 
 
 def test_hidden_labels_are_never_scored():
@@ -99,7 +183,9 @@ def test_hidden_labels_are_never_scored():
 def test_an_empty_field_is_named_with_its_row(folder):
     rows = load_split(get_task("sst2"), "train", folder("train", [{"sentence": "a", "label": 0}, {"label": 1}]))
 
-    with pytest.raises(ValueError, match=r"Row 1 .* empty field"):
+    with pytest.raises(
+        ValueError, match=r"Row 1 .* field 'sentence' is empty: a text is wanted. The row: {'sentence': None"
+    ):
         check_rows(get_task("sst2"), "train", rows)
 
 
@@ -220,6 +306,13 @@ def test_few_shots_are_as_many_of_each_class():
         few_shot(get_task("copa"), rows, 2, seed=3)
 
 
+def test_a_wrong_label_is_named_with_its_row_before_shots_are_drawn():
+    rows = Dataset.from_list([{"sentence": "a", "label": label} for label in (0, 1, 0, 1, 7)])
+
+    with pytest.raises(ValueError, match=r"Row 4 of the split 'train' of sst2.*one of 0, 1; got 7"):
+        few_shot(get_task("sst2"), rows, 1, seed=0)
+
+
 @pytest.mark.real
 @pytest.mark.parametrize("name", ["movie_reviews", "plot_or_review"])
 def test_no_movie_is_in_two_splits(movie_reviews, name):
@@ -267,3 +360,5 @@ def test_a_question_of_multirc_is_sampled_and_held_out_with_all_its_answers():
     assert len(sample_to_score(task, rows, None, 0)) == len(sample_to_score(task, rows, 99, 0)) == len(rows)
     with pytest.raises(ValueError, match="multirc is sampled by whole paragraph: 2 rows at least, not 1"):
         sample_to_score(task, rows, 1, 0)
+    with pytest.raises(ValueError, match="whole paragraph: there is no such column; it has answer"):
+        sample_to_score(task, rows.remove_columns("paragraph"), 8, 0)

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from ..tasks import HIDDEN, Task
+from ..tasks import Task
+from ..tasks.data import check_row
 from ..tasks.families import Family
 from ..tasks.scoring import predictions, probabilities
 from .folder import read_record
@@ -61,26 +62,19 @@ class Predictor:
             `label`, `probability` and `probabilities` (by label) of each row; for a regression `value`.
 
         Raises:
-            ValueError: A row has not the task's columns.
+            ValueError: The task cannot ask a row; raised before the first answer.
         """
+        for number, row in enumerate(rows):
+            try:
+                check_row(self.family.task, row)
+            except ValueError as error:
+                raise ValueError(f"Row {number} for {self.family.task.name}: {error}") from error
         for start in range(0, len(rows), batch_size):
-            yield from self._answer([self._unlabelled(row) for row in rows[start : start + batch_size]])
+            yield from self._answer(rows[start : start + batch_size])
 
-    def _unlabelled(self, row: Mapping[str, Any]) -> dict[str, Any]:
+    def _answer(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
         task = self.family.task
-        row = {**row, "answers": None} if task.answer else {k: v for k, v in row.items() if k != task.label_column}
-        try:
-            prepared = task.prepared(row)
-        except KeyError as error:
-            raise ValueError(f"A row for {task.name} needs the column {error}; it has {', '.join(row)}.") from error
-        missing = [c for c in task.columns if prepared.get(c) is None and not (task.choices and c == "choice")]
-        if missing:
-            raise ValueError(f"A row for {task.name} needs the column {missing[0]!r}; it has {', '.join(row)}.")
-        return row
-
-    def _answer(self, rows: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-        task = self.family.task
-        encoded = [{**self.family.encode(row), "target": HIDDEN} for row in rows]
+        encoded = [self.family.encode(row) for row in rows]
         device = next(self.model.parameters()).device
         batch = {name: value.to(device) for name, value in self.family.collate_choices(encoded).items()}
         with torch.inference_mode():

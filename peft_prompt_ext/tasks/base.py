@@ -40,7 +40,8 @@ class Task:
         truncate: Columns that may be cut when a row is too long for the model; by default all.
         prepare: Function of a row that returns further columns for the templates.
         choices: Function of a prepared row that returns the answers to choose from, where they differ by row.
-        answer: Function of a prepared row that returns the index of the right choice, where no label column holds it.
+        answer: Function of a prepared row that returns the index of the right choice, where no label column holds it;
+            None or HIDDEN if it is kept back.
         benchmark: "glue", "super_glue", or "" for accuracy and macro F1.
         main_metric: The metric to compare by; "combined_score" is the mean of those that count.
         version: Raised whenever a change makes scores incomparable.
@@ -63,7 +64,7 @@ class Task:
     truncate: tuple[str, ...] = ()
     prepare: Callable[[Row], dict[str, Any]] | None = None
     choices: Callable[[Row], list[str]] | None = None
-    answer: Callable[[Row], int] | None = None
+    answer: Callable[[Row], int | None] | None = None
     benchmark: str = ""
     main_metric: str = "accuracy"
     version: int = 1
@@ -94,10 +95,6 @@ class Task:
         found = (field for text in (self.template, *self.texts) for _, field, _, _ in Formatter().parse(text))
         return tuple(dict.fromkeys(field for field in found if field))
 
-    @cached_property
-    def _index(self) -> dict[Any, int]:
-        return {label: i for i, label in enumerate(self.labels or range(len(self.label_words)))}
-
     def prepared(self, row: Row) -> dict[str, Any]:
         """The row with the further columns that its templates name."""
         return {**row, **(self.prepare(row) if self.prepare else {})}
@@ -110,25 +107,33 @@ class Task:
         """Index of the right choice of a prepared row; for a number the nearest one; HIDDEN if it is not known.
 
         Raises:
+            KeyError: The row lacks a column that `answer` reads.
             ValueError: The label is none of the task's.
         """
-        if self.answer:
-            return self.answer(row)
-        label = row.get(self.label_column)
-        if label is None or (label == HIDDEN and HIDDEN not in self._index):
+        label = self.answer(row) if self.answer else row.get(self.label_column)
+        known = self.labels if self.labels and not self.answer else tuple(range(len(self.choices_of(row))))
+        if label is None or (label == HIDDEN and HIDDEN not in known):
             return HIDDEN
         if self.is_regression:
-            if not min(self.values) <= label <= max(self.values):
-                raise ValueError(
-                    f"{self.label_column} is a number from {min(self.values)} to {max(self.values)}, got {label!r}."
-                )
-            return min(range(len(self.values)), key=lambda i: abs(self.values[i] - label))
-        if label not in self._index:
+            return self._nearest(label)
+        if label not in known:
+            names = ", ".join(map(repr, known))
+            raise ValueError(f"{self.label_column} of the task {self.name!r} is one of {names}; got {label!r}.")
+        return known.index(label)
+
+    def _nearest(self, number: Any) -> int:
+        if not isinstance(number, int | float) or not min(self.values) <= number <= max(self.values):
             raise ValueError(
-                f"{self.label_column} of the task {self.name!r} is one of {', '.join(map(repr, self._index))}; "
-                f"got {label!r}."
+                f"{self.label_column} is a number from {min(self.values)} to {max(self.values)}, got {number!r}."
             )
-        return self._index[label]
+        return min(range(len(self.values)), key=lambda i: abs(self.values[i] - number))
+
+    def target_or_hidden(self, row: Row) -> int:
+        """As `target`, but a label that is none of the task's is hidden: rows to be predicted may have any."""
+        try:
+            return self.target(row)
+        except (KeyError, ValueError):
+            return HIDDEN
 
     def to_dict(self) -> dict[str, Any]:
         """What a saved adapter needs to ask the same question again; functions are found again by the name."""

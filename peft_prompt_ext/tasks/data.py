@@ -154,6 +154,11 @@ def _whole_groups(task: Task, rows: Dataset, count: int, seed: int) -> list[int]
     """Indices of at most `count` rows."""
     import numpy as np
 
+    if task.group not in rows.column_names:
+        raise ValueError(
+            f"{task.name} is sampled by whole {task.group}: there is no such column; it has "
+            f"{', '.join(rows.column_names)}."
+        )
     members: dict[Any, list[int]] = {}
     for i, group in enumerate(rows[task.group]):
         members.setdefault(group, []).append(i)
@@ -171,10 +176,11 @@ def few_shot(task: Task, rows: Dataset, shots: int, seed: int) -> Dataset:
     """`shots` rows of each class, drawn with a seed.
 
     Raises:
-        ValueError: A class has fewer rows, or the task has no classes.
+        ValueError: A class has fewer rows, the task has no classes, or it cannot use a row.
     """
     if task.is_regression or task.choices:
         raise ValueError(f"{task.name} has no classes to draw from: use --max_train_samples.")
+    check_rows(task, "train", rows)  # before the draw, which would hide the rows' numbers
     rows = rows.shuffle(seed=seed)
     targets = [task.target(task.prepared(row)) for row in rows]
     drawn: list[int] = []
@@ -302,33 +308,40 @@ def check_rows(task: Task, split: str, rows: Dataset, labelled: bool = True) -> 
         raise ValueError(f"The split {split!r} of {task.name} is empty: at least one row is needed.")
     for number, row in enumerate(rows):
         try:
-            prepared = task.prepared(row)
-            choices = task.choices_of(prepared)
-        except (KeyError, AttributeError, TypeError) as error:
-            raise ValueError(_unreadable(task, split, rows, number, error)) from error
-        missing = [c for c in task.columns if prepared.get(c) is None and not (task.choices and c == "choice")]
-        if missing:
-            raise ValueError(_unreadable(task, split, rows, number, KeyError(missing[0])))
-        if labelled:
-            _check_label(task, split, number, prepared, len(choices))
+            check_row(task, row, labelled)
+        except ValueError as error:
+            where = f"Row {number} of the split {split!r} of {task.name}"
+            # in a sample the number alone does not find the row in its file
+            raise ValueError(f"{where}: {error} The row: {str(row)[:100]}") from error
 
 
-def _check_label(task: Task, split: str, number: int, prepared: dict[str, Any], choices: int) -> None:
-    where = f"Row {number} of the split {split!r} of {task.name}"
-    if not task.answer and task.label_column not in prepared:
-        raise ValueError(f"{where} has no column {task.label_column!r}; it has {', '.join(prepared)}.")
+def check_row(task: Task, row: Mapping[str, Any], labelled: bool = False) -> None:
+    """Check that the task can ask a row, and knows its answer.
+
+    Args:
+        task: The task.
+        row: The row.
+        labelled: Whether the row needs its label.
+
+    Raises:
+        ValueError: As `check_rows`.
+    """
     try:
-        target = task.target(prepared)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{where}: {error}") from error
-    if target == HIDDEN:
-        raise ValueError(f"{where} has no label: a split without labels can be predicted, not trained on or scored.")
-    if not 0 <= target < choices:
-        raise ValueError(f"{where} has the label {target}; it has {choices} choices, counted from 0.")
+        prepared = task.prepared(row)
+        task.choices_of(prepared)
+        empty = [c for c in task.columns if not (task.choices and c == "choice") and prepared[c] is None]
+        if empty:
+            raise ValueError(f"the field {empty[0]!r} is empty: a text is wanted.")
+        if labelled:
+            _check_label(task, prepared)
+    except KeyError as error:
+        raise ValueError(f"there is no column {error}; it has {', '.join(row)}.") from error
+    except (AttributeError, IndexError, TypeError) as error:  # from functions of a user's own task
+        raise ValueError(f"it cannot be asked: {error}.") from error
 
 
-def _unreadable(task: Task, split: str, rows: Dataset, number: int, error: Exception) -> str:
-    if isinstance(error, KeyError) and error.args[0] not in rows.column_names:
-        has = ", ".join(rows.column_names)
-        return f"The split {split!r} of {task.name} has no column {error.args[0]!r}; it has {has}."
-    return f"Row {number} of the split {split!r} of {task.name} has an empty field: {error}"
+def _check_label(task: Task, prepared: Mapping[str, Any]) -> None:
+    if not task.answer and task.label_column not in prepared:
+        raise KeyError(task.label_column)
+    if task.target(prepared) == HIDDEN:
+        raise ValueError("it has no label: a split without labels can be predicted, not trained on or scored.")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import HIDDEN, Row, Task, register_tasks
+from .base import Row, Task, register_tasks
 
 
 _NO_YES: dict[str, Any] = {"label_words": (" no", " yes")}
@@ -25,40 +25,66 @@ def _super_glue(subset: str, name: str | None = None, **values: Any) -> Task:
     )
 
 
+def _text(row: Row, column: str) -> str:
+    text = row[column]
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f"the column {column!r} must hold a text; got {text!r}.")
+    return text
+
+
+def _texts(row: Row, column: str) -> list[str]:
+    texts = row[column]
+    if not isinstance(texts, list | tuple) or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"the column {column!r} must hold a list of texts; got {texts!r}.")
+    return list(texts)
+
+
 def _copa_opening(row: Row) -> dict[str, str]:
     """The premise as the opening of a sentence that each choice can end (Radford et al. 2019, section 3)."""
-    link = {"cause": "because", "effect": "so"}[row["question"]]
-    return {"opening": f"{row['premise'].strip().rstrip('.')} {link}"}
+    links = {"cause": "because", "effect": "so"}
+    question = _text(row, "question")
+    if question not in links:
+        raise ValueError(f"the column 'question' must be {' or '.join(map(repr, links))}; got {question!r}.")
+    return {"opening": f"{_text(row, 'premise').strip().rstrip('.')} {links[question]}"}
 
 
 def _copa_choices(row: Row) -> list[str]:
-    return [f" {choice[:1].lower()}{choice[1:]}" for choice in (row["choice1"], row["choice2"])]
+    choices = (_text(row, column) for column in ("choice1", "choice2"))
+    return [f" {choice[:1].lower()}{choice[1:]}" for choice in choices]
 
 
-def _copa_answer(row: Row) -> int:
-    return row.get("label", HIDDEN)
+def _copa_answer(row: Row) -> int | None:
+    return row["label"]
 
 
 def _record_passage(row: Row) -> dict[str, str]:
     """The passage with its highlights as sentences: the files mark them."""
-    return {"text": row["passage"].replace("\n@highlight\n", " ").replace("@highlight", " ")}
+    return {"text": _text(row, "passage").replace("\n@highlight\n", " ").replace("@highlight", " ")}
 
 
 def _record_choices(row: Row) -> list[str]:
-    return [f" {entity}" for entity in row["entities"]]
+    entities = _texts(row, "entities")
+    if not entities:
+        raise ValueError("the column 'entities' must hold at least one to choose from; got [].")
+    return [f" {entity}" for entity in entities]
 
 
-def _record_answer(row: Row) -> int:
+def _record_answer(row: Row) -> int | None:
     """The first right entity: a row is trained on one."""
-    right = [i for i, entity in enumerate(row["entities"]) if entity in set(row["answers"] or ())]
-    return right[0] if right else HIDDEN
+    answers = set(() if row["answers"] is None else _texts(row, "answers"))
+    return next((i for i, entity in enumerate(row["entities"]) if entity in answers), None)
 
 
 def _wsc_marks(row: Row) -> dict[str, str]:
     """The text with its two spans marked, as T5 does (Raffel et al. 2020, appendix D)."""
-    words = row["text"].split(" ")
+    words = _text(row, "text").split(" ")
     for name, mark in (("span1", "#"), ("span2", "*")):
-        first, length = row[f"{name}_index"], len(row[f"{name}_text"].split(" "))
+        first, length = row[f"{name}_index"], len(_text(row, f"{name}_text").split(" "))
+        if first not in range(len(words)):
+            raise ValueError(
+                f"the column '{name}_index' must count a word of the text, from 0 to {len(words) - 1}; got {first!r}."
+            )
+        first = int(first)  # a CSV file with an empty one elsewhere holds 3.0
         words[first] = f"{mark}{words[first]}"
         last = min(first + length, len(words)) - 1
         words[last] = f"{words[last]}{mark}"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..base import Task
+from ..base import HIDDEN, Task
 
 
 if TYPE_CHECKING:
@@ -82,6 +82,17 @@ class Family(ABC):
     def loss(self, scores: torch.Tensor, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Mean negative log-likelihood of the right choices."""
         return -scores.gather(1, batch["target"].clamp(min=0)[:, None]).mean()
+
+
+def right_choice(row: Mapping[str, Any]) -> int:
+    """The target of an encoded row that is to be trained on.
+
+    Raises:
+        ValueError: It is not known.
+    """
+    if row["target"] == HIDDEN:
+        raise ValueError("A row without a label cannot be trained on.")
+    return int(row["target"])
 
 
 def base_model_of(model: Any) -> Any:

@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base import HIDDEN, Task
+from ..base import Task
 from ..encoding import answer_ids, fit, pad
-from .base import ABSENT, Family
+from .base import ABSENT, Family, right_choice
 
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ class LanguageModel(Family):
         return {
             "context": context,
             "choices": choices,
-            "target": self.task.target(row),
+            "target": self.task.target_or_hidden(row),
             "length": len(context) + max(map(len, choices)),
             "truncated": truncated,
         }
@@ -133,6 +133,4 @@ def _most_passes(passes: int, device: torch.device) -> int:
 
 def labelled(row: Mapping[str, Any]) -> list[int]:
     """The right answer's tokens."""
-    if row["target"] == HIDDEN:
-        raise ValueError("A row without a label cannot be trained on.")
-    return row["choices"][row["target"]]
+    return row["choices"][right_choice(row)]

@@ -12,7 +12,7 @@ import torch
 
 from ..base import HIDDEN
 from ..encoding import fit, pad
-from .base import ABSENT, Family
+from .base import ABSENT, Family, right_choice
 
 
 class SequenceClassification(Family):
@@ -50,7 +50,7 @@ class SequenceClassification(Family):
             fit(self.task, version, self._encode, self.tokenizer, self.max_length)
             for version in (versions if self.task.choices else [row])
         ]
-        target = self.task.target(row)
+        target = self.task.target_or_hidden(row)
         number = float(row[self.task.label_column]) if self.task.is_regression and target != HIDDEN else 0.0
         return {
             "inputs": [{name: encoded[name] for name in self._names} for encoded, _ in fitted],
@@ -68,13 +68,14 @@ class SequenceClassification(Family):
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """See `Family`."""
-        batch = self._pad([text for row in rows for text in row["inputs"]])
+        batch, right = self._pad([text for row in rows for text in row["inputs"]]), [right_choice(row) for row in rows]
         if self.task.is_regression:
             labels = torch.tensor([row["number"] for row in rows])
         elif self.task.choices:
-            labels = torch.tensor([int(i == row["target"]) for row in rows for i in range(len(row["inputs"]))])
+            asked = zip(rows, right, strict=True)
+            labels = torch.tensor([int(i == answer) for row, answer in asked for i in range(len(row["inputs"]))])
         else:
-            labels = torch.tensor([row["target"] for row in rows])
+            labels = torch.tensor(right)
         return {**batch, "labels": labels}
 
     def collate_choices(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
