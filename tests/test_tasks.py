@@ -99,6 +99,13 @@ def test_copa_is_a_sentence_to_be_ended():
     assert task.choices_of(row) == [" the street got wet.", " the sun shone."]
 
 
+@pytest.mark.parametrize("choice", ["I got wet.", "I'm wet.", "I\u2019d been out.", "It got wet."])
+def test_copa_keeps_the_capital_of_i_alone(choice):
+    choices = get_task("copa").choices_of({"choice1": choice, "choice2": "The sun shone."})
+
+    assert choices[0] == (f" {choice}" if choice != "It got wet." else " it got wet.")
+
+
 def test_record_asks_for_an_entity_and_trains_on_a_right_one():
     task = get_task("record")
     row = {
@@ -187,7 +194,7 @@ def test_another_version_is_asked_as_it_was_written_down():
     old = {**get_task("rte").to_dict(), "version": 0, "template": "{sentence1} {sentence2}"}
 
     assert Task.from_dict(old).template == "{sentence1} {sentence2}"
-    with pytest.raises(ValueError, match="'copa' was saved as version 0; this is version 1"):
+    with pytest.raises(ValueError, match="'copa' was saved as version 0; this is version 2"):
         Task.from_dict({**get_task("copa").to_dict(), "version": 0})
     with pytest.raises(ValueError, match="no field colour"):
         Task.from_dict({**old, "colour": "red"})

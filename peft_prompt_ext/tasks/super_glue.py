@@ -5,6 +5,7 @@ Names that GLUE has too carry a prefix: `super_glue_rte`.
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from .base import Row, Task, register_tasks
@@ -49,8 +50,12 @@ def _copa_opening(row: Row) -> dict[str, str]:
 
 
 def _copa_choices(row: Row) -> list[str]:
-    choices = (_text(row, column) for column in ("choice1", "choice2"))
-    return [f" {choice[:1].lower()}{choice[1:]}" for choice in choices]
+    return [f" {_ending(_text(row, column))}" for column in ("choice1", "choice2")]
+
+
+def _ending(sentence: str) -> str:
+    """The sentence as another one's end: without its capital, unless that is the word "I"."""
+    return sentence if re.match(r"I\b", sentence) else f"{sentence[:1].lower()}{sentence[1:]}"
 
 
 def _copa_answer(row: Row) -> int | None:
@@ -111,6 +116,7 @@ register_tasks(
         ),
         _super_glue(
             "copa",
+            version=2,  # 1 wrote "i" for "I"
             template="{opening}",
             texts=("{opening}", "{choice}"),
             prepare=_copa_opening,
