@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +63,8 @@ def load_frozen_backbone(
         **kwargs: Passed on to `from_pretrained`, such as `num_labels` or `revision`.
 
     Returns:
-        The model in evaluation mode, no parameter of which requires a gradient.
+        The model in evaluation mode, no parameter of which requires a gradient. Its attribute `new_modules` names the
+        modules that the checkpoint has no weights for, as an adapter's `modules_to_save` takes them.
 
     Raises:
         ValueError: Unknown quantization or task type; a device without bitsandbytes kernels; a checkpoint that is
@@ -92,13 +93,16 @@ def load_frozen_backbone(
         model, loading = auto_class.from_pretrained(
             source, dtype=dtype, device_map=device_map, output_loading_info=True, **kwargs
         )
-    if loading["missing_keys"]:
+    model.new_modules = _new_modules(model, loading["missing_keys"])
+    if model.new_modules:
         logger.warning(
-            "%s has no %s for %s: they are new and have to be trained beside the prompt (modules_to_save).",
+            "%s has no %s for %s: they are new, to be trained and saved with the adapter (modules_to_save=%s).",
             name_or_path,
             ", ".join(sorted(loading["missing_keys"])),
             task_type,
+            model.new_modules,
         )
+        dequantize_modules(model, model.new_modules)
     if quantization == "int8":
         _say_once("bitsandbytes.autograd._functions")
     model.requires_grad_(False)
@@ -225,7 +229,8 @@ def dequantize_modules(model: Any, names: Sequence[str]) -> None:
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
     for name, module in list(model.named_modules()):
-        if type(module).__module__.startswith("bitsandbytes.") and not {*names}.isdisjoint(name.split(".")):
+        named = any(f".{wanted}." in f".{name}." for wanted in names)
+        if named and type(module).__module__.startswith("bitsandbytes."):
             weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None)).to(model.dtype)
             linear = torch.nn.Linear(module.in_features, module.out_features, device=weight.device)
             linear.weight, linear.bias = torch.nn.Parameter(weight), module.bias
@@ -245,6 +250,14 @@ def keep_differentiable(model: torch.nn.Module) -> None:
             module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 module.state_dict()  # unpacks it in place
+
+
+def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
+    """Where the missing weights lie: a head as a whole, in the trunk the module that owns the weight."""
+    trunk, children = model.base_model_prefix, dict(model.named_children())
+    heads = set(children) - {trunk} if trunk in children else set()
+    owners = {key: key.rpartition(".")[0] for key in missing}
+    return sorted({top if (top := key.partition(".")[0]) in heads else owner for key, owner in owners.items()})
 
 
 def _bitsandbytes_config(

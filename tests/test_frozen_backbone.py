@@ -6,11 +6,11 @@ import logging
 import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model, prepare_model_for_kbit_training
-from transformers import AutoConfig, BitsAndBytesConfig
+from transformers import AutoConfig, AutoModelForMaskedLM, BitsAndBytesConfig
 
 from peft_prompt_ext import engine_status, load_frozen_backbone
 from tests.helpers import losses_of, make_batch, make_trainer, one_thread, prompt_of, prompted, weights_hash  # noqa: F401
-from tests.zoo import AUTO_CLASSES
+from tests.zoo import AUTO_CLASSES, tiny_config
 
 
 # bitsandbytes quantises in blocks of 64
@@ -257,6 +257,25 @@ def test_a_new_head_is_named(folder, caplog):
     with caplog.at_level(logging.WARNING, "peft_prompt_ext"):
         load_frozen_backbone(folder("llama"), "SEQ_CLS", "nf4", num_labels=3)
     assert "score.weight for SEQ_CLS" in caplog.text and "modules_to_save" in caplog.text
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", None])
+def test_a_layer_of_the_trunk_that_is_new_can_be_trained_and_saved(tmp_path, quantization):
+    config = tiny_config("bert", **SIZES["bert"])
+    AutoModelForMaskedLM.from_config(config).save_pretrained(tmp_path / "base")
+    model, batch = None, make_batch("SEQ_CLS")
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        base = load_frozen_backbone(str(tmp_path / "base"), "SEQ_CLS", quantization, dtype=torch.float32)
+        assert base.new_modules == ["bert.pooler.dense", "classifier"]
+        if model is None:
+            model = prompted(base, "SEQ_CLS", modules_to_save=["bert.pooler.dense"])
+            model(**batch).loss.backward()
+            assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+            assert model.get_base_model().bert.pooler.dense.modules_to_save["default"].weight.grad.abs().sum() > 0
+            model.save_pretrained(tmp_path / "adapter")
+    again = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert torch.equal(again.eval()(**batch).logits, model.eval()(**batch).logits)
 
 
 def test_int8_says_what_it_casts_once(folder, caplog):

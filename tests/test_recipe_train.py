@@ -16,7 +16,8 @@ import yaml
 from datasets import load_dataset
 from peft import PeftModel
 from safetensors.torch import load_file
-from transformers import Trainer
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
 from peft_prompt_ext.tasks import available_tasks, get_task
 from peft_prompt_ext.tasks.data import own_task
@@ -214,6 +215,64 @@ def test_a_linear_probe_trains_the_head_alone(train, tmp_path, saved_model):
     after = load_file(tmp_path / "out" / "model.safetensors")
     assert set(after) == {f"bert.{name}" for name in before} | {"classifier.weight", "classifier.bias"}
     assert all(torch.equal(tensor, after[f"bert.{name}"]) for name, tensor in before.items())
+
+
+@pytest.fixture
+def headless(saved_model, tmp_path):
+    """Saves a model that lacks more than its head: `headless("bert")` has no pooler, `headless("t5")` is whole."""
+
+    def save(architecture):
+        folder = tmp_path / f"headless-{architecture}"
+        tokenizer = AutoTokenizer.from_pretrained(saved_model(architecture, "SEQ_CLS"))
+        if architecture == "bert":
+            AutoModelForMaskedLM.from_pretrained(saved_model("bert", "SEQ_CLS")).save_pretrained(folder)
+        else:
+            AutoModel.from_pretrained(saved_model(architecture, "SEQ_CLS")).save_pretrained(folder)
+            end = TemplateProcessing(single="$A </s>", pair="$A $B </s>", special_tokens=[("</s>", 1)])
+            tokenizer.backend_tokenizer.post_processor = end
+        tokenizer.save_pretrained(folder)
+        return str(folder)
+
+    return save
+
+
+LACKING = [("bert", "prompt_tuning"), ("bert", "lora"), ("bert", "linear_probe"), ("t5", "lora")]
+
+
+@pytest.mark.parametrize(("architecture", "method"), LACKING)
+def test_modules_that_the_checkpoint_lacks_are_trained_and_saved(
+    train, tmp_path, headless, monkeypatch, architecture, method
+):
+    trained = []
+    stock = Trainer.train
+
+    def keep(trainer, *args, **kwargs):
+        trained.extend(name for name, p in trainer.model.named_parameters() if p.requires_grad)
+        return stock(trainer, *args, **kwargs)
+
+    monkeypatch.setattr(Trainer, "train", keep)
+    flags = ("--method", method, "--model_name_or_path", headless(architecture), "--task_type", "SEQ_CLS")
+    before = train("sst2", *flags)
+    after = train("sst2", *flags, "--do_eval", "true", "--seed", "9")  # another seed of what is new
+
+    assert after["eval_loss"] == pytest.approx(before["eval_loss"], rel=1e-5)
+    saved = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    new = {"bert": ["pooler.dense", "classifier"], "t5": ["classification_head"]}[architecture]
+    for names in (trained, saved):
+        assert all(any(f".{module}." in f".{name}" for name in names) for module in new)
+
+
+def test_a_prompt_before_an_encoder_decoder_with_a_head_is_refused(train):
+    with pytest.raises(ValueError, match="choose --task_type SEQ_2_SEQ_LM or --method lora"):
+        train("sst2", architecture="t5", task_type="SEQ_CLS")
+
+
+def test_a_checkpoint_that_lacks_a_weight_of_the_trunk_itself_is_refused(train, monkeypatch):
+    from peft_prompt_ext import frozen_backbone
+
+    monkeypatch.setattr(frozen_backbone, "_new_modules", lambda model, missing: ["bert.encoder"])
+    with pytest.raises(ValueError, match=r"lacks weights of bert\.encoder itself.*--method full"):
+        train("sst2", architecture="bert", task_type="SEQ_CLS")
 
 
 def test_the_model_card_has_scores_init_seed_and_versions(train, tmp_path):

@@ -7,7 +7,8 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.utils.constants import SEQ_CLS_HEAD_NAMES
 from transformers import AutoConfig, AutoTokenizer
 
 from ..assets import resolve
@@ -42,6 +43,11 @@ def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Famil
     task_type = record["task_type"] or ("SEQ_CLS" if method == "linear_probe" else family_of(config))
     if method == "zero_shot" and task_type == "SEQ_CLS":
         raise ValueError("zero_shot needs a language model: the classification head of this one is new.")
+    if method == "prompt_tuning" and task_type == "SEQ_CLS" and getattr(config, "is_encoder_decoder", False):
+        raise ValueError(
+            f"{name} classifies nothing but token ids, which a prompt is not: choose --task_type SEQ_2_SEQ_LM or "
+            "--method lora."
+        )
     if method == "linear_probe" and task_type != "SEQ_CLS":
         raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
     if tokenizer.pad_token is None:
@@ -60,12 +66,16 @@ def new_model(family: Family, record: Mapping[str, Any], seed: int) -> Any:
         seed: Seed of the prompt's initialisation.
     """
     method = record["method"]
+    config = adapter_config(family, record, seed) if method in ADAPTERS else None
     model = _base_model(family, record)
-    if method in ADAPTERS:
-        return get_peft_model(model, adapter_config(family, record, seed))
+    if config is not None:
+        config.modules_to_save = _modules_to_save(model, family)
+        return get_peft_model(model, config)
     for name, part in model.named_children():
         head = name != model.base_model_prefix
         part.requires_grad_(method == "full" or (method == "linear_probe" and head))
+    for name in model.new_modules if method == "linear_probe" else []:
+        model.get_submodule(name).requires_grad_(True)
     return model
 
 
@@ -84,7 +94,7 @@ def trained_model(family: Family, record: Mapping[str, Any], folder: str) -> Any
     return load_frozen_backbone(folder, task_type=family.task_type)
 
 
-def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> PeftConfig:
+def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> LoraConfig | PromptTuningExtConfig:
     """The config of a run's prompt or LoRA.
 
     By default a prompt begins as the task's label words (Lester et al. 2021, section 3.2) and, for a language model,
@@ -140,6 +150,24 @@ def question_form(family: Family, num_tokens: int) -> str:
     form = "".join(f"{empty}{word}\n" for word in task.label_words)
     ids = tokenizer(form, add_special_tokens=False)["input_ids"]
     return form if len(ids) <= num_tokens else str(tokenizer.decode(ids[-num_tokens:]))
+
+
+def _modules_to_save(model: Any, family: Family) -> list[str] | None:
+    """Modules that are trained and saved because the checkpoint lacks them; PEFT itself adds the usual heads."""
+    usual = SEQ_CLS_HEAD_NAMES if family.task_type == "SEQ_CLS" else []
+    new = [name for name in model.new_modules if name not in usual]
+    trunk = model.base_model_prefix
+    whole = [name for name in new if name in {"", trunk} or (name.startswith(f"{trunk}.") and _has_parts(model, name))]
+    if whole:
+        raise ValueError(
+            f"{model.name_or_path} lacks weights of {whole[0] or 'the model'} itself, and no adapter can bring them "
+            f"without all that it holds: choose a checkpoint of a whole {type(model).__name__}, or --method full."
+        )
+    return new or None
+
+
+def _has_parts(model: Any, name: str) -> bool:
+    return any(True for _ in model.get_submodule(name).children())
 
 
 def _base_model(family: Family, record: Mapping[str, Any]) -> Any:
