@@ -268,6 +268,7 @@ def test_a_layer_of_the_trunk_that_is_new_can_be_trained_and_saved(tmp_path, qua
         torch.manual_seed(seed)
         base = load_frozen_backbone(str(tmp_path / "base"), "SEQ_CLS", quantization, dtype=torch.float32)
         assert base.new_modules == ["bert.pooler.dense", "classifier"]
+        assert type(base.bert.pooler.dense) is torch.nn.Linear
         if model is None:
             model = prompted(base, "SEQ_CLS", modules_to_save=["bert.pooler.dense"])
             model(**batch).loss.backward()
