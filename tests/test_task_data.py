@@ -256,10 +256,76 @@ def test_labels_that_are_numbers_need_words(tmp_path):
     path = tmp_path / "train.csv"
     path.write_text("text,stars\na,1\nb,2\n")
 
-    with pytest.raises(ValueError, match=r"label 1 needs a word .*--label_words 1=WORD"):
+    with pytest.raises(ValueError, match=r"label '1' needs a word .*--label_words 1=WORD"):
         own_task(str(path), ["text"], "stars")
     task = own_task(str(path), ["text"], "stars", ["1=bad", "2=good"])
-    assert (task.labels, task.label_words) == ((1, 2), (" bad", " good"))
+    assert (task.labels, task.label_words) == (("1", "2"), (" bad", " good"))
+
+
+def write(path, *lines):
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return str(path)
+
+
+def test_labels_of_two_files_are_compared_as_texts(tmp_path):
+    train = write(tmp_path / "train.csv", "text,label", "a,1", "b,2", "c,other")
+    validation = write(tmp_path / "validation.csv", "text,label", "a,1", "b,2")
+    lines = write(tmp_path / "lines.jsonl", '{"text": "a", "label": 2}', '{"text": "b", "label": "other"}')
+    task = own_task(train, ["text"], "label", ["1=bad", "2=good"])
+
+    assert task.labels == ("1", "2", "other")
+    for path, expected in ((train, [0, 1, 2]), (validation, [0, 1]), (lines, [1, 2])):
+        rows = load_split(task, "validation", files={"validation": path})
+        check_rows(task, "validation", rows)
+        assert [task.target(row) for row in rows] == expected
+
+
+def test_a_label_that_is_missing_is_named_and_makes_no_floats_of_the_others(tmp_path):
+    train = write(tmp_path / "train.csv", "text,label", "a,0", "b,1", "c,")
+    task = own_task(train, ["text"], "label", ["0=bad", "1=good"])
+
+    assert task.labels == ("0", "1")
+    with pytest.raises(ValueError, match=r"Row 2 .* it has no label"):
+        check_rows(task, "train", load_split(task, "train", files={"train": train}))
+
+
+@pytest.mark.parametrize("suffix", ["csv", "jsonl"])
+def test_minus_one_may_be_a_label_of_ones_own(tmp_path, suffix):
+    lines = {
+        "csv": ("text,label", "a,-1", "b,1"),
+        "jsonl": ('{"text": "a", "label": -1}', '{"text": "b", "label": 1}'),
+    }
+    train = write(tmp_path / f"train.{suffix}", *lines[suffix])
+    task = own_task(train, ["text"], "label", ["-1=bad", "1=good"])
+
+    check_rows(task, "train", rows := load_split(task, "train", files={"train": train}))
+    assert [task.target(row) for row in rows] == [0, 1]
+
+
+def test_words_that_other_readers_take_for_nothing_are_labels_and_texts(tmp_path):
+    words = ["None", "NA", "null", "nan", "N/A"]
+    train = write(tmp_path / "train.csv", "text,label", *(f"{word},{word}" for word in words))
+    task = own_task(train, ["text"], "label")
+    rows = load_split(task, "train", files={"train": train})
+
+    assert set(task.labels) == set(rows["text"]) == set(words)
+    check_rows(task, "train", rows)
+
+
+def test_numbers_of_a_named_task_are_numbers_and_its_texts_keep_every_word(folder):
+    task = get_task("sst2")
+    rows = load_split(task, "train", folder("train", "sentence,label\nN/A,0\na film,1\n", "csv"))
+
+    check_rows(task, "train", rows)
+    assert (rows["sentence"][0], rows["label"][0]) == ("N/A", 0)
+
+
+@pytest.mark.parametrize("name", ["own", "sst2"])
+def test_a_file_with_a_header_alone_has_no_rows(tmp_path, name):
+    path = write(tmp_path / "train.csv", "sentence,label")
+
+    with pytest.raises(ValueError, match=r"train.csv has no rows: at least one is wanted"):
+        own_task(path, ["sentence"], "label") if name == "own" else load_split(get_task(name), "train", str(tmp_path))
 
 
 @pytest.mark.parametrize("words", [["4=good"], ["good"]])

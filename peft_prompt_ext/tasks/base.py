@@ -95,6 +95,11 @@ class Task:
         found = (field for text in (self.template, *self.texts) for _, field, _, _ in Formatter().parse(text))
         return tuple(dict.fromkeys(field for field in found if field))
 
+    @property
+    def has_text_labels(self) -> bool:
+        """Whether the labels are texts: a file's 1 is the label "1" then."""
+        return bool(self.labels) and all(isinstance(label, str) for label in self.labels)
+
     def prepared(self, row: Row) -> dict[str, Any]:
         """The row with the further columns that its templates name."""
         return {**row, **(self.prepare(row) if self.prepare else {})}
@@ -112,6 +117,8 @@ class Task:
         """
         label = self.answer(row) if self.answer else row.get(self.label_column)
         known = self.labels if self.labels and not self.answer else tuple(range(len(self.choices_of(row))))
+        if self.has_text_labels and label is not None:
+            label = str(label)
         if label is None or (label == HIDDEN and HIDDEN not in known):
             return HIDDEN
         if self.is_regression:

