@@ -33,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         predictor = Predictor.from_pretrained(options.folder, options.device)
         task = predictor.family.task
         if options.file:
-            rows = read_file(options.file).to_list()
+            rows = read_file(options.file, task.has_text_labels).to_list()
         else:
             rows = parse_lines(task, options.text or [line.rstrip("\n") for line in sys.stdin])
         answers = predictor.predict(rows, options.batch_size)
@@ -50,7 +50,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     source.add_argument("--text", nargs="+", help="texts, or JSON objects with the task's columns")
     source.add_argument("--file", help="a CSV, JSON or JSONL file with the task's columns")
     parser.add_argument("--batch_size", type=int, default=32, help="rows at a time (default: %(default)s)")
-    parser.add_argument("--device", help="where to run; by default a GPU if there is one")
+    parser.add_argument("--device", help="where to run, if not quantised; by default a GPU if there is one")
     return parser.parse_args(argv)
 
 

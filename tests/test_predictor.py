@@ -98,6 +98,37 @@ def test_a_folder_without_a_run_is_an_error(tmp_path):
         Predictor.from_pretrained(str(tmp_path))
 
 
+def test_a_quantised_run_is_given_no_device(train, tmp_path, predict):  # noqa: F811
+    train("sst2")
+    record = tmp_path / "out" / "recipe.json"
+    record.write_text(json.dumps({**json.loads(record.read_text()), "quantization": "nf4"}))
+
+    with pytest.raises(SystemExit, match=r"is quantised \(nf4\) .* not to 'cpu': leave --device out"):
+        predict.main([str(tmp_path / "out"), "--text", "a film", "--device", "cpu"])
+
+
+def test_the_files_of_an_own_task_may_hold_any_word_and_label(train, tmp_path, predict, capsys):  # noqa: F811
+    files = {
+        "train": "text,label\na,0\nb,1\n",
+        "validation": "text,label\na,1\nb,\n",
+        "test": "text,label\nN/A,?\nb,7\n",
+    }
+    for name, text in files.items():
+        (tmp_path / f"{name}.csv").write_text(text)
+    flags = [item for name in ("train", "test") for item in (f"--{name}_file", str(tmp_path / f"{name}.csv"))]
+    flags += ["--text_columns", "text", "--label_words", "0=bad", "1=good", "--do_train", "true"]
+
+    train(None, *flags, "--do_predict", "true")
+    lines = (tmp_path / "out" / "predict_results_own_data.txt").read_text().splitlines()[1:]
+    capsys.readouterr()
+    predict.main([str(tmp_path / "out"), "--file", str(tmp_path / "test.csv")])
+    answers = [json.loads(line)["label"] for line in capsys.readouterr().out.splitlines()]
+
+    assert answers == [line.split("\t")[1] for line in lines] and set(answers) <= {"0", "1"}
+    with pytest.raises(ValueError, match=r"Row 1 of the split 'validation' of own_data: it has no label"):
+        train(None, *flags, "--do_eval", "true", "--validation_file", str(tmp_path / "validation.csv"), folder="other")
+
+
 def test_an_own_task_is_asked_with_its_own_words(train, tmp_path):  # noqa: F811
     files = (str(DATA / "own" / name) for name in ("train.csv", "validation.csv"))
     names = ("--train_file", "--validation_file")

@@ -39,12 +39,17 @@ class Predictor:
 
         Args:
             folder: Its output folder, or the Hub id that it was pushed to.
-            device: Where to run; by default a GPU if there is one.
+            device: Where to run; by default a GPU if there is one. Not for a quantised base model.
 
         Raises:
-            ValueError: The folder holds no run of the recipe.
+            ValueError: The folder holds no run of the recipe, or a device was given to a quantised model.
         """
         record = read_record(folder)
+        if device and record["quantization"]:  # its weights are packed for the device that they are loaded to
+            raise ValueError(
+                f"The base model of {folder} is quantised ({record['quantization']}) and goes to the GPU if there is "
+                f"one, not to {device!r}: leave --device out. CUDA_VISIBLE_DEVICES chooses the GPU, or hides it."
+            )
         family = find_family(record, Task.from_dict(record["task"]), record["max_length"])
         model = trained_model(family, record, folder)
         if record["quantization"] is None:
