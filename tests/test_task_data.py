@@ -165,6 +165,16 @@ def test_a_column_that_a_function_lacks_is_named(name, row, column):
         check_rows(get_task(name), "train", [row])
 
 
+@pytest.mark.parametrize("index", [None, 3, {"passage": 0}, {"passage": 0, "query": None}])
+def test_an_index_that_a_metric_needs_is_asked_of_rows_to_be_scored_alone(index):
+    task = get_task("record")
+    check_rows(task, "validation", [{**RECORD, "idx": {"passage": 0, "query": 0}}])
+    check_rows(task, "train", [{**RECORD, "idx": index}])
+
+    with pytest.raises(ValueError, match=r"Row 0 .*'idx' must hold an object with the numbers passage, query; got "):
+        check_rows(task, "validation", [{**RECORD, "idx": index}])
+
+
 def test_the_error_of_a_users_own_function_names_the_row():
     task = Task(name="t", template="{a}", texts=("{a}",), choices=lambda row: [row["a"].upper()], answer=lambda row: 0)
 

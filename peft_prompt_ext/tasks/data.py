@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
 SUFFIXES = {".jsonl": "json", ".json": "json", ".csv": "csv"}
 MOST_LABELS = 50
+INDICES = {"multirc": ("paragraph", "question", "answer"), "record": ("passage", "query")}  # by which metrics group
 
 
 def load_split(task: Task, split: str, data_dir: str | None = None, files: Mapping[str, str] | None = None) -> Dataset:
@@ -320,13 +321,16 @@ def check_rows(task: Task, split: str, rows: Dataset, labelled: bool = True) -> 
         labelled: Whether the rows are to be trained on or scored, so that each needs its label.
 
     Raises:
-        ValueError: A column is missing, a field is empty, a label is none of the task's or is hidden.
+        ValueError: A column is missing, a field is empty, a label is none of the task's or is hidden, or a row to be
+            scored has no index that the metric needs.
     """
     if not len(rows):
         raise ValueError(f"The split {split!r} of {task.name} is empty: at least one row is needed.")
     for number, row in enumerate(rows):
         try:
             check_row(task, row, labelled)
+            if labelled and split in task.validation:
+                _check_index(task, row)
         except ValueError as error:
             where = f"Row {number} of the split {split!r} of {task.name}"
             # in a sample the number alone does not find the row in its file
@@ -356,6 +360,13 @@ def check_row(task: Task, row: Mapping[str, Any], labelled: bool = False) -> Non
         raise ValueError(f"there is no column {error}; it has {', '.join(row)}.") from error
     except (AttributeError, IndexError, TypeError) as error:  # from functions of a user's own task
         raise ValueError(f"it cannot be asked: {error}.") from error
+
+
+def _check_index(task: Task, row: Mapping[str, Any]) -> None:
+    wanted = INDICES.get(task.name, ())
+    index = row.get("idx")
+    if wanted and not (isinstance(index, dict) and all(isinstance(index.get(name), int) for name in wanted)):
+        raise ValueError(f"the column 'idx' must hold an object with the numbers {', '.join(wanted)}; got {index!r}.")
 
 
 def _check_label(task: Task, prepared: Mapping[str, Any]) -> None:
