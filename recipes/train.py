@@ -50,6 +50,7 @@ DEFAULTS = {
     "report_to": "none",
 }
 SAMPLING = ("max_train_samples", "num_shots", "held_out_samples", "sample_seed")
+COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "num_shots", "held_out_samples")
 OWN_DATA = {"text_columns": [], "label_column": "label", "label_words": [], "template": None}
 SUFFIXES = {"validation_mismatched": "_mm", "test_mismatched": "_mm"}  # GLUE's keys for the second rows of MNLI
 
@@ -154,7 +155,7 @@ def parse(argv: list[str]) -> Arguments:
     parser.set_defaults(**DEFAULTS, **METHODS.get(method, {}))  # the parser refuses an unknown one
     task = _flag(argv, "--task_name") or "own_data"
     parser.set_defaults(output_dir=f"outputs/{task}-{method}")
-    if not {"--do_train", "--do_eval", "--do_predict"} & {item.partition("=")[0] for item in argv}:
+    if not any(_asks(argv, name) for name in ("--do_train", "--do_eval", "--do_predict")):
         parser.set_defaults(do_train=True, do_eval=True)
     return parser.parse_args_into_dataclasses(argv)
 
@@ -194,6 +195,12 @@ def _flag(argv: list[str], name: str) -> str | None:
     values = [value for flag, value in pairwise(argv) if flag == name]
     values += [item.partition("=")[2] for item in argv if item.startswith(f"{name}=")]
     return values[-1] if values else None
+
+
+def _asks(argv: list[str], name: str) -> bool:
+    """Whether a flag is there, and not to say no."""
+    there = any(item.partition("=")[0] == name for item in argv)
+    return there and str(_flag(argv, name)).lower() not in {"false", "f", "no", "n", "0"}
 
 
 def help_text() -> None:
@@ -267,6 +274,8 @@ def prepare(
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     # PEFT reads an attribute that transformers has renamed
     warnings.filterwarnings("ignore", message="`is_gradient_checkpointing` is deprecated", category=FutureWarning)
+    check_flags(data_args, method_args, args)
+    keep_to_one_gpu(args)
     args.do_train = args.do_train and method_args.method != "zero_shot"
     args.dataloader_pin_memory = args.dataloader_pin_memory and torch.cuda.is_available()
     task, folder = find_task(data_args), Path(args.output_dir)
@@ -298,6 +307,43 @@ def prepare(
     if hasattr(model, "print_trainable_parameters") and args.should_log:
         model.print_trainable_parameters()
     return job
+
+
+def check_flags(data_args: DataArguments, method_args: MethodArguments, args: TrainingArguments) -> None:
+    """Refuse values that would be misunderstood, or fail once everything is loaded.
+
+    Raises:
+        ValueError: One of them came.
+    """
+    for name in COUNTS:
+        count = getattr(data_args, name)
+        if count is not None and count < 1:
+            raise ValueError(f"--{name} must be 1 or more, got {count}; leave it out for all rows.")
+    if args.label_smoothing_factor:
+        raise ValueError(
+            f"--label_smoothing_factor {args.label_smoothing_factor}: the recipe scores the words of the labels, and "
+            "smoothing would spread over the whole vocabulary. Leave it out."
+        )
+    kwargs = method_args.prompt_tuning_init_kwargs
+    try:
+        is_object = kwargs is None or isinstance(json.loads(kwargs), dict)
+    except json.JSONDecodeError:
+        is_object = False
+    if not is_object:
+        raise ValueError(
+            f'--prompt_tuning_init_kwargs must be a JSON object such as {{"population": 50}}, got {kwargs}'
+        )
+
+
+def keep_to_one_gpu(args: TrainingArguments) -> None:
+    """Let the Trainer wrap nothing in DataParallel, which would cut arguments that are not rows into parts too."""
+    if args.n_gpu > 1:
+        logger.warning(
+            "One of %d GPUs is used: start with `accelerate launch --num_processes %d recipes/train.py ...` for all.",
+            args.n_gpu,
+            args.n_gpu,
+        )
+        args._n_gpu = 1
 
 
 def find_task(data_args: DataArguments) -> Task:
@@ -360,6 +406,9 @@ def load(task: Task, split: str, data_args: DataArguments, args: TrainingArgumen
     files_of = {"train": data_args.train_file, task.validation[0]: data_args.validation_file}
     given = {name: path for name, path in {**files_of, "test": data_args.test_file}.items() if path}
     files = given if split in given or not (data_args.task_name or data_args.data_dir) else None
+    if files is not None and split not in files:
+        others = ", --held_out_samples or --do_train true alone" if split == task.validation[0] else ""
+        raise ValueError(f"There is no file for the split {split!r}: add --{split}_file{others}.")
     with args.main_process_first(desc=f"reading {split}"):
         return load_split(task, split, data_args.data_dir, files)
 

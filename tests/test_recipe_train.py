@@ -125,6 +125,15 @@ def test_the_default_prompt_begins_as_the_label_words_and_the_form_of_the_questi
     assert len(record["slots"]) == 20
 
 
+def test_a_text_of_ones_own_stands_behind_the_label_words_before_a_head_too(train, tmp_path):
+    flags = ("--prompt_tuning_init_text", "great film", "--num_virtual_tokens", "5")
+    train("sst2", *flags, architecture="bert", task_type="SEQ_CLS")
+
+    record = read(tmp_path / "out" / "prompt_init.json")
+    assert record["prompt_tuning_init_kwargs"] == {"labels": [" negative", " positive"], "fallback": "TEXT"}
+    assert record["prompt_tuning_init_text"] == "great film"
+
+
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora", "linear_probe", "full"])
 def test_a_frozen_trunk_has_no_dropout(train, monkeypatch, method):
     rates = {}
@@ -404,6 +413,15 @@ def test_a_checkpoint_of_another_method_is_refused(train):
         train("sst2", "--resume_from_checkpoint", "true")
 
 
+@pytest.mark.parametrize(("first", "second"), [("lora", "prompt_tuning"), ("prompt_tuning", "full"), ("full", "lora")])
+def test_a_checkpoint_of_another_method_is_refused_without_its_record(train, tmp_path, first, second):
+    train("sst2", "--method", first, "--save_steps", "1", folder="first")
+    copy = (tmp_path / "first" / "checkpoint-1").rename(tmp_path / "checkpoint-1")
+
+    with pytest.raises(ValueError, match=rf"checkpoint-1 holds .*; --method {second} goes on from "):
+        train("sst2", "--method", second, "--resume_from_checkpoint", str(copy), folder="second")
+
+
 @pytest.mark.parametrize("state", [None, "", '{"epoch": 1'])
 def test_a_torn_checkpoint_is_left_out(train, tmp_path, state):
     train("sst2", "--max_steps", "4", "--save_steps", "2", folder="whole")
@@ -446,13 +464,42 @@ BAD = [
     (["--validation_file", "x.csv", "--train_file", "y.csv"], "There is no file y.csv"),
     (["--template", "{sentence}?"], "--template: for your own data alone; sst2 brings its own"),
     (["--model_name_or_path", "nobody/no-such-model"], "no-such-model has no model that transformers can read"),
+    (["--label_smoothing_factor", "0.1"], r"--label_smoothing_factor 0\.1: .* Leave it out"),
+    (["--prompt_tuning_init_kwargs", "[1]"], r"--prompt_tuning_init_kwargs must be a JSON object .*, got \[1\]"),
+    (["--prompt_tuning_init_kwargs", "{a"], r"--prompt_tuning_init_kwargs must be a JSON object .*, got {a"),
+    (["--num_virtual_tokens", "997"], r"--num_virtual_tokens 997 leaves no room for text: .* has 997 positions"),
+    (["--prompt_tuning_init_text", "x", "--num_virtual_tokens", "2"], "--prompt_tuning_init_text has no place in a"),
+    *((["--" + name, "0"], f"--{name} must be 1 or more, got 0") for name in ("num_shots", "max_predict_samples")),
+    *((["--" + name, "-1"], f"--{name} must be 1 or more, got -1") for name in ("num_shots", "held_out_samples")),
 ]
 
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
-def test_bad_flags_are_one_clear_error(train, flags, message):
+def test_bad_flags_are_one_clear_error_before_weights_load(train, monkeypatch, flags, message):
+    monkeypatch.setattr("peft_prompt_ext.recipe.methods.load_frozen_backbone", None)
     with pytest.raises(ValueError, match=message):
         train("sst2", *flags)
+
+
+def test_own_data_without_rows_to_score_says_which_flag_helps(train):
+    flags = ("--train_file", *own("train.csv"), "--text_columns", "message", "--label_column", "team")
+    with pytest.raises(
+        ValueError, match=r"'validation': add --validation_file, --held_out_samples or --do_train true"
+    ):
+        train(None, *flags)
+    with pytest.raises(ValueError, match=r"no file for the split 'test': add --test_file\."):
+        train(None, *flags, "--do_predict", "true", "--do_train", "true")
+
+
+def test_several_gpus_without_a_launcher_are_one(recipe, saved_model, monkeypatch, caplog, tmp_path):
+    *parts, args = recipe.parse(command(tmp_path / "out", saved_model("llama"), "--method", "zero_shot")[2:])
+    assert args.n_gpu == 0
+    monkeypatch.setattr(args, "_n_gpu", 3)
+
+    job = recipe.prepare(*parts, args)
+
+    assert job.trainer.args.n_gpu == 1
+    assert "accelerate launch --num_processes 3 recipes/train.py" in caplog.text
 
 
 CHOICES = [("method", "prefix"), ("quantization", "nf3"), ("task_type", "TOKEN_CLS"), ("dtype", "int4")]
@@ -527,6 +574,11 @@ DO = [
     ([], (True, True, False)),
     (["--eval_strategy", "steps"], (True, True, False)),
     (["--do-predict"], (False, False, True)),
+    (["--do_train", "--do_eval"], (True, True, False)),
+    (["--do_eval", "false"], (True, False, False)),
+    (["--do_train=False"], (False, True, False)),
+    (["--do_predict", "no"], (True, True, False)),
+    (["--do_train", "--do_eval", "false"], (True, False, False)),
 ]
 
 

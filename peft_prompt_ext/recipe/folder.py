@@ -16,6 +16,7 @@ from typing import Any
 logger = logging.getLogger(__name__)
 
 RECORD = "recipe.json"
+PEFT_TYPES = {"prompt_tuning": "PROMPT_TUNING", "lora": "LORA"}
 
 
 def read_record(folder: str | Path) -> dict[str, Any]:
@@ -58,6 +59,7 @@ def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | No
         if not _is_whole(Path(checkpoint)):
             raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
         _check_same(source, record)
+        _check_kind(Path(checkpoint), record["method"])
     if has_result(folder) or (folder / "all_results.json").is_file():  # zero_shot leaves nothing but scores
         _check_same(folder, record)
     goes_on = resuming and source.resolve() == folder.resolve()
@@ -123,6 +125,18 @@ def _is_whole(checkpoint: Path) -> bool:
     except (OSError, json.JSONDecodeError):
         return False
     return True
+
+
+def _check_kind(checkpoint: Path, method: str) -> None:
+    """A checkpoint may have been copied without the record that lay beside it."""
+    path = checkpoint / "adapter_config.json"
+    found = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else None
+    wanted = PEFT_TYPES.get(method)
+    if found != wanted:
+        raise ValueError(
+            f"{checkpoint} holds {found or 'a whole model'}; --method {method} goes on from "
+            f"{wanted or 'a whole model'}. Choose the checkpoint's method, or another checkpoint."
+        )
 
 
 def _check_same(folder: Path, record: Mapping[str, Any]) -> None:

@@ -53,8 +53,13 @@ def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Famil
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
     prompt = record["num_virtual_tokens"] if method == "prompt_tuning" else 0
-    room = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
-    return FAMILIES[task_type](task, tokenizer, min(max_length, room - prompt, tokenizer.model_max_length - prompt))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
+    room = min(positions, tokenizer.model_max_length) - prompt
+    if room < 1:
+        raise ValueError(
+            f"--num_virtual_tokens {prompt} leaves no room for text: {name} has {prompt + room} positions. Lower it."
+        )
+    return FAMILIES[task_type](task, tokenizer, min(max_length, room))
 
 
 def new_model(family: Family, record: Mapping[str, Any], seed: int) -> Any:
@@ -116,11 +121,16 @@ def adapter_config(family: Family, record: Mapping[str, Any], seed: int) -> Lora
         init = "CLASS_LABELS" if 0 < len(words) <= size else "SAMPLE_VOCAB"
     if init.upper() == "CLASS_LABELS":
         room = size - len(words)
-        if asks and room > 0 and not kwargs:
+        if (asks or text) and room > 0 and not kwargs:
             kwargs, text = {"fallback": "TEXT"}, text or question_form(family, room)
         kwargs.setdefault("labels", words)
     elif init.upper() == "TEXT" and asks:
         text = text or question_form(family, size)
+    if text and "TEXT" not in {init.upper(), str(kwargs.get("fallback")).upper()}:
+        raise ValueError(
+            f"--prompt_tuning_init_text has no place in a prompt of {size} tokens that begins by {init} with the "
+            f"arguments {kwargs}: add --prompt_tuning_init TEXT, or leave the text out."
+        )
     return PromptTuningExtConfig(
         task_type=family.task_type,
         num_virtual_tokens=size,
