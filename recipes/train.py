@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 
 if TYPE_CHECKING:
@@ -50,6 +50,11 @@ DEFAULTS = {
     "report_to": "none",
 }
 SAMPLING = ("max_train_samples", "num_shots", "held_out_samples", "sample_seed")
+# What decides the losses of a training beside its model and rows, and so must be the same where it goes on
+TRAINING = ("seed", "data_seed", "learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "optim")
+TRAINING += ("optim_args", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm")
+TRAINING += ("train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha", "bf16", "fp16")
+PLACES = ("data_dir", "train_file")  # rows may be moved: they are compared themselves
 COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "num_shots", "held_out_samples")
 OWN_DATA = {"text_columns": [], "label_column": "label", "label_words": [], "template": None}
 SUFFIXES = {"validation_mismatched": "_mm", "test_mismatched": "_mm"}  # GLUE's keys for the second rows of MNLI
@@ -229,6 +234,7 @@ class Job:
         splits: Rows of each split.
         record: What the run is.
         checkpoint: Where it goes on, or None.
+        weights: What is scored without a training, or None.
         scores: What evaluation gave, for the model card.
     """
 
@@ -237,6 +243,7 @@ class Job:
     splits: dict[str, Dataset]
     record: dict[str, Any]
     checkpoint: str | None
+    weights: str | None
     scores: dict[str, float] = field(default_factory=dict)
 
 
@@ -252,8 +259,7 @@ def run(
         score(job)
     for split in unlabelled(job.splits) if args.do_predict else []:
         write_predictions(trainer, job.encoded[split], job.splits[split], SUFFIXES.get(split, ""))
-    if args.do_train or (args.do_eval and method_args.method == "zero_shot"):  # else the card of the training stays
-        trainer.create_model_card()
+    trainer.create_model_card()
     if args.push_to_hub:
         trainer.push_to_hub()
     results = Path(args.output_dir, "all_results.json")
@@ -267,9 +273,8 @@ def prepare(
     import torch
     from transformers import set_seed
 
-    from peft_prompt_ext.recipe.folder import claim, trained_weights, write_record
+    from peft_prompt_ext.recipe.folder import check_continued, claim, rows_digest, trained_weights, write_record
     from peft_prompt_ext.recipe.methods import find_family, new_model, prompt_learning_rate, trained_model
-    from peft_prompt_ext.recipe.model_card import model_card
 
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     # PEFT reads an attribute that transformers has renamed
@@ -284,17 +289,20 @@ def prepare(
     if args.learning_rate is None:
         args.learning_rate = prompt_learning_rate(record)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
+    record |= {**training_record(args), **{name: getattr(data_args, name) for name in PLACES}}
     record = json.loads(json.dumps(record))  # as it will be read again
-    scores_trained = not args.do_train and method_args.method != "zero_shot"
-    # other rows may be scored than were sampled, but not rows held out of a train split that was trained on whole
-    free = () if not scores_trained else SAMPLING[:2] if data_args.held_out_samples else SAMPLING
-    same = {name: value for name, value in record.items() if name not in free}
+    same = {name: value for name, value in record.items() if name not in free_names(record, args)}
     checkpoint = claim(folder, same, args.do_train, args.resume_from_checkpoint)
+    scores_trained = not args.do_train and method_args.method != "zero_shot"
     weights = trained_weights(folder, checkpoint) if scores_trained else None
-    if args.should_save and weights is None:
-        write_record(folder, record)
     set_seed(args.seed)
     splits = load_splits(task, data_args, args)
+    if args.do_train:
+        record["train_rows"] = rows_digest(splits["train"])
+    if args.do_train and checkpoint:
+        check_continued(Path(checkpoint).parent, record)
+    if args.should_save and weights is None:
+        write_record(folder, record)
     encoded = {split: encode(family, rows, split, args) for split, rows in splits.items()}
     for split in set(task.validation) & set(splits):  # rows of like lengths together: less padding, the same score
         lengths = encoded[split]["length"]
@@ -302,11 +310,33 @@ def prepare(
         splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
     model = trained_model(family, record, weights) if weights else new_model(family, record, args.seed)
     trainer = build_trainer(model, family, encoded, splits, args)
-    job = Job(trainer, encoded, splits, record, checkpoint)
-    trainer.card = lambda: model_card(trainer, record, job.scores).save(folder / "README.md")
+    job = Job(trainer, encoded, splits, record, checkpoint, weights)
+    trainer.card = lambda: write_card(job)
     if hasattr(model, "print_trainable_parameters") and args.should_log:
         model.print_trainable_parameters()
     return job
+
+
+def training_record(args: TrainingArguments) -> dict[str, Any]:
+    """What decides the losses of a training, and how long it is."""
+    from peft_prompt_ext.recipe.folder import LENGTHS
+
+    # how the processes share it makes no difference
+    batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    return {**{name: getattr(args, name) for name in (*TRAINING, *LENGTHS)}, "total_train_batch_size": batch}
+
+
+def free_names(record: dict[str, Any], args: TrainingArguments) -> set[str]:
+    """What of a record need not be as the folder has it."""
+    from peft_prompt_ext.recipe.folder import LENGTHS
+
+    if args.do_train:
+        return {*PLACES, *LENGTHS}
+    free = {*PLACES, *training_record(args)}
+    if record["method"] == "zero_shot":
+        return free
+    # other rows may be scored than were sampled, but not rows held out of a train split that was trained on whole
+    return free | {*(SAMPLING[:2] if record["held_out_samples"] else SAMPLING)}
 
 
 def check_flags(data_args: DataArguments, method_args: MethodArguments, args: TrainingArguments) -> None:
@@ -468,6 +498,9 @@ def train(trainer: ChoiceTrainer, checkpoint: str | None) -> None:
     """Train, save, and write train_results.json."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
+    model, rows = cast("Any", trainer.model), cast("Any", trainer.train_dataset)
+    trained = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+    metrics |= {"train_samples": len(rows), "train_steps": trainer.state.global_step, "trained_parameters": trained}
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
@@ -483,6 +516,20 @@ def score(job: Job) -> None:
             job.scores |= {f"{name}{SUFFIXES.get(split, '')}": value for name, value in scores.items()}
     trainer.log_metrics("eval", job.scores)
     trainer.save_metrics("eval", job.scores)
+
+
+def write_card(job: Job) -> None:
+    """Write the model card of what lies in the output folder, unless the one there has more to tell."""
+    from peft_prompt_ext.recipe.folder import RECORD, read_record
+    from peft_prompt_ext.recipe.model_card import model_card
+
+    args, record = job.trainer.args, job.record
+    folder = Path(str(args.output_dir))
+    if (job.weights and Path(job.weights) != folder) or not (args.do_train or job.scores):
+        return
+    if job.weights and (folder / RECORD).is_file():  # that of the training, but for the rows scored now
+        record = {**record, **read_record(folder), "held_out_samples": record["held_out_samples"]}
+    model_card(job.trainer, record, job.scores).save(folder / "README.md")
 
 
 def write_predictions(trainer: ChoiceTrainer, encoded: Dataset, rows: Dataset, suffix: str) -> None:

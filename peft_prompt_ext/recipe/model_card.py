@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..assets import hub_id
 
 
 if TYPE_CHECKING:
@@ -14,6 +18,13 @@ if TYPE_CHECKING:
 
 
 NO_SCORES = ("eval_loss", "eval_runtime", "eval_samples", "eval_steps", "eval_model_preparation_time")
+FACTS = {
+    "train_samples": "training rows",
+    "train_steps": "steps",
+    "total_train_batch_size": "batch size",
+    "learning_rate": "learning rate",
+    "lr_scheduler_type": "schedule",
+}
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets")
 
 
@@ -21,7 +32,8 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
     """Write the card of a run.
 
     Args:
-        trainer: After training or evaluation.
+        trainer: After training or evaluation; what train_results.json in its output folder says of an earlier
+            training is told as well.
         record: What the run is, as the recipe writes it beside the weights.
         results: What evaluation gave, with the prefix "eval_".
 
@@ -30,9 +42,12 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
     """
     from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-    task, args = trainer.family.task, trainer.args
+    task, folder = trainer.family.task, Path(str(trainer.args.output_dir))
+    trained = folder / "train_results.json"
+    facts = {**record, **(json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {})}
     is_adapter = record["method"] in {"prompt_tuning", "lora"}
-    base, name = record["model_name_or_path"], f"{task.name}-{record['method']}"
+    base, name = hub_id(record["model_name_or_path"]), f"{task.name}-{record['method']}"
+    split = "train, held out" if record["held_out_samples"] else task.validation[0]
     scored = [key for key in results if key.startswith("eval_") and not key.startswith(NO_SCORES)]
     scores = [(key, results[key]) for key in scored]
     data = ModelCardData(
@@ -47,7 +62,7 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
                 dataset_type=task.path or task.name,
                 dataset_name=task.name,
                 dataset_config=task.subset,
-                dataset_split="train, held out" if record["held_out_samples"] else task.validation[0],
+                dataset_split=split,
                 dataset_revision=task.revision if "/" in task.path else None,
                 metric_type=key.removeprefix("eval_"),
                 metric_value=value,
@@ -56,39 +71,30 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
         ]
         or None,
     )
+    rows = f"{results.get('eval_samples', 0)} rows of the split {split}"
     return ModelCard(
-        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{_introduction(trainer, record, base)}\n\n"
-        f"## Scores\n\n{_table(('metric', 'score'), [(k.removeprefix('eval_'), f'{v:.4f}') for k, v in scores])}\n\n"
-        f"## Training\n\n{_table(('', ''), _training(trainer, record))}\n\n"
+        f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{_introduction(trainer, facts)}\n\n## Scores\n\nOn {rows}.\n\n"
+        f"{_table(('metric', 'score'), [(k.removeprefix('eval_'), f'{v:.4f}') for k, v in scores])}\n\n"
+        f"## Training\n\n{_table(('', ''), _training(trainer, facts))}\n\n"
         f"## Versions\n\n{_table(('package', 'version'), [(p, version(p)) for p in PACKAGES])}\n\n"
-        f"## Use\n\n{_usage(record, str(args.output_dir))}\n"
+        f"## Use\n\n{_usage(record, str(folder))}\n"
     )
 
 
-def _introduction(trainer: ChoiceTrainer, record: Mapping[str, Any], base: str) -> str:
-    task = trainer.family.task
-    model: Any = trainer.model
-    trained = sum(int(p.numel()) for p in model.parameters() if p.requires_grad)
+def _introduction(trainer: ChoiceTrainer, facts: Mapping[str, Any]) -> str:
+    task, name = trainer.family.task, facts["model_name_or_path"]
     return (
-        f"`{base}` on the task `{task.name}` (version {task.version}) by {record['method'].replace('_', ' ')}: "
-        f"{trained:,} trained parameters."
+        f"`{hub_id(name) or Path(name).name}` on the task `{task.name}` (version {task.version}) by "
+        f"{facts['method'].replace('_', ' ')}: {facts.get('trained_parameters', 0):,} trained parameters."
     )
 
 
-def _training(trainer: ChoiceTrainer, record: Mapping[str, Any]) -> list[tuple[str, object]]:
-    args = trainer.args
-    rows: Any = trainer.train_dataset
-    pairs: list[tuple[str, object]] = [("seed", args.seed), ("quantization", record["quantization"] or "none")]
-    if rows is not None:
-        pairs += [
-            ("training rows", len(rows)),
-            ("steps", trainer.state.global_step),
-            ("batch size", args.train_batch_size * args.gradient_accumulation_steps * args.world_size),
-            ("learning rate", args.learning_rate),
-            ("schedule", getattr(args.lr_scheduler_type, "value", args.lr_scheduler_type)),
-        ]
+def _training(trainer: ChoiceTrainer, facts: Mapping[str, Any]) -> list[tuple[str, object]]:
+    pairs: list[tuple[str, object]] = [("seed", facts["seed"]), ("quantization", facts["quantization"] or "none")]
+    if "train_samples" in facts:
+        pairs += [(label, facts[name]) for name, label in FACTS.items()]
     config = getattr(trainer.model, "peft_config", {}).get("default")
-    if record["method"] == "prompt_tuning" and config is not None:
+    if facts["method"] == "prompt_tuning" and config is not None:
         pairs += [("init", config.prompt_tuning_init), ("virtual tokens", config.num_virtual_tokens)]
     return [*pairs, ("most tokens of a row", trainer.family.max_length)]
 
