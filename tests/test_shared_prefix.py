@@ -9,6 +9,8 @@ from itertools import product
 
 import pytest
 import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig
 
@@ -101,10 +103,37 @@ def test_without_the_engine_padded_batches_equal_each_row_alone_too(build_model,
 
 
 @pytest.mark.parametrize("size", [1, 2, 50, 200])
-def test_any_number_of_virtual_tokens(build_model, size):
-    model = prompted(build_model("llama", max_position_embeddings=256), "CAUSAL_LM", num_virtual_tokens=size)
+@pytest.mark.parametrize("architecture", [*PACKED, "mixtral", "phi3", "smollm3"])
+def test_any_number_of_virtual_tokens(build_model, architecture, size):
+    positions = {"gpt2": "n_positions"}.get(architecture, "max_position_embeddings")
+    build = other_model if architecture in MORE else build_model
+    model = prompted(build(architecture, **{positions: 256}), "CAUSAL_LM", num_virtual_tokens=size)
 
     compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+
+    assert engine_status(model).packed
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_random_batches_equal_each_row_alone(data):
+    rows, text, size = (data.draw(st.integers(1, most)) for most in (4, 12, 9))
+    bits = st.lists(st.booleans(), min_size=text, max_size=text)
+    mask = torch.tensor([data.draw(bits.filter(any)) for _ in range(rows)]).long()
+    labelled = torch.tensor([data.draw(bits) for _ in range(rows)]) & mask.bool()
+    ids = make_batch("CAUSAL_LM", rows, text, seed=data.draw(st.integers(0, 99)))["input_ids"]
+    assume(labelled.any())
+
+    compare(
+        prompted(random_llama(), "CAUSAL_LM", num_virtual_tokens=size),
+        {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~labelled, -100)},
+        "CAUSAL_LM",
+    )
+
+
+def random_llama():
+    torch.manual_seed(0)
+    return AUTO_CLASSES["CAUSAL_LM"].from_config(tiny_config("llama")).eval()
 
 
 @pytest.mark.parametrize("architecture", ["gemma2", "gemma3_text", "mistral"])
@@ -137,8 +166,9 @@ MORE = {
 REFUSED = {"gptj", "gpt_oss", "mamba", "lfm2", "falcon", "qwen3_next", "stablelm"}
 
 
+@pytest.mark.parametrize("kind", MASKS)
 @pytest.mark.parametrize("architecture", MORE)
-def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
+def test_other_architectures_are_right_or_refused_with_a_reason(architecture, kind):
     model = prompted(other_model(architecture), "CAUSAL_LM")
 
     status = engine_status(model)
@@ -146,7 +176,7 @@ def test_other_architectures_are_right_or_refused_with_a_reason(architecture):
     assert status.packed == (architecture not in REFUSED), status
     assert status.reason
     if status.packed:
-        compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+        compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
 
 
 def other_model(architecture, **changes):
