@@ -289,7 +289,7 @@ def prepare(
     if args.learning_rate is None:
         args.learning_rate = prompt_learning_rate(record)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
-    record |= {**training_record(args), **{name: getattr(data_args, name) for name in PLACES}}
+    record |= training_record(args) | {name: getattr(data_args, name) for name in PLACES}
     record = json.loads(json.dumps(record))  # as it will be read again
     same = {name: value for name, value in record.items() if name not in free_names(record, args)}
     checkpoint = claim(folder, same, args.do_train, args.resume_from_checkpoint)
@@ -304,10 +304,8 @@ def prepare(
     if args.should_save and weights is None:
         write_record(folder, record)
     encoded = {split: encode(family, rows, split, args) for split, rows in splits.items()}
-    for split in set(task.validation) & set(splits):  # rows of like lengths together: less padding, the same score
-        lengths = encoded[split]["length"]
-        order = sorted(range(len(lengths)), key=lengths.__getitem__)
-        splits[split], encoded[split] = splits[split].select(order), encoded[split].select(order)
+    for split in set(task.validation) & set(splits):
+        splits[split], encoded[split] = by_length(splits[split], encoded[split])
     model = trained_model(family, record, weights) if weights else new_model(family, record, args.seed)
     trainer = build_trainer(model, family, encoded, splits, args)
     job = Job(trainer, encoded, splits, record, checkpoint, weights)
@@ -458,6 +456,13 @@ def encode(family: Family, rows: Dataset, split: str, args: TrainingArguments) -
             ", ".join(family.task.truncate or family.task.columns),
         )
     return encoded
+
+
+def by_length(rows: Dataset, encoded: Dataset) -> tuple[Dataset, Dataset]:
+    """Put rows of like lengths together: less padding, the same score."""
+    lengths = encoded["length"]
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return rows.select(order), encoded.select(order)
 
 
 def build_trainer(

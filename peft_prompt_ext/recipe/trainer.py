@@ -45,6 +45,8 @@ class ChoiceTrainer(Trainer):
         Without that number every model gives its batch's mean.
         """
         mean, outputs = super().compute_loss(model, inputs, return_outputs=True)
+        if num_items_in_batch is None:  # a batch that is a step of its own
+            return (mean, outputs) if return_outputs else mean
         share = inputs["labels"].ne(IGNORE_INDEX).sum() / num_items_in_batch
         if self.args.average_tokens_across_devices:
             share = share * self.accelerator.num_processes  # the number is that of all, and gradients are averaged
