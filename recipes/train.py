@@ -113,7 +113,10 @@ class MethodArguments:
     method: Literal["prompt_tuning", "lora", "full", "linear_probe", "zero_shot"] = field(
         default="prompt_tuning", metadata={"help": "What to train; zero_shot only scores"}
     )
-    num_virtual_tokens: int = field(default=20, metadata={"help": "Length of the prompt"})
+    num_virtual_tokens: int | None = field(
+        default=None,
+        metadata={"help": "Length of the prompt; by default label words and form of the question, but 20 to 100"},
+    )
     prompt_tuning_init: str | None = field(
         default=None, metadata={"help": "By default CLASS_LABELS, or SAMPLE_VOCAB for a task without label words"}
     )
@@ -274,7 +277,13 @@ def prepare(
     from transformers import set_seed
 
     from peft_prompt_ext.recipe.folder import check_continued, claim, rows_digest, trained_weights, write_record
-    from peft_prompt_ext.recipe.methods import find_family, new_model, prompt_learning_rate, trained_model
+    from peft_prompt_ext.recipe.methods import (
+        find_family,
+        new_model,
+        prompt_learning_rate,
+        prompt_size,
+        trained_model,
+    )
 
     logging.basicConfig(level=logging.INFO if args.should_log else logging.WARNING, format="%(message)s")
     # PEFT reads an attribute that transformers has renamed
@@ -288,6 +297,8 @@ def prepare(
     family = find_family(record, task, data_args.max_seq_length)
     if args.learning_rate is None:
         args.learning_rate = prompt_learning_rate(record)
+    if method_args.method == "prompt_tuning":
+        record["num_virtual_tokens"] = prompt_size(record, task, family.tokenizer, family.task_type)
     record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
     record |= training_record(args) | {name: getattr(data_args, name) for name in PLACES}
     record = json.loads(json.dumps(record))  # as it will be read again

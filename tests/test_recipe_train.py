@@ -122,7 +122,32 @@ def test_the_default_prompt_begins_as_the_label_words_and_the_form_of_the_questi
     assert record["prompt_tuning_init"] == "CLASS_LABELS"
     assert record["prompt_tuning_init_kwargs"] == {"labels": [" negative", " positive"], "fallback": "TEXT"}
     assert record["prompt_tuning_init_text"].endswith("Sentiment: positive\n")
-    assert len(record["slots"]) == 20
+
+
+@pytest.mark.parametrize("words_a_token", [1, 2, 4])
+def test_the_default_prompt_is_as_long_as_the_whole_form(words_a_token):
+    from peft_prompt_ext.recipe.methods import prompt_size
+
+    def tokenizer(text, add_special_tokens):
+        return {"input_ids": list(range(len(text.split()) // words_a_token))}
+
+    form = "Premise: ...\nHypothesis: ...\nDoes the premise imply the hypothesis? Answer:"
+    whole = " ".join(f"{form}{word}\n" for word in get_task("cb").label_words)
+    needed = 3 + len(whole.split()) // words_a_token
+    sizes = {name: {"num_virtual_tokens": size} for name, size in (("default", None), ("asked", 7))}
+
+    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, "CAUSAL_LM") == max(needed, 20)
+    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, "SEQ_CLS") == 20
+    assert prompt_size(sizes["default"], get_task("copa"), tokenizer, "CAUSAL_LM") == 20
+    assert prompt_size(sizes["asked"], get_task("cb"), tokenizer, "SEQ_2_SEQ_LM") == 7
+
+
+def test_a_runs_record_has_the_prompts_length_and_a_long_form_is_cut(train, tmp_path):
+    train("cb")
+
+    record = read(tmp_path / "out" / "prompt_init.json")
+    assert len(record["slots"]) == read(tmp_path / "out" / "recipe.json")["num_virtual_tokens"] == 100
+    assert record["prompt_tuning_init_text"].endswith("Answer: maybe\n")
 
 
 def test_a_text_of_ones_own_stands_behind_the_label_words_before_a_head_too(train, tmp_path):
@@ -214,7 +239,7 @@ def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
     base = AutoModelForCausalLM.from_pretrained(saved_model("llama"))
     model = PeftModel.from_pretrained(base, tmp_path / "out")
 
-    assert model.peft_config["default"].num_virtual_tokens == 20
+    assert model.peft_config["default"].num_virtual_tokens == read(tmp_path / "out" / "recipe.json")["num_virtual_tokens"]
 
 
 def test_a_linear_probe_trains_the_head_alone(train, tmp_path, saved_model):

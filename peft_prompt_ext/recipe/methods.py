@@ -19,6 +19,7 @@ from ..tasks.families import FAMILIES, Family, family_of
 
 
 ADAPTERS = {"prompt_tuning", "lora"}
+SHORTEST, LONGEST = 20, 100  # virtual tokens by default; recipes/README.md has the measurement
 
 
 def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Family:
@@ -52,7 +53,7 @@ def find_family(record: Mapping[str, Any], task: Task, max_length: int) -> Famil
         raise ValueError(f"linear_probe trains a classification head: --task_type SEQ_CLS, not {task_type}.")
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # pads are masked; the family refuses if there is neither
-    prompt = record["num_virtual_tokens"] if method == "prompt_tuning" else 0
+    prompt = prompt_size(record, task, tokenizer, task_type) if method == "prompt_tuning" else 0
     positions = getattr(config.get_text_config(), "max_position_embeddings", None) or tokenizer.model_max_length
     room = min(positions, tokenizer.model_max_length) - prompt
     if room < 1:
@@ -153,13 +154,35 @@ def prompt_learning_rate(record: Mapping[str, Any]) -> float:
     return 0.1 if family_of(config) == "SEQ_CLS" else 0.01
 
 
+def prompt_size(record: Mapping[str, Any], task: Task, tokenizer: Any, task_type: str) -> int:
+    """Virtual tokens of a run: by default what the label words and the whole form of the question need.
+
+    A form that is cut to its last tokens shows the last answer alone, and begins with a model that prefers it. The
+    length is the same for every init.
+
+    Args:
+        record: The run's `num_virtual_tokens`, or None there.
+        task: The task.
+        tokenizer: The model's.
+        task_type: How the model is asked.
+    """
+    asked = record["num_virtual_tokens"]
+    if asked is not None or task_type == "SEQ_CLS":  # a head is asked no question
+        return SHORTEST if asked is None else int(asked)
+    form = tokenizer(_whole_form(task), add_special_tokens=False)["input_ids"]
+    return min(max(len(task.label_words) + len(form), SHORTEST), LONGEST)
+
+
 def question_form(family: Family, num_tokens: int) -> str:
     """The template with an ellipsis in place of the texts, once for each answer; the last tokens of that."""
-    task, tokenizer = family.task, family.tokenizer
+    form = _whole_form(family.task)
+    ids = family.tokenizer(form, add_special_tokens=False)["input_ids"]
+    return form if len(ids) <= num_tokens else str(family.tokenizer.decode(ids[-num_tokens:]))
+
+
+def _whole_form(task: Task) -> str:
     empty = task.template.format_map(dict.fromkeys(task.columns, "..."))
-    form = "".join(f"{empty}{word}\n" for word in task.label_words)
-    ids = tokenizer(form, add_special_tokens=False)["input_ids"]
-    return form if len(ids) <= num_tokens else str(tokenizer.decode(ids[-num_tokens:]))
+    return "".join(f"{empty}{word}\n" for word in task.label_words)
 
 
 def _modules_to_save(model: Any, family: Family) -> list[str] | None:
