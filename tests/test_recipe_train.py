@@ -239,7 +239,8 @@ def test_the_adapter_loads_in_plain_peft(train, tmp_path, saved_model):
     base = AutoModelForCausalLM.from_pretrained(saved_model("llama"))
     model = PeftModel.from_pretrained(base, tmp_path / "out")
 
-    assert model.peft_config["default"].num_virtual_tokens == read(tmp_path / "out" / "recipe.json")["num_virtual_tokens"]
+    size = read(tmp_path / "out" / "recipe.json")["num_virtual_tokens"]
+    assert model.peft_config["default"].num_virtual_tokens == size
 
 
 def test_a_linear_probe_trains_the_head_alone(train, tmp_path, saved_model):
