@@ -351,7 +351,8 @@ def environment(job: Job) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no")) if commit else None,
+        # the store itself may be a file of the repository
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")) if commit else None,
         "scored_rows_sha256": _rows_hash(_scored(job)[1]),
         "train_rows_sha256": None if train is None else _rows_hash(train),
         "weights_sha256": _weights_hash(job.record["model_name_or_path"]),
