@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
+CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may be a file of the repository
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
@@ -351,8 +352,7 @@ def environment(job: Job) -> dict[str, Any]:
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
         "commit": commit,
-        # the store itself may be a file of the repository
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", "*.py", "*.toml")) if commit else None,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
         "scored_rows_sha256": _rows_hash(_scored(job)[1]),
         "train_rows_sha256": None if train is None else _rows_hash(train),
         "weights_sha256": _weights_hash(job.record["model_name_or_path"]),
