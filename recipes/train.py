@@ -299,7 +299,8 @@ def prepare(
         args.learning_rate = prompt_learning_rate(record)
     if method_args.method == "prompt_tuning":
         record["num_virtual_tokens"] = prompt_size(record, task, family.tokenizer, family.task_type)
-    record |= {"task": task.to_dict(), "task_type": family.task_type, "max_length": family.max_length}
+    asked = {"task_type": family.task_type, "max_length": family.max_length}
+    record = {"task": task.to_dict(), **record, **asked}  # what differs first is said first
     record |= training_record(args) | {name: getattr(data_args, name) for name in PLACES}
     record = json.loads(json.dumps(record))  # as it will be read again
     same = {name: value for name, value in record.items() if name not in free_names(record, args)}

@@ -176,7 +176,8 @@ def test_a_frozen_trunk_has_no_dropout(train, monkeypatch, method):
 
 
 def test_an_init_of_ones_own_is_taken_as_it_is(train, tmp_path):
-    train("sst2", "--prompt_tuning_init", "sample_vocab", "--prompt_tuning_init_kwargs", '{"population": 50}')
+    kwargs = ("--prompt_tuning_init_kwargs", '{"population": 50}', "--num_virtual_tokens", "20")
+    train("sst2", "--prompt_tuning_init", "sample_vocab", *kwargs)
 
     record = read(tmp_path / "out" / "prompt_init.json")
     assert record["prompt_tuning_init"] == "SAMPLE_VOCAB"
