@@ -6,6 +6,7 @@
     arguments: {model_name_or_path: smollm2-135m}   # flags of recipes/train.py for every run
     tasks:
       sst2: {data: glue/sst2, max_seq_length: 64}   # data: a folder below --data_dir; else flags for this task
+      rte: {data: glue/rte, source: {task: mnli, data: glue/mnli, num_virtual_tokens: 46}}  # for TRANSFER: as long
     runs:
       - {method: lora, quantization: [null, nf4], learning_rate: 0.001}   # a list means one run for each value
       - {method: full, budgets: [{examples: 560}]}                        # in place of the suite's
