@@ -6,6 +6,8 @@ import ctypes
 import gc
 import os
 import platform
+import statistics
+import time
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,25 @@ def _cpu_name() -> str:
     kind = told.get("model name", platform.machine())
     numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told)
     return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
+
+
+def yardstick_s(device: str) -> float:
+    """Seconds of a fixed piece of work, one layer's worth of multiplications: how fast the machine is at the moment.
+
+    Neighbours on the same host make a virtual machine slower without being seen in its own counters.
+    """
+    import torch
+
+    rows, down, up = (torch.ones(shape, device=device) for shape in [(512, 1024), (1024, 4096), (4096, 1024)])
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        for _ in range(4):
+            torch.nn.functional.silu(rows @ down) @ up
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
 
 
 def energy_j() -> float | None:

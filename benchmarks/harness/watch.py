@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..machine import busy_s, energy_j, peak, reset_peak
+from ..machine import busy_s, energy_j, peak, reset_peak, yardstick_s
 
 
 if TYPE_CHECKING:
@@ -39,6 +39,7 @@ class Watch(TrainerCallback):
         self.energy: float | None = 0.0
         self.others_s = self.elapsed_s = 0.0
         self.most_memory = self.before = 0
+        self.yardsticks: list[float] = []  # between the stretches, where neither time nor memory is measured
 
     @property
     def train_time_s(self) -> float:
@@ -53,6 +54,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first stretch."""
+        self.yardsticks.append(yardstick_s(self.device))
         self.before = reset_peak(self.device)
         self._start()
 
@@ -96,6 +98,7 @@ class Watch(TrainerCallback):
             "peak_memory_bytes": max(0, self.most_memory - self.before),
             "memory_kind": "cuda" if self.device == "cuda" else "rss",
             "energy_j": self.energy if self.steps else 0.0,
+            "yardstick_s": statistics.fmean(self.yardsticks) if self.yardsticks else None,
             "other_cpu_share": self.others_s / self.elapsed_s if self.elapsed_s else 0.0,
         }
 
@@ -114,3 +117,4 @@ class Watch(TrainerCallback):
             self.energy = None  # nobody tells, or the counter began again
         else:
             self.energy += used - self.energy_mark
+        self.yardsticks.append(yardstick_s(self.device))
