@@ -94,14 +94,11 @@ def paired_difference(
 ) -> Interval | None:
     """Of a measure, by seed; a mean over tasks; None if no seed has both.
 
-    Times of disturbed runs are left out.
+    Times are those that can be compared.
     """
     per_task = []
     for task in tasks:
-        sides = [by_seed(setting, task, variant) for variant in (first, second)]
-        if measure.is_time:
-            allowed = {run.run_id for variant in (first, second) for run in setting.timed(task, variant)}
-            sides = [{seed: run for seed, run in side.items() if run.run_id in allowed} for side in sides]
+        sides = [by_seed(setting, task, variant, measure.is_time) for variant in (first, second)]
         values = [{seed: measure.value(run.result) for seed, run in side.items()} for side in sides]
         per_task.append(
             {s: values[0][s] - values[1][s] for s in values[0] if None not in (values[0][s], values[1].get(s))}

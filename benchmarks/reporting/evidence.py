@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 from .runs import EvidenceError, Run, Store, read_stores
@@ -116,8 +117,38 @@ class Setting:
         return tuple(run for run in self.cells.get((task, variant), ()) if run.counts)
 
     def timed(self, task: str, variant: Variant) -> tuple[Run, ...]:
-        """Those whose times can be compared: undisturbed, on the machine that ran most of this setting."""
-        return tuple(run for run in self.runs(task, variant) if not run.disturbed and run.machine == self.machine)
+        """Those whose times can be compared: undisturbed, on the machine that ran most, and at its usual speed.
+
+        A virtual machine is now faster and now slower. Where runs have measured how fast, times are brought to the
+        same speed and runs that have not are left out; but not at equal seconds, where the seconds are what was set.
+        """
+        runs = [run for run in self.runs(task, variant) if self._can_be_timed(run)]
+        if task not in self._weighed:
+            return tuple(runs)
+        return tuple(run.at_speed(self.yardstick_s) for run in runs if run.yardstick_s or not run.result["steps"])
+
+    @cached_property
+    def yardsticks(self) -> tuple[float, ...]:
+        """Seconds of the same piece of work in all runs that can be timed."""
+        return tuple(sorted(yardstick for runs in self._weighed.values() for yardstick in runs))
+
+    @property
+    def yardstick_s(self) -> float:
+        """Their median: the machine's usual speed."""
+        return median(self.yardsticks)
+
+    @cached_property
+    def _weighed(self) -> dict[str, list[float]]:
+        """Yardsticks of each task that has any."""
+        found: dict[str, list[float]] = {}
+        for (task, _), runs in self.cells.items() if self.unit == "examples" else ():
+            for run in runs:
+                if run.counts and self._can_be_timed(run) and run.yardstick_s:
+                    found.setdefault(task, []).append(run.yardstick_s)
+        return found
+
+    def _can_be_timed(self, run: Run) -> bool:
+        return not run.disturbed and run.machine == self.machine
 
     @cached_property
     def machine(self) -> tuple[str, str]:

@@ -176,4 +176,6 @@ def untimed(setting: Setting, task: str, variant: Variant) -> str:
     runs = setting.runs(task, variant)
     if not runs or setting.timed(task, variant):
         return MISSING
-    return "disturbed" if all(run.disturbed for run in runs) else "on another machine"
+    if all(run.disturbed for run in runs):
+        return "disturbed"
+    return "machine's speed unknown" if any(run.machine == setting.machine for run in runs) else "on another machine"

@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
+_TRAINING_SECONDS = {"train_time_s", "source_time_s", "step_time_s"}
 
 
 class EvidenceError(ValueError):
@@ -106,6 +107,18 @@ class Run:
     def machine(self) -> tuple[str, str]:
         """Name and instruction set."""
         return str(self.env.get("machine")), str(self.env.get("capability"))
+
+    @property
+    def yardstick_s(self) -> float | None:
+        """Seconds that a fixed piece of work took while it trained; None if that was not measured."""
+        return self.result.get("yardstick_s")
+
+    def at_speed(self, yardstick_s: float) -> Run:
+        """The same run with the seconds of its training as they were if the piece of work had taken `yardstick_s`."""
+        factor = yardstick_s / (self.yardstick_s or yardstick_s)
+        scaled = {key: value and value * factor for key, value in self.result.items() if key in _TRAINING_SECONDS}
+        scaled["curve"] = [{**point, "seconds": point["seconds"] * factor} for point in self.result.get("curve") or []]
+        return replace(self, event={**self.event, "result": {**self.result, **scaled}})
 
     @property
     def disturbed(self) -> bool:

@@ -26,6 +26,8 @@ DEFINITIONS = (
     "fine-tuning.",
     "Inference time: one scored batch with the adapter over the same batch without it.",
     "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
+    "Fixed work: seconds of the same matrix multiplications in every run, between the stretches of its training. At "
+    "equal examples, seconds of training are divided by it, and multiplied by its median.",
     f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time during training.",
 )
 

@@ -52,7 +52,19 @@ def runs_section(evidence: Evidence) -> Section:
     )
     runs = Table(
         "Runs",
-        ("run", "method", "task", "seed", "budget", "score", "training", "attempt", "line", "environment"),
+        (
+            "run",
+            "method",
+            "task",
+            "seed",
+            "budget",
+            "score",
+            "training",
+            "fixed work",
+            "attempt",
+            "line",
+            "environment",
+        ),
         [cells([*_run_texts(run), environments.get(_environment(run), "unknown")]) for run in evidence.runs],
         [f"run-{run.run_id}" for run in evidence.runs],
     )
@@ -77,7 +89,8 @@ def _run_texts(run: Run) -> list[str]:
         time = seconds(run.result["train_time_s"]) if run.result["steps"] else "no training"
     time += ", disturbed" if run.disturbed else ""
     what = [run.run_id, _name(run), run.spec["task"], str(run.seed), _budget(run), score, time]
-    return [*what, str(run.event["attempt"]), _where(run)]
+    yardstick = seconds(run.yardstick_s) if run.yardstick_s else MISSING
+    return [*what, yardstick, str(run.event["attempt"]), _where(run)]
 
 
 def gaps_section(evidence: Evidence, wanted: list[Mapping[str, Any]] | None) -> Section:

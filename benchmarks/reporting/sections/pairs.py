@@ -37,8 +37,7 @@ def four_bits_section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Text(
             "A method over a quantised backbone minus the same over the backbone in full precision: the mean of the "
-            "differences between runs of the same seed, and its 95 % interval. Timings of disturbed runs are left "
-            "out."
+            "differences between runs of the same seed, and its 95 % interval."
         )
     ]
     for setting in _compared(evidence):
@@ -146,7 +145,7 @@ def _difference(
     difference = paired_difference(setting, first, second, tasks, measure)
     if difference is None:
         has_both = measure.is_time and compare(setting, first, second, tasks) is not None
-        return "disturbed, or on several machines" if has_both else MISSING
+        return "no times that can be compared" if has_both else MISSING
     middle = _with_sign(difference.mean, show)
     if difference.half is None:
         return f"{middle} (one seed)"

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
-from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, written
+from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, seconds, written
 from ..statistics import MIN_SEEDS, compare
 
 
@@ -144,6 +144,13 @@ def _warnings(setting: Setting) -> list[str]:
         names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
         counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
         warnings.append(f"Runs are from several machines: {counts}. Timings are of {names[setting.machine]} alone.")
+    if setting.yardsticks:
+        least, most = setting.yardsticks[0], setting.yardsticks[-1]
+        warnings.append(
+            f"The machine's speed was not always the same: a fixed piece of work took {seconds(least)} to "
+            f"{seconds(most)} beside {len(setting.yardsticks)} of the runs. Their times are brought to the speed at "
+            f"which it takes {seconds(setting.yardstick_s)}, the median; the times as they were stand with every run."
+        )
     for task in setting.tasks:
         runs = [run for variant in setting.variants for run in setting.runs(task, variant)]
         for what in ("weights_sha256", "scored_rows_sha256", "train_rows_sha256"):
