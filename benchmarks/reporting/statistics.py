@@ -104,7 +104,7 @@ def row_test(differences: Sequence[int]) -> float:
 
 
 def by_seed(setting: Setting, task: str, variant: Variant, is_timed: bool = False) -> dict[int, Run]:
-    """The runs of an entry, or those whose times can be compared; zero-shot is not random and stands for every seed."""
+    """The runs of an entry, or those that can be timed; zero-shot has nothing random and stands for every seed."""
     runs = setting.timed(task, variant) if is_timed else setting.runs(task, variant)
     if variant.method == "zero_shot" and runs:
         return {run.seed: run for run in runs} | dict.fromkeys(setting.seeds or (runs[0].seed,), runs[0])
