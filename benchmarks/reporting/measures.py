@@ -178,4 +178,4 @@ def untimed(setting: Setting, task: str, variant: Variant) -> str:
         return MISSING
     if all(run.disturbed for run in runs):
         return "disturbed"
-    return "machine's speed unknown" if any(run.machine == setting.machine for run in runs) else "on another machine"
+    return "not at usual speed" if any(run.machine == setting.machine for run in runs) else "on another machine"

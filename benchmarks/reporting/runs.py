@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..harness.store import RunStore
 
 SPEC_KEYS = ("task", "data", "method", "init", "source", "quantization", "task_type", "budget", "seed", "arguments")
 DISTURBED = 0.1  # of the machine's CPU time, used by other programs: more, and a timing says little about the method
+OFF_SPEED = 0.2  # of the usual yardstick: a yardstick further from it, and so were the timings
 _NUMBERS = (
     *("score", "score_before", "loss", "eval_samples", "examples_seen", "tokens_seen", "train_time_s", "steps"),
     *("step_time_s", "tokens_per_s", "peak_memory_bytes", "weights_bytes", "trainable_parameters", "adapter_bytes"),
@@ -24,7 +25,6 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
-_TRAINING_SECONDS = {"train_time_s", "source_time_s", "step_time_s"}
 
 
 class EvidenceError(ValueError):
@@ -113,13 +113,6 @@ class Run:
         """Seconds that a fixed piece of work took while it trained; None if that was not measured."""
         return self.result.get("yardstick_s")
 
-    def at_speed(self, yardstick_s: float) -> Run:
-        """The same run with the seconds of its training as they were if the piece of work had taken `yardstick_s`."""
-        factor = yardstick_s / (self.yardstick_s or yardstick_s)
-        scaled = {key: value and value * factor for key, value in self.result.items() if key in _TRAINING_SECONDS}
-        scaled["curve"] = [{**point, "seconds": point["seconds"] * factor} for point in self.result.get("curve") or []]
-        return replace(self, event={**self.event, "result": {**self.result, **scaled}})
-
     @property
     def disturbed(self) -> bool:
         """Whether other programs used so much of the machine that its timings are not to be trusted."""
@@ -171,7 +164,11 @@ def _rank(run: Run) -> tuple[bool, str]:
 def _read(path: Path) -> tuple[Store, list[Run]]:
     if not path.is_file():
         raise EvidenceError(f"There is no results file {path}.")
-    latest, content = RunStore(path).latest(), path.read_bytes()
+    latest: dict[str, Mapping[str, Any]] = {}
+    for event in RunStore(path).events():
+        if event["status"] != "started" or latest.get(event["run_id"], event)["status"] == "started":
+            latest[event["run_id"]] = event  # a rerun that goes on, or was killed, takes nothing from what is known
+    content = path.read_bytes()
     where, torn = _line_numbers(content)
     runs = []
     for run_id, event in latest.items():

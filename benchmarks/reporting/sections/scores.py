@@ -9,6 +9,7 @@ from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, seconds, written
+from ..runs import OFF_SPEED
 from ..statistics import MIN_SEEDS, compare
 
 
@@ -112,9 +113,10 @@ def _score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
 
 
 def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
-    """At equal seconds a disturbed run has seen fewer examples, so its score is marked too."""
-    runs = [run for task in tasks for run in setting.runs(task, variant)]
-    return " †" if setting.unit == "seconds" and any(run.disturbed for run in runs) else ""
+    """At equal seconds a run that cannot be timed has seen more or fewer examples, so its score is marked too."""
+    runs = [(task, run) for task in tasks for run in setting.runs(task, variant)]
+    is_marked = any(run.disturbed or setting.is_off_speed(task, run) for task, run in runs)
+    return " †" if setting.unit == "seconds" and is_marked else ""
 
 
 def _costs(setting: Setting, task: str) -> Table:
@@ -128,29 +130,33 @@ def _costs(setting: Setting, task: str) -> Table:
 
 def _warnings(setting: Setting) -> list[str]:
     """What makes numbers of this setting less comparable than they look."""
-    counted = [run for runs in setting.cells.values() for run in runs if run.counts]
-    disturbed, warnings = sum(run.disturbed for run in counted), []
+    counted = [(task, run) for (task, _), runs in setting.cells.items() for run in runs if run.counts]
+    warnings = []
+    and_scores = ", and their scores, which at equal seconds suffer too, are marked †" * (setting.unit == "seconds")
+    disturbed = sum(run.disturbed for _, run in counted)
     if disturbed:
         warnings.append(
             f"{disturbed} of {len(counted)} runs shared the machine with other programs: their timings are left out"
-            + (
-                ", and their scores, which at equal seconds suffer too, are marked †."
-                if setting.unit == "seconds"
-                else "."
-            )
+            f"{and_scores}."
         )
-    machines = Counter(run.machine for run in counted)
+    off_speed = [
+        run
+        for task, run in counted
+        if run.machine == setting.machine and not run.disturbed and setting.is_off_speed(task, run)
+    ]
+    if off_speed:
+        known = ", ".join(seconds(run.yardstick_s) for run in off_speed if run.yardstick_s)
+        warnings.append(
+            f"{len(off_speed)} of {len(counted)} runs found the machine more than {100 * OFF_SPEED:.0f} % faster or "
+            f"slower than usual, or did not look: a fixed piece of work usually takes {seconds(setting.yardstick_s)}"
+            + (f", and took {known}" if known else "")
+            + f". Their timings are left out{and_scores}."
+        )
+    machines = Counter(run.machine for _, run in counted)
     if len(machines) > 1:
         names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
         counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
         warnings.append(f"Runs are from several machines: {counts}. Timings are of {names[setting.machine]} alone.")
-    if setting.yardsticks:
-        least, most = setting.yardsticks[0], setting.yardsticks[-1]
-        warnings.append(
-            f"The machine's speed was not always the same: a fixed piece of work took {seconds(least)} to "
-            f"{seconds(most)} beside {len(setting.yardsticks)} of the runs. Their times are brought to the speed at "
-            f"which it takes {seconds(setting.yardstick_s)}, the median; the times as they were stand with every run."
-        )
     for task in setting.tasks:
         runs = [run for variant in setting.variants for run in setting.runs(task, variant)]
         for what in ("weights_sha256", "scored_rows_sha256", "train_rows_sha256"):
