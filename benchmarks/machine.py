@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -69,8 +68,8 @@ def _cpu_name() -> str:
     return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
 
 
-def yardstick_s(device: str) -> float:
-    """Seconds of a fixed piece of work, one layer's worth of multiplications: how fast the machine is at the moment.
+def yardsticks_s(device: str) -> list[float]:
+    """Seconds of a fixed piece of work, one layer's worth of multiplications, three times: how fast the machine is now.
 
     Neighbours on the same host make a virtual machine slower without being seen in its own counters.
     """
@@ -88,7 +87,7 @@ def yardstick_s(device: str) -> float:
             if device == "cuda":
                 torch.cuda.synchronize()
             times.append(time.perf_counter() - start)
-    return statistics.median(times)
+    return times
 
 
 def energy_j() -> float | None:

@@ -73,7 +73,7 @@ class Result(TypedDict):
     energy_j: float | None
     yardstick_s: (
         float | None
-    )  # of a fixed piece of work, mean of several times while training: the machine's speed then
+    )  # of a fixed piece of work, median of several times while training: the machine's speed then
     other_cpu_share: float  # of the machine's CPU time while training, used by other programs
 
 

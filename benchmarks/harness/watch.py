@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..machine import busy_s, energy_j, peak, reset_peak, yardstick_s
+from ..machine import busy_s, energy_j, peak, reset_peak, yardsticks_s
 
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first stretch."""
-        self.yardsticks.append(yardstick_s(self.device))
+        self.yardsticks.extend(yardsticks_s(self.device))
         self.before = reset_peak(self.device)
         self._start()
 
@@ -98,7 +98,7 @@ class Watch(TrainerCallback):
             "peak_memory_bytes": max(0, self.most_memory - self.before),
             "memory_kind": "cuda" if self.device == "cuda" else "rss",
             "energy_j": self.energy if self.steps else 0.0,
-            "yardstick_s": statistics.fmean(self.yardsticks) if self.yardsticks else None,
+            "yardstick_s": statistics.median(self.yardsticks) if self.yardsticks else None,
             "other_cpu_share": self.others_s / self.elapsed_s if self.elapsed_s else 0.0,
         }
 
@@ -117,4 +117,4 @@ class Watch(TrainerCallback):
             self.energy = None  # nobody tells, or the counter began again
         else:
             self.energy += used - self.energy_mark
-        self.yardsticks.append(yardstick_s(self.device))
+        self.yardsticks.extend(yardsticks_s(self.device))
