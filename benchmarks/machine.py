@@ -69,7 +69,7 @@ def _cpu_name() -> str:
 
 
 def yardsticks_s(device: str) -> list[float]:
-    """Seconds of a fixed piece of work, one layer's worth of multiplications, three times: how fast the machine is now.
+    """Seconds of a fixed piece of work, one layer of multiplications, three times: how fast the machine is now.
 
     Neighbours on the same host make a virtual machine slower without being seen in its own counters.
     """
