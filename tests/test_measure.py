@@ -5,8 +5,10 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.measure import Result, measure
@@ -133,6 +135,27 @@ def test_a_budget_of_seconds_stops_after_them(spec, tmp_path):
     result, _ = measure(spec(budget={"seconds": 0.5}), tmp_path, None)
     assert result["steps"] > 4
     assert 0.2 < result["train_time_s"] < 0.5 + 20 * result["step_time_s"]
+
+
+def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch):
+    """Grouped by length, the first batches are the longest: here batch i takes 50 - i seconds, the first step more."""
+    clock = [0.0]
+    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    model = torch.nn.Linear(1, 1)
+
+    def compute_loss(model, batch):
+        clock[0] += 50 - batch + 1000 * (clock[0] == 0)
+        return model(torch.ones(1)).sum()
+
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(max_steps=1),
+        get_train_dataloader=lambda: range(500),
+        compute_loss=compute_loss,
+        _prepare_inputs=lambda batch: batch,
+    )
+    measuring._fit_budget(SimpleNamespace(trainer=trainer), {"budget": {"seconds": 275}})
+    assert trainer.args.max_steps == 10  # the batches 0, 5, ..., 45 take 27.5 seconds in the mean
 
 
 def test_a_number_that_is_not_finite_is_a_failure_with_a_hint(spec, tmp_path, monkeypatch):

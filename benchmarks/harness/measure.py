@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from importlib.metadata import PackageNotFoundError, version
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
@@ -37,6 +38,8 @@ CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
+LENGTH_GROUP = 50  # batches that transformers' LengthGroupedSampler sorts at a time
+TIMED_STEPS = 10  # before a run whose budget is seconds
 UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
 WHOLE_MODELS = {"full", "linear_probe"}
 
@@ -250,7 +253,11 @@ def _metrics(scores: dict[str, float]) -> dict[str, float]:
 
 
 def _fit_budget(job: Job, spec: Spec) -> None:
-    """Set how many steps fit into the seconds, from the median of a few; the learning rate's schedule has to know."""
+    """Set how many steps fit into the seconds, from the times of some; the learning rate's schedule has to know.
+
+    Batches that are grouped by length come longest first, `LENGTH_GROUP` of them at a time, so they are taken from all
+    over a group.
+    """
     if "seconds" not in spec["budget"]:
         return
     import torch
@@ -259,13 +266,16 @@ def _fit_budget(job: Job, spec: Spec) -> None:
     model = trainer.model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)  # takes its time and changes nothing
-    for batch, _ in zip(trainer.get_train_dataloader(), range(4), strict=False):
+    batches = list(islice(trainer.get_train_dataloader(), 0, LENGTH_GROUP, LENGTH_GROUP // TIMED_STEPS))
+    for batch in (batches[0], *batches):  # the first step of all allocates its buffers
         start = time.perf_counter()
         trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
         optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         model.zero_grad()
-    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / statistics.median(times[1:] or times)))
+    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / statistics.fmean(times[1:])))
 
 
 def _curve_steps(max_steps: int) -> int:
