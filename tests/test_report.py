@@ -14,7 +14,7 @@ from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
 from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
-from benchmarks.reporting.measures import ENERGY, written
+from benchmarks.reporting.measures import ENERGY, TIME, written
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
@@ -506,6 +506,7 @@ def test_a_store_that_gives_no_report_is_said_and_nothing_is_written(store, run_
         ({"score": float("inf")}, "score is no finite number (inf)"),
         ({"train_time_s": None}, "train_time_s is no finite number (None)"),
         ({"energy_j": "5"}, "energy_j is no finite number ('5')"),
+        ({"yardstick_s": "0.2"}, "yardstick_s is no finite number ('0.2')"),
         ({"correct": "012"}, "correct is not one digit for each of 2 rows"),
         ({"curve": [{"examples": 0, "seconds": None, "score": 0.5}]}, "a point of the curve is not three finite"),
     ],
@@ -594,44 +595,92 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
 @pytest.mark.parametrize(
     ("yardsticks", "lora", "full"),
     [
-        ((0.25, 0.30, 0.35), "10.0 s", "25.0 s"),  # 17 % off the median: as usual
-        ((0.23, 0.30, 0.37), "not at usual speed", "20.0 s"),
-        ((None, 0.30, 0.30), "not at usual speed", "25.0 s"),
-        ((None, None, None), "10.0 s", "25.0 s"),
+        ((0.2, 0.4, 0.4), "20.0 s", "30.0 s"),  # at 0.4 s, the median, LoRA takes 10 x 0.4 / 0.2
+        ((0.1, 0.4, 0.2), "20.0 s", "22.5 s"),  # at 0.2 s full fine-tuning takes 30 / 2 and 30
+        ((None, 0.4, 0.2), "machine's speed unknown", "33.8 s"),
+        ((None, None, None), "10.0 s", "30.0 s"),
     ],
-    ids=["usual", "faster and slower", "one did not look", "nobody looked"],
 )
-def test_times_are_of_a_machine_at_its_usual_speed(store, run_of, tmp_path, yardsticks, lora, full):
-    times = {"lora": [10.0], "full": [20.0, 30.0]}
-    events = [run_of(name, seed, "10", train_time_s=time) for name in times for seed, time in enumerate(times[name])]
+def test_times_are_brought_to_one_speed_of_the_machine(store, run_of, tmp_path, yardsticks, lora, full):
+    curve = [{"examples": 0, "seconds": 0.0, "score": 0.5}, {"examples": 80, "seconds": 10.0, "score": 0.5}]
+    events = [
+        run_of("lora", 0, "10", train_time_s=10.0, step_time_s=1.0, curve=curve),
+        run_of("full", 0, "10", train_time_s=30.0),
+        run_of("full", 1, "10", train_time_s=30.0),
+    ]
     for event, yardstick in zip(events, yardsticks, strict=True):
         event["result"] |= {} if yardstick is None else {"yardstick_s": yardstick}
+    # neither of these says how fast the machine usually is
+    events.append(run_of("full", 2, "10", yardstick_s=9.0, other_cpu_share=0.5))
+    events.append(run_of("full", 3, "10", yardstick_s=9.0))
+    events[-1]["env"] = {**events[-1]["env"], "machine": "a slower one"}
+    events.append(run_of("lora", 0, "10", task="shapes", train_time_s=10.0))  # nobody measured it on this task
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     found = tables(text)
     columns, *rows = found[EXAMPLES, f"What it costs: colours, {EXAMPLES}"]
     assert [row[columns.index("training")] for row in rows] == [lora, full]
-    assert ("faster or slower than usual" in text) == (lora == "not at usual speed")
-    assert [row[7] for row in found["", "Runs"][1:]] == [f"{y:.2f} s" if y else "not measured" for y in yardsticks]
+    assert rows[0][columns.index("step")] == {"20.0 s": "2.00 s", "10.0 s": "1.00 s"}.get(lora, lora)
+    assert found[EXAMPLES, f"Numbers of the curves: colours, {EXAMPLES}"][2][2] == lora.removesuffix(" s")
+    columns, row = found[EXAMPLES, f"What it costs: shapes, {EXAMPLES}"]
+    assert row[columns.index("training")] == "10.0 s"
+    assert ("The machine was not always as fast" in text) == any(yardsticks)
+    listed = {row[0]: row[6:8] for row in found["", "Runs"][1:]}
+    times = ["10.0 s", "30.0 s", "30.0 s"]
+    for event, time, yardstick in zip(events, times, yardsticks, strict=False):
+        assert listed[event["run_id"]] == [time, f"{1000 * yardstick:.0f} ms" if yardstick else "not measured"]
 
 
-def test_a_score_at_equal_seconds_is_marked_where_the_machine_was_faster_than_usual(store, run_of, tmp_path):
-    events = [run_of("lora", seed, "10", yardstick_s=0.3) for seed in range(2)]
-    events.append(run_of("full", 0, "10", yardstick_s=0.2))
+def test_at_equal_seconds_the_seconds_are_those_that_were_set(store, run_of):
+    events = [run_of("lora", seed, "10", train_time_s=30.0, yardstick_s=0.1 * (seed + 1)) for seed in range(2)]
     for event in events:
         event["spec"]["budget"] = {"seconds": 30}
+    [setting] = settings_of(store(*events))
+    assert [run.result["train_time_s"] for run in setting.timed("colours", setting.variants[0])] == [30.0, 30.0]
+
+
+@pytest.mark.parametrize(
+    ("shares", "machines", "reason"),
+    [
+        ((0.5, 0.5), ("a", "a"), "disturbed"),
+        ((0.0, 0.0), ("b", "b"), "on another machine"),
+        ((0.5, 0.0), ("a", "b"), "disturbed or on another machine"),
+    ],
+)
+def test_a_missing_time_has_its_reason(store, run_of, shares, machines, reason):
+    events = [run_of("full", seed, "10") for seed in range(3)]
+    for seed, (share, name) in enumerate(zip(shares, machines, strict=True)):
+        events.append(run_of("lora", seed, "10", other_cpu_share=share))
+        events[-1]["env"] = {**events[-1]["env"], **({} if name == "a" else {"machine": name})}
+    [setting] = settings_of(store(*events))
+    assert written(setting, "colours", setting.variants[0], TIME) == reason
+
+
+def test_the_last_row_of_a_curve_has_the_seconds_of_the_end(store, run_of, tmp_path):
+    points = [{"examples": n, "seconds": float(n), "score": 0.5} for n in (0, 40, 80)]
+    events = [run_of("lora", 0, "10", curve=points), run_of("lora", 1, "10", curve=points[::2], other_cpu_share=0.5)]
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
     found = tables((tmp_path / "report.md").read_text(encoding="utf-8"))
-    marked = {row[0]: "†" in row[1] for row in found[SECONDS, f"Scores: {SECONDS} (accuracy)"][1:]}
-    assert marked == {"LoRA": False, "Full fine-tuning": True}
+    rows = found[EXAMPLES, f"Numbers of the curves: colours, {EXAMPLES}"][1:]
+    assert [row[1:3] for row in rows] == [["0", "0.0"], ["80", "80.0"]]
 
 
-def test_a_rerun_that_has_not_ended_takes_nothing_from_what_is_known(store, run_of):
-    again = {**run_of("lora", 0, "10"), "attempt": 2, "status": "started", "result": None, "env": None}
+@pytest.mark.parametrize("status", ["started", "failed", "timeout"])
+def test_a_rerun_takes_nothing_from_a_result(store, run_of, status):
+    again = {**run_of("lora", 0, "10"), "attempt": 2, "status": status, "result": None, "env": None}
     [run] = read_evidence([store(run_of("lora", 0, "10"), again)]).runs
     assert run.counts and run.line == 1
-    [run] = read_evidence([store({**again, "attempt": 1}, run_of("lora", 1, "11"), again)]).runs[:1]
-    assert (run.state, run.event["attempt"], run.line) == ("not ended", 2, 3)
+    [run] = read_evidence([store(again, {**run_of("lora", 0, "11"), "attempt": 3})]).runs
+    assert run.counts and run.line == 2
+
+
+def test_of_runs_without_a_result_the_last_that_ended_is_told(store, run_of):
+    good = run_of("full", 0, "10")
+    attempts = [{**run_of("lora", 0, "10"), "result": None, "env": None, "attempt": number} for number in (1, 2, 3, 4)]
+    for event, status in zip(attempts, ("started", "failed", "timeout", "started"), strict=True):
+        event["status"] = status
+    by_method = {run.spec["method"]: run for run in read_evidence([store(good, *attempts)]).runs}
+    assert (by_method["lora"].state, by_method["lora"].line) == ("timeout", 4)
 
 
 def test_the_command_at_equal_seconds_names_the_steps_that_were_run(oracle):

@@ -38,7 +38,6 @@ CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
-LENGTH_GROUP = 50  # batches that transformers' LengthGroupedSampler sorts at a time
 TIMED_STEPS = 10  # before a run whose budget is seconds
 UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
 WHOLE_MODELS = {"full", "linear_probe"}
@@ -131,6 +130,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
+    env = environment(job)  # as the code was that runs, whatever is checked out meanwhile
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
     before = after = _score(job)
     if trainer.args.do_train:
@@ -175,7 +175,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     if spec["method"] in WHOLE_MODELS:  # hundreds of megabytes of every run would fill the disk
         for path in folder.rglob("*.safetensors"):
             path.unlink()
-    return result, environment(job)
+    return result, env
 
 
 def _job(spec: Spec, folder: Path, data_dir: str | None, extra: list[str]) -> Job:
@@ -255,8 +255,7 @@ def _metrics(scores: dict[str, float]) -> dict[str, float]:
 def _fit_budget(job: Job, spec: Spec) -> None:
     """Set how many steps fit into the seconds, from the times of some; the learning rate's schedule has to know.
 
-    Batches that are grouped by length come longest first, `LENGTH_GROUP` of them at a time, so they are taken from all
-    over a group.
+    Batches that are grouped by length come longest first, a group at a time; so they are from all over a group.
     """
     if "seconds" not in spec["budget"]:
         return
@@ -266,7 +265,9 @@ def _fit_budget(job: Job, spec: Spec) -> None:
     model = trainer.model.train()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=0.0)  # takes its time and changes nothing
-    batches = list(islice(trainer.get_train_dataloader(), 0, LENGTH_GROUP, LENGTH_GROUP // TIMED_STEPS))
+    loader = trainer.get_train_dataloader()
+    group = max(1, min(len(loader) // 4, 50))  # as transformers' LengthGroupedSampler takes them
+    batches = list(islice(loader, 0, group, -(-group // TIMED_STEPS)))
     for batch in (batches[0], *batches):  # the first step of all allocates its buffers
         start = time.perf_counter()
         trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()

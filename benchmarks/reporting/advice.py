@@ -60,7 +60,7 @@ class Candidate:
         memory_bytes: The model and its training, the most of all runs.
         stored_bytes: What one task stores.
         weights_bytes: The model, once for all tasks.
-        time_s: One task's training, with its source's; None if every timing was disturbed.
+        time_s: One task's training, with its source's; None if none can be compared.
         comparison: With the best of those that fit; None for itself.
         excluded: Why it is not picked, or "".
     """

@@ -17,7 +17,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from .runs import OFF_SPEED, EvidenceError, Run, Store, read_stores
+from .runs import EvidenceError, Run, Store, read_stores
 
 
 METHODS = {
@@ -118,38 +118,40 @@ class Setting:
         return tuple(run for run in self.cells.get((task, variant), ()) if run.counts)
 
     def timed(self, task: str, variant: Variant) -> tuple[Run, ...]:
-        """Those whose times can be compared: undisturbed, on the machine that ran most, at its usual speed."""
-        return tuple(
-            run for run in self.runs(task, variant) if self._is_at_rest(run) and not self.is_off_speed(task, run)
-        )
+        """Those whose times can be compared: undisturbed, on the machine that ran most, and as at its usual speed.
 
-    def is_off_speed(self, task: str, run: Run) -> bool:
-        """Whether the machine was much faster or slower than usual, or might have been.
-
-        A virtual machine changes its speed from hour to hour. Only some runs of a store may have measured it.
+        A virtual machine is now faster and now slower. Where runs of a task have measured how fast, their times are
+        brought to the same speed, and runs that have not are left out; but not at equal seconds, where the seconds are
+        what was set.
         """
-        if task not in self.yardsticks or not run.result["steps"]:
-            return False
-        usual = self.yardstick_s
-        return run.yardstick_s is None or not usual * (1 - OFF_SPEED) <= run.yardstick_s <= usual * (1 + OFF_SPEED)
+        runs = [run for run in self.runs(task, variant) if self.is_at_rest(run)]
+        if task not in self._weighed:
+            return tuple(runs)
+        return tuple(run.at_speed(self.yardstick_s) for run in runs if run.yardstick_s or not run.result["steps"])
+
+    def is_at_rest(self, run: Run) -> bool:
+        """Whether it had the machine that ran most of this setting for itself."""
+        return not run.disturbed and run.machine == self.machine
+
+    @cached_property
+    def yardsticks(self) -> tuple[float, ...]:
+        """Seconds of the same piece of work beside the runs at rest, ascending."""
+        return tuple(sorted(chain.from_iterable(self._weighed.values())))
 
     @property
     def yardstick_s(self) -> float:
-        """The machine's usual speed: seconds of the same piece of work, the median over the runs at rest."""
-        return median(chain.from_iterable(self.yardsticks.values()))
+        """Their median: the machine's usual speed."""
+        return median(self.yardsticks)
 
     @cached_property
-    def yardsticks(self) -> dict[str, list[float]]:
-        """Of all runs at rest, by task; of the tasks that have any."""
+    def _weighed(self) -> dict[str, list[float]]:
+        """Yardsticks of each task that has any."""
         found: dict[str, list[float]] = {}
-        for (task, _), runs in self.cells.items():
-            known = [run.yardstick_s for run in runs if run.counts and self._is_at_rest(run) and run.yardstick_s]
+        for (task, _), runs in self.cells.items() if self.unit == "examples" else ():
+            known = [run.yardstick_s for run in runs if run.counts and self.is_at_rest(run) and run.yardstick_s]
             if known:
                 found.setdefault(task, []).extend(known)
         return found
-
-    def _is_at_rest(self, run: Run) -> bool:
-        return not run.disturbed and run.machine == self.machine
 
     @cached_property
     def machine(self) -> tuple[str, str]:

@@ -65,6 +65,11 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
+def milliseconds(value: float) -> str:
+    """Seconds of something short, in three digits."""
+    return f"{1e3 * value:.3g} ms"
+
+
 def seconds(value: float) -> str:
     """Seconds, three digits or more."""
     return f"{value:,.0f} s" if abs(value) >= 100 else f"{value:.1f} s" if abs(value) >= 10 else f"{value:.2f} s"
@@ -144,7 +149,7 @@ COSTS = (BEFORE, EXAMPLES, TIME, SOURCE_TIME, STEP, PEAK, PARAMETERS, STORED, IN
 
 
 def measured(setting: Setting, task: str, variant: Variant, measure: Measure) -> float | None:
-    """Over the seeds of one entry; times without those that were disturbed."""
+    """Over the seeds of one entry; times of the runs that can be timed."""
     runs = setting.timed(task, variant) if measure.is_time else setting.runs(task, variant)
     values = [measure.value(run.result) for run in runs if run.result["steps"] or not measure.of_training]
     known = [value for value in values if value is not None]
@@ -176,6 +181,8 @@ def untimed(setting: Setting, task: str, variant: Variant) -> str:
     runs = setting.runs(task, variant)
     if not runs or setting.timed(task, variant):
         return MISSING
+    if any(setting.is_at_rest(run) for run in runs):
+        return "machine's speed unknown"
     if all(run.disturbed for run in runs):
         return "disturbed"
-    return "not at usual speed" if any(run.machine == setting.machine for run in runs) else "on another machine"
+    return "disturbed or on another machine" if any(run.disturbed for run in runs) else "on another machine"

@@ -1,4 +1,4 @@
-"""Runs as they lie in the stores: the newest event of each, where it stands, and whether its result can be used."""
+"""Runs as they lie in the stores: the event that tells most of each, where it stands, and whether it can be used."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from ..harness.store import RunStore
 
 SPEC_KEYS = ("task", "data", "method", "init", "source", "quantization", "task_type", "budget", "seed", "arguments")
 DISTURBED = 0.1  # of the machine's CPU time, used by other programs: more, and a timing says little about the method
-OFF_SPEED = 0.2  # of the usual yardstick: a yardstick further from it, and so were the timings
 _NUMBERS = (
     *("score", "score_before", "loss", "eval_samples", "examples_seen", "tokens_seen", "train_time_s", "steps"),
     *("step_time_s", "tokens_per_s", "peak_memory_bytes", "weights_bytes", "trainable_parameters", "adapter_bytes"),
@@ -25,6 +24,8 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
+_TRAINING_SECONDS = {"train_time_s", "source_time_s", "step_time_s"}
+_TOLD = {"started": 0, "ok": 2}  # how much an event tells; that of a run that ended badly: 1
 
 
 class EvidenceError(ValueError):
@@ -43,7 +44,7 @@ class Store:
 
 @dataclass(frozen=True)
 class Run:
-    """The newest event of a run, and where it stands.
+    """The event that tells most of a run, and where it stands.
 
     Attributes:
         event: As it is in the store.
@@ -113,6 +114,13 @@ class Run:
         """Seconds that a fixed piece of work took while it trained; None if that was not measured."""
         return self.result.get("yardstick_s")
 
+    def at_speed(self, yardstick_s: float) -> Run:
+        """The same run, its seconds of training as if the piece of work had taken `yardstick_s`."""
+        factor = yardstick_s / (self.yardstick_s or yardstick_s)
+        scaled = {key: value and value * factor for key, value in self.result.items() if key in _TRAINING_SECONDS}
+        scaled["curve"] = [{**point, "seconds": point["seconds"] * factor} for point in self.result.get("curve") or []]
+        return replace(self, event={**self.event, "result": {**self.result, **scaled}})
+
     @property
     def disturbed(self) -> bool:
         """Whether other programs used so much of the machine that its timings are not to be trusted."""
@@ -128,6 +136,8 @@ def result_problem(result: Any) -> str:
             return f"{name} is missing"
         if not (result[name] is None and name in _NUMBERS_OR_NULL) and not _is_number(result[name]):
             return f"{name} is no finite number ({result[name]!r})"
+    if not (result.get("yardstick_s") is None or _is_number(result["yardstick_s"])):  # older stores have none
+        return f"yardstick_s is no finite number ({result['yardstick_s']!r})"
     for point in result.get("curve") or []:
         if not all(_is_number(point.get(name)) for name in ("examples", "seconds", "score")):
             return f"a point of the curve is not three finite numbers ({point!r})"
@@ -166,8 +176,9 @@ def _read(path: Path) -> tuple[Store, list[Run]]:
         raise EvidenceError(f"There is no results file {path}.")
     latest: dict[str, Mapping[str, Any]] = {}
     for event in RunStore(path).events():
-        if event["status"] != "started" or latest.get(event["run_id"], event)["status"] == "started":
-            latest[event["run_id"]] = event  # a rerun that goes on, or was killed, takes nothing from what is known
+        known = latest.get(event["run_id"], event)
+        if _TOLD.get(event["status"], 1) >= _TOLD.get(known["status"], 1):  # a rerun that is killed loses no result
+            latest[event["run_id"]] = event
     content = path.read_bytes()
     where, torn = _line_numbers(content)
     runs = []

@@ -6,7 +6,7 @@ from collections import Counter
 
 from ..document import Bullets, Section
 from ..evidence import Evidence
-from ..runs import DISTURBED, OFF_SPEED
+from ..runs import DISTURBED
 from ..statistics import MIN_SEEDS
 
 
@@ -26,8 +26,9 @@ DEFINITIONS = (
     "fine-tuning.",
     "Inference time: one scored batch with the adapter over the same batch without it.",
     "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
-    "Fixed work: seconds of the same matrix multiplications in every run, between the stretches of its training. "
-    f"If that is more than {100 * OFF_SPEED:.0f} % off the median, the run's timings are left out.",
+    "Fixed work: the time of the same matrix multiplications in every run, between the stretches of its training. At "
+    "equal examples a run's seconds of training are divided by its own and multiplied by the median of the setting's "
+    "undisturbed runs; of a task where only some runs have measured it, the others have no times.",
     f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time during training.",
 )
 

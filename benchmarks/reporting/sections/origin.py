@@ -11,7 +11,7 @@ from typing import Any
 from ...harness.suite import run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
-from ..measures import COSTS, MISSING, points, seconds
+from ..measures import COSTS, MISSING, milliseconds, points, seconds
 from ..runs import DISTURBED, Run
 from .engine import SpeedRow
 
@@ -48,7 +48,8 @@ def runs_section(evidence: Evidence) -> Section:
     explanation = (
         "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps comes from a "
         "timing before the run, and is given as it was. Disturbed: other programs used more than "
-        f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table."
+        f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table. "
+        "Fixed work: see how the numbers are made."
     )
     runs = Table(
         "Runs",
@@ -89,7 +90,7 @@ def _run_texts(run: Run) -> list[str]:
         time = seconds(run.result["train_time_s"]) if run.result["steps"] else "no training"
     time += ", disturbed" if run.disturbed else ""
     what = [run.run_id, _name(run), run.spec["task"], str(run.seed), _budget(run), score, time]
-    yardstick = seconds(run.yardstick_s) if run.yardstick_s else MISSING
+    yardstick = milliseconds(run.yardstick_s) if run.yardstick_s else MISSING
     return [*what, yardstick, str(run.event["attempt"]), _where(run)]
 
 

@@ -109,7 +109,9 @@ def _curve_table(setting: Setting, task: str) -> Table:
         stops, timed = curve(setting.runs(task, variant)), curve(setting.timed(task, variant))
         for number, stop in enumerate(stops if len(stops) > 1 else []):
             scores = [point["score"] for point in stop]
-            seconds = f"{fmean(p['seconds'] for p in timed[number]):.1f}" if timed else untimed(setting, task, variant)
+            same = -1 if number == len(stops) - 1 else number  # some runs have more stops than others, and all an end
+            times = [point["seconds"] for point in timed[same]] if timed else []
+            seconds = f"{fmean(times):.1f}" if times else untimed(setting, task, variant)
             examples = whole(fmean(point["examples"] for point in stop))
             rows.append([variant.label, examples, seconds, *(points(f(scores)) for f in (fmean, min, max))])
     columns = ("method", "examples", "seconds", "mean score", "lowest seed", "highest seed")

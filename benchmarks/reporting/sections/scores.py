@@ -8,8 +8,7 @@ from collections.abc import Sequence
 from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
-from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, p_values, seconds, written
-from ..runs import OFF_SPEED
+from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, milliseconds, p_values, written
 from ..statistics import MIN_SEEDS, compare
 
 
@@ -113,10 +112,9 @@ def _score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
 
 
 def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
-    """At equal seconds a run that cannot be timed has seen more or fewer examples, so its score is marked too."""
-    runs = [(task, run) for task in tasks for run in setting.runs(task, variant)]
-    is_marked = any(run.disturbed or setting.is_off_speed(task, run) for task, run in runs)
-    return " †" if setting.unit == "seconds" and is_marked else ""
+    """At equal seconds a disturbed run has seen fewer examples, so its score is marked too."""
+    runs = [run for task in tasks for run in setting.runs(task, variant)]
+    return " †" if setting.unit == "seconds" and any(run.disturbed for run in runs) else ""
 
 
 def _costs(setting: Setting, task: str) -> Table:
@@ -130,29 +128,25 @@ def _costs(setting: Setting, task: str) -> Table:
 
 def _warnings(setting: Setting) -> list[str]:
     """What makes numbers of this setting less comparable than they look."""
-    counted = [(task, run) for (task, _), runs in setting.cells.items() for run in runs if run.counts]
-    warnings = []
-    and_scores = ", and their scores, which at equal seconds suffer too, are marked †" * (setting.unit == "seconds")
-    disturbed = sum(run.disturbed for _, run in counted)
+    counted = [run for runs in setting.cells.values() for run in runs if run.counts]
+    disturbed, warnings = sum(run.disturbed for run in counted), []
     if disturbed:
         warnings.append(
             f"{disturbed} of {len(counted)} runs shared the machine with other programs: their timings are left out"
-            f"{and_scores}."
+            + (
+                ", and their scores, which at equal seconds suffer too, are marked †."
+                if setting.unit == "seconds"
+                else "."
+            )
         )
-    off_speed = [
-        run
-        for task, run in counted
-        if run.machine == setting.machine and not run.disturbed and setting.is_off_speed(task, run)
-    ]
-    if off_speed:
-        known = ", ".join(seconds(run.yardstick_s) for run in off_speed if run.yardstick_s)
+    if setting.yardsticks:
+        least, most = (milliseconds(setting.yardsticks[end]) for end in (0, -1))
         warnings.append(
-            f"{len(off_speed)} of {len(counted)} runs found the machine more than {100 * OFF_SPEED:.0f} % faster or "
-            f"slower than usual, or did not look: a fixed piece of work usually takes {seconds(setting.yardstick_s)}"
-            + (f", and took {known}" if known else "")
-            + f". Their timings are left out{and_scores}."
+            f"The machine was not always as fast: the same piece of work took {least} to {most} beside the runs. "
+            f"Seconds of training are given as for {milliseconds(setting.yardstick_s)}, the median; as they were they "
+            "stand with every run. Runs that did not measure it have no times here if others of the task did."
         )
-    machines = Counter(run.machine for _, run in counted)
+    machines = Counter(run.machine for run in counted)
     if len(machines) > 1:
         names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
         counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
