@@ -12,7 +12,7 @@ An event says that a run started, or how it ended. Times of the clock are UTC in
     result          dict or None: what was measured, see measure.Result
     env             dict or None: machine, versions, commit, hashes of the data and the weights
 
-The state of a run is its newest event.
+The state of a run is its newest event; the report takes the one with a result, which no failed rerun replaces.
 """
 
 from __future__ import annotations
