@@ -60,7 +60,7 @@ def reasons(advice):
         (Needs(first="score"), BEST),
         (Needs(first="time"), BEST),
         (Needs(first="memory"), FOUR_BITS),  # as good within the noise, with 498 MB against 850
-        (Needs(first="storage"), BEST),  # all prompts store the same, so the higher mean decides
+        (Needs(first="storage"), BEST),  # all prompts store the same, so the time decides
         (Needs(memory_bytes=849 * MB), FOUR_BITS),
         (Needs(storage_bytes=200 * MB, count=100), FOUR_BITS),
         (Needs(memory_bytes=10 * MB), None),
@@ -94,7 +94,7 @@ def test_each_exclusion_says_why_in_numbers(setting):
     assert found["Prompt tuning, TEXT"] == "too thin: 2 of the 3 seeds wanted"
     assert found["Prompt tuning, TRANSFER"] == "as good within the noise, but costs more: 21.8 s of training"
     assert reasons(advise(setting, Needs(first="storage")))["Prompt tuning, TRANSFER"] == (
-        "as good within the noise and as cheap, but no higher mean"
+        "as good within the noise and as small to store, but costs more: 21.8 s of training"
     )
 
 
@@ -124,14 +124,50 @@ def test_what_any_test_finds_worse_is_not_called_as_good(setting):
     assert found["LoRA"] == "worse than Prompt tuning, TRANSFER by 5.6 points"
 
 
-@pytest.mark.parametrize(("share", "pick"), [(0.95, BEST), (0.8, FOUR_BITS)])
-def test_costs_that_differ_by_less_than_a_tenth_count_as_equal(changed_store, share, pick):
+@pytest.mark.parametrize(
+    ("share", "pick", "reason"),
+    [
+        (1.05, FOUR_BITS, "as good within the noise and as quick, but costs more: 850.0 MB of memory"),
+        (1.2, BEST, "as good within the noise, but costs more: 12.0 s of training"),
+    ],
+)
+def test_where_costs_differ_by_less_than_a_tenth_the_next_decides(changed_store, share, pick, reason):
     def same_but_for_the_share(event):
         if event["result"] and event["spec"]["init"] == "CLASS_LABELS":
             event["result"]["train_time_s"] = 10.0 * (share if event["spec"]["quantization"] else 1.0)
 
     advice = advise(read_evidence([changed_store(same_but_for_the_share)]).settings[0], Needs(first="time"))
     assert advice.pick.variant.label == pick
+    assert reasons(advice)[BEST if pick == FOUR_BITS else FOUR_BITS] == reason
+
+
+def test_where_all_costs_are_about_equal_the_higher_mean_decides(changed_store):
+    def cheap_transfer(event):
+        if event["result"] and event["spec"]["init"] == "TRANSFER":
+            event["result"]["source_time_s"] = 0.0
+        return not event["spec"]["quantization"]
+
+    advice = advise(read_evidence([changed_store(cheap_transfer)]).settings[0], Needs(first="storage"))
+    assert advice.pick.variant.label == BEST
+    assert reasons(advice)["Prompt tuning, TRANSFER"] == "as good within the noise and as cheap, but no higher mean"
+
+
+def test_at_equal_seconds_time_is_no_cost_that_decides_between_equals(changed_store):
+    events = [json.loads(line) for line in STORE.read_text().splitlines()[:-1]]
+    results = {
+        (event["spec"]["task"], event["spec"]["seed"]): event["result"]
+        for event in events
+        if event["status"] == "ok" and event["spec"]["init"] == "CLASS_LABELS" and "seconds" in event["spec"]["budget"]
+    }
+
+    def the_same_in_less_time(event):
+        if event["result"] and event["spec"]["method"] == "lora" and "seconds" in event["spec"]["budget"]:
+            result = results[event["spec"]["task"], event["spec"]["seed"]]
+            event["result"] = {**result, "train_time_s": 0.5 * result["train_time_s"]}
+
+    setting = read_evidence([changed_store(the_same_in_less_time)]).settings[1]
+    assert advise(setting, Needs(first="time")).pick.variant.label == "LoRA"
+    assert advise(setting, Needs(first="memory")).pick.variant.label == BEST
 
 
 def test_a_method_with_few_seeds_is_not_what_others_are_measured_by(changed_store):

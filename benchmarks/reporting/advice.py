@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .contrasts import mean_score
@@ -12,14 +12,15 @@ from .statistics import MIN_SEEDS, Comparison, Interval, common_seeds, compare
 
 
 COSTS = ("time", "memory", "storage")
+AS_CHEAP = {"time": "as quick", "memory": "as small in memory", "storage": "as small to store"}
 SAME_COST = 1.1  # less is within what a machine differs from day to day
 RULE = (
     "What has no usable run for every task, needs more memory or storage than there is, or scores less than asked is "
     "left out. Of the rest the best mean score is found, and what either test finds worse than it, or what was not "
     "scored on the same rows and seeds, is left out too. Of what then remains the cheapest is picked; if that cost is "
-    "not known of all of it, another decides, and it is said. Costs that differ by less than a tenth count as equal, "
-    f"and then the higher mean decides. Methods with fewer than {MIN_SEEDS} seeds are picked only where nothing else "
-    "is left, and it is said."
+    "not known of all of it, another decides, and it is said. Costs that differ by less than a tenth count as equal: "
+    "then the next of time (not at equal seconds), memory and storage decides, last the higher mean. Methods with "
+    f"fewer than {MIN_SEEDS} seeds are picked only where nothing else is left, and it is said."
 )
 
 
@@ -124,9 +125,17 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     judged = [_judged(setting, candidate, best, bool(sure), tasks) for candidate in candidates]
     left = [candidate for candidate in judged if not candidate.excluded]
     # without enough seeds "cannot be told apart" says nothing, so the best mean it is
-    cost = _deciding_cost(left, needs.first) if sure else "score"
-    pick = _cheapest(left, cost) if sure else best
-    final = [_not_cheapest(candidate, pick, cost, needs.first, bool(sure)) for candidate in judged]
+    costs = _known_costs(left, needs.first, setting.unit) if sure else []
+    pick, dearer = _cheapest(left, costs) if sure else (best, {})
+    decides = costs[0] if costs else "score"
+    unknown = f" ({needs.first} was not measured for all, so {decides} decides)"
+    instead = unknown if sure and decides != needs.first else ""
+    final = [
+        candidate
+        if candidate.excluded or candidate.variant == pick.variant
+        else replace(candidate, excluded=_why_not(candidate, costs, dearer, bool(sure)) + instead)
+        for candidate in judged
+    ]
     return Advice(setting, tasks, needs, pick, tuple(final), not sure)
 
 
@@ -178,34 +187,34 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 
-def _deciding_cost(candidates: Sequence[Candidate], first: str) -> str:
-    """The cost that matters most of those that are known of every candidate; "score" if there is none."""
+def _known_costs(candidates: Sequence[Candidate], first: str, unit: str) -> list[str]:
+    """The costs that are known of every candidate, in the order in which they decide."""
     if first == "score":
-        return "score"
-    order = [first, *(name for name in COSTS if name != first)]
-    return next((name for name in order if all(c.cost(name) is not None for c in candidates)), "score")
+        return []
+    # at equal seconds the time is the budget, and no cost
+    others = [name for name in COSTS if name != first and (name, unit) != ("time", "seconds")]
+    return [name for name in (first, *others) if all(c.cost(name) is not None for c in candidates)]
 
 
-def _cheapest(candidates: Sequence[Candidate], cost: str) -> Candidate:
-    """The best mean of those that cost about the least."""
-    if cost != "score":
+def _cheapest(candidates: Sequence[Candidate], costs: Sequence[str]) -> tuple[Candidate, dict[Variant, str]]:
+    """The best mean of what costs about the least by one cost after the other; and the cost that ruled others out."""
+    dearer: dict[Variant, str] = {}
+    for cost in costs:
         least = min(candidate.cost(cost) for candidate in candidates)
-        candidates = [candidate for candidate in candidates if candidate.cost(cost) <= SAME_COST * least]
-    return max(candidates, key=lambda candidate: candidate.score.mean)
+        dearer |= {c.variant: cost for c in candidates if c.cost(cost) > SAME_COST * least}
+        candidates = [candidate for candidate in candidates if candidate.variant not in dearer]
+    return max(candidates, key=lambda candidate: candidate.score.mean), dearer
 
 
-def _not_cheapest(candidate: Candidate, pick: Candidate, cost: str, first: str, is_sure: bool) -> Candidate:
-    """Say why something else is picked although it would do."""
-    if candidate.excluded or candidate.variant == pick.variant:
-        return candidate
-    instead = f" ({first} was not measured for all, so {cost} decides)" if is_sure and cost != first else ""
-    if cost == "score":
-        reason = f"no higher mean, {'within the noise' if is_sure else 'on thin evidence'}"
-    elif candidate.cost(cost) > SAME_COST * pick.cost(cost):
-        reason = f"as good within the noise, but costs more: {cost_text(candidate, cost)}"
-    else:
-        reason = "as good within the noise and as cheap, but no higher mean"
-    return replace(candidate, excluded=reason + instead)
+def _why_not(candidate: Candidate, costs: Sequence[str], dearer: Mapping[Variant, str], is_sure: bool) -> str:
+    """Why something else is picked although it would do."""
+    cost = dearer.get(candidate.variant)
+    if not costs:
+        return f"no higher mean, {'within the noise' if is_sure else 'on thin evidence'}"
+    if cost is None:
+        return "as good within the noise and as cheap, but no higher mean"
+    as_cheap = "" if cost == costs[0] else f" and {AS_CHEAP[costs[0]]}"
+    return f"as good within the noise{as_cheap}, but costs more: {cost_text(candidate, cost)}"
 
 
 def cost_text(candidate: Candidate, first: str) -> str:
