@@ -68,8 +68,8 @@ def show(advice: Advice) -> None:
 def _sentence(advice: Advice) -> str:
     """The pick and what it costs."""
     from .reporting.contrasts import score_text
+    from .reporting.evidence import MIN_SEEDS
     from .reporting.measures import in_points, seconds, size
-    from .reporting.statistics import MIN_SEEDS
 
     pick = advice.pick
     if pick is None:

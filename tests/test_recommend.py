@@ -240,6 +240,16 @@ def test_the_command_asks_about_the_tasks_of_the_reports_mean(changed_store, cap
     assert "80 examples; tasks: colours\n" in capsys.readouterr().out
 
 
+def test_a_task_that_has_few_seeds_so_far_does_not_spoil_the_mean(changed_store):
+    def one_seed_of_shapes(event):
+        return event["spec"]["task"] == "colours" or event["spec"]["seed"] == 0
+
+    advice = advise(read_evidence([changed_store(one_seed_of_shapes)]).settings[0], Needs(first="score"))
+    assert advice.tasks == ("colours",) and not advice.is_thin
+    few = read_evidence([changed_store(lambda event: event["spec"]["seed"] == 0)]).settings[0]
+    assert few.common == ("colours", "shapes")
+
+
 def test_the_command_says_the_pick_its_cost_and_the_rule(say):
     text, status = say("--memory", "8GB", "--tasks", "50", "--storage", "1GB", "--least_score", "0.7")
     assert status == 0

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .contrasts import mean_score
-from .evidence import Setting, Variant
+from .evidence import MIN_SEEDS, Setting, Variant
 from .measures import ALL_TIME, MEMORY, STORED, WEIGHTS, over_tasks, points, seconds, signed, size
-from .statistics import MIN_SEEDS, Comparison, Interval, common_seeds, compare
+from .statistics import Comparison, Interval, common_seeds, compare
 
 
 COSTS = ("time", "memory", "storage")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .evidence import Setting, Variant
+from .evidence import MIN_SEEDS, Setting, Variant
 from .measures import ALL_TIME, MEMORY, MISSING, STORED, Measure, over_tasks, plus_minus, signed_interval
-from .statistics import MIN_SEEDS, Interval, by_seed, common_seeds, compare, interval, seed_scores
+from .statistics import Interval, by_seed, common_seeds, compare, interval, seed_scores
 
 
 def mean_score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> Interval | None:

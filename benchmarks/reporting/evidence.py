@@ -29,6 +29,7 @@ METHODS = {
 }
 INITS = ("RANDOM", "SAMPLE_VOCAB", "CLASS_LABELS", "TEXT", "TRANSFER")
 UNSET = "default"
+MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
 SCORED_ON = ("data", "held_out_samples", "max_eval_samples", "sample_seed")  # decide which rows are scored
 
 
@@ -92,9 +93,19 @@ class Setting:
 
     @cached_property
     def common(self) -> tuple[str, ...]:
-        """The tasks that means are taken over: those that more than half of the variants were run on."""
+        """The tasks that means are taken over: those that more than half of the variants were run on.
+
+        Those with fewer than `MIN_SEEDS` seeds, as while a grid is still growing, only if all have fewer.
+        """
         run_on = Counter(task for task, _ in self.cells)
-        return tuple(task for task in self.tasks if 2 * run_on[task] > len(self.variants)) or self.tasks
+        often = tuple(task for task in self.tasks if 2 * run_on[task] > len(self.variants)) or self.tasks
+        return tuple(task for task in often if self._seeds_of(task) >= MIN_SEEDS) or often
+
+    def _seeds_of(self, task: str) -> int:
+        """How many a task has of its most run entry."""
+        return max(
+            len({run.seed for run in runs if run.counts}) for (name, _), runs in self.cells.items() if name == task
+        )
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:

@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from .evidence import Variant
-from .statistics import MIN_SEEDS, Interval
+from .evidence import MIN_SEEDS, Variant
+from .statistics import Interval
 
 
 TEXT, GRID = "#010203", "#040506"  # stand for the page's own

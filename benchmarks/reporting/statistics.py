@@ -12,13 +12,12 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import stats
 
-from .evidence import Setting, Variant
+from .evidence import MIN_SEEDS, Setting, Variant
 from .runs import Run
 
 
 ALPHA = 0.05
 LEVEL = 0.95
-MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 from ..advice import READERS, RULE, Advice, Candidate, advise
 from ..contrasts import RATIOS, best_of_method, quantized_pairs, random_of, score_text, too_thin, versus
 from ..document import Block, Cell, Heading, Section, Table, Text, cells
-from ..evidence import Evidence, Setting, Variant
+from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
 from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
-from ..statistics import MIN_SEEDS, compare
+from ..statistics import compare
 
 
 def choice_section(evidence: Evidence) -> Section:

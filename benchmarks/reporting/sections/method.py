@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections import Counter
 
 from ..document import Bullets, Section
-from ..evidence import Evidence
+from ..evidence import MIN_SEEDS, Evidence
 from ..runs import DISTURBED
-from ..statistics import MIN_SEEDS
 
 
 DEFINITIONS = (

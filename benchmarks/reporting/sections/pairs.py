@@ -6,10 +6,10 @@ from collections.abc import Callable
 
 from ..contrasts import best_variant, paired_difference, quantized_pairs, random_of, too_thin
 from ..document import Block, Figure, Heading, Section, Table, Text, cells
-from ..evidence import Evidence, Setting, Variant
+from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
 from ..figures import draw_differences
 from ..measures import MISSING, PEAK, STEP, TIME, WEIGHTS, Measure, in_points, p_values, seconds, signed_interval, size
-from ..statistics import MIN_SEEDS, compare
+from ..statistics import compare
 from .pictures import figure_id
 
 

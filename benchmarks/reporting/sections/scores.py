@@ -7,9 +7,9 @@ from collections.abc import Sequence
 
 from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
-from ..evidence import Evidence, Setting, Variant
+from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
 from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, milliseconds, p_values, written
-from ..statistics import MIN_SEEDS, compare
+from ..statistics import compare
 
 
 def scores_section(evidence: Evidence) -> Section:
