@@ -12,7 +12,8 @@ from ..runs import DISTURBED
 DEFINITIONS = (
     "Score: the task's main metric after training, x 100. A difference of scores is in points.",
     "± and intervals: 95 % by Student's t over the seeds. Differences are taken by seed first. The mean of tasks is "
-    "taken for each seed, each task counting the same. One seed has no interval.",
+    f"taken for each seed, each task counting the same; a task with fewer than {MIN_SEEDS} seeds is left out, unless "
+    "all have fewer. One seed has no interval.",
     f"p over seeds: paired t-test, two-sided, from {MIN_SEEDS} seeds on. p over rows: each scored row has the number "
     "of seeds that were right; exact sign-flip test on the differences of these numbers, rows of several tasks one "
     "behind the other. It needs the answers of single rows, which regression does not have.",
