@@ -161,6 +161,17 @@ def test_an_outcome_that_a_killed_harness_had_not_written_down_is_not_measured_a
     assert stub() == [run_id(specs[1]), run_id(specs[0]), run_id(specs[1])], "it is taken once"
 
 
+def test_an_outcome_that_the_store_has_is_not_taken_again(suite, stub, tmp_path):
+    """On a cluster the harness cannot remove it: it lies on the machine where the run was."""
+    spec = load_suite(suite(seeds=1))[0]
+    folder = tmp_path / run_id(spec)
+    folder.mkdir()
+    (folder / "outcome.json").write_text(json.dumps({"status": "failed"}))
+    assert execution.execute(spec, tmp_path, None, 60, execution.WORKER)["status"] == "failed" and stub() == []
+    again = execution.execute(spec, tmp_path, None, 60, execution.WORKER, is_known=True)
+    assert again["status"] == "ok" and len(stub()) == 1
+
+
 def test_two_harnesses_share_a_grid(suite, stub, tmp_path):
     path, results = suite(), tmp_path / "runs.jsonl"
     processes = [start([path, "--results", results], stub_seconds=0.5) for _ in range(2)]

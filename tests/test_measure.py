@@ -49,6 +49,7 @@ def test_a_run_is_measured_as_it_was(spec, tmp_path):
     result, env = measure(spec(), tmp_path, None)
     assert set(result) == set(Result.__annotations__)
     assert (result["steps"], result["examples_seen"], result["eval_samples"]) == (4, 12, 17)
+    assert result["planned_steps"] == 4 and result["source_rows"] is result["source_rows_left_out"] is None
     assert [point["examples"] for point in result["curve"]] == [0, 3, 6, 9, 12]
     seconds = [point["seconds"] for point in result["curve"]]
     assert seconds == sorted(seconds) and seconds[-1] == result["train_time_s"] > 0
@@ -129,11 +130,42 @@ def test_a_transfer_trains_its_source_first(spec, tmp_path):
     record = json.loads((tmp_path / "source" / "recipe.json").read_text())
     assert record["task"]["name"] == "plot_or_review"
     assert (tmp_path / "source" / "adapter_model.safetensors").is_file()
+    assert result["source_rows"] == 12
+
+
+def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatch):
+    """Two rows of the source are made of scored reviews, four are not."""
+    from recipes import train as recipe
+
+    transfer = spec(init="TRANSFER", source={"task": "sst2", "data": "glue/sst2"})
+    _, scored = measuring._rows_to_score(transfer, tmp_path, None)
+    assert len(scored) == 17
+    whole, part = [row["text"] for row in scored if len(row["text"].split()) > 9][:2]
+    new = [f"sentence {name} of the source" for name in "abcd"]
+    sentences = [f"- {whole.upper()}", " ".join(part.split()[1:9]), *new]
+    folder = tmp_path / "data" / "glue" / "sst2"
+    folder.mkdir(parents=True)
+    lines = [json.dumps({"sentence": text, "label": n % 2, "idx": n}) + "\n" for n, text in enumerate(sentences)]
+    (folder / "train.jsonl").write_text("".join(lines))
+    (folder / "validation.jsonl").write_text(lines[2])
+    counts, train = [], recipe.train
+    monkeypatch.setattr(
+        recipe, "train", lambda trainer, *rest: (counts.append(len(trainer.train_dataset)), train(trainer, *rest))
+    )
+    result, _ = measure(transfer, tmp_path, str(tmp_path / "data"))
+    assert (result["source_rows"], result["source_rows_left_out"]) == (12, 2)
+    assert counts[0] == 4 and len(counts) == 2
+
+
+def test_a_transfer_whose_source_has_only_scored_rows_is_said(spec, tmp_path, monkeypatch):
+    monkeypatch.setattr("benchmarks.harness.overlap.without_overlap", lambda *_: [])
+    with pytest.raises(ValueError, match=r"every row of plot_or_review shares text .* movie_reviews is scored on"):
+        measure(spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}), tmp_path, None)
 
 
 def test_a_budget_of_seconds_stops_after_them(spec, tmp_path):
     result, _ = measure(spec(budget={"seconds": 0.5}), tmp_path, None)
-    assert result["steps"] > 4
+    assert result["planned_steps"] >= result["steps"] > 4
     assert 0.2 < result["train_time_s"] < 0.5 + 20 * result["step_time_s"]
 
 

@@ -16,11 +16,16 @@ WORKER = [sys.executable, "-m", "benchmarks.harness.measure"]
 
 
 def execute(
-    spec: Spec, runs: Path, data_dir: str | None, time_limit_s: float, worker: list[str] | None = None
+    spec: Spec,
+    runs: Path,
+    data_dir: str | None,
+    time_limit_s: float,
+    worker: list[str] | None = None,
+    is_known: bool = False,
 ) -> dict[str, Any]:
     """Run a spec to its end.
 
-    A whole outcome that a killed harness left behind is taken as it is.
+    A whole outcome that a killed harness left behind is taken as it is, unless the store has it.
 
     Args:
         spec: The run.
@@ -28,12 +33,15 @@ def execute(
         data_dir: Where the folders of `spec["data"]` lie.
         time_limit_s: Then it is ended.
         worker: The command of the process, WORKER by default.
+        is_known: Whether the store says how the last attempt ended; its outcome may still lie on this machine.
 
     Returns:
         `status`, `error`, `result` and `env` of the run's event.
     """
     folder = runs.resolve() / run_id(spec)
     outcome = folder / "outcome.json"
+    if is_known:
+        forget(spec, runs)
     if not outcome.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         _empty(folder)

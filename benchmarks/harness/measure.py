@@ -25,10 +25,11 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from .suite import Spec, source_spec, train_arguments
+from .suite import Spec, batch_size, source_spec, train_arguments
 
 
 if TYPE_CHECKING:
+    from peft_prompt_ext.tasks.base import Task
     from recipes.train import Job
 
 
@@ -59,7 +60,10 @@ class Result(TypedDict):
     curve_samples: int  # rows of the curve, evenly spaced among the scored ones
     train_time_s: float  # without the scoring
     source_time_s: float | None  # training of the prompt that a TRANSFER started from
+    source_rows: int | None  # that it was trained on; a row seen twice counts twice
+    source_rows_left_out: int | None  # of its train split, for they share text with the scored rows
     steps: int
+    planned_steps: int  # of the learning rate's schedule; more than steps where the seconds were over before
     step_time_s: float  # median
     tokens_per_s: float
     peak_memory_bytes: int  # of training, above the loaded model
@@ -123,7 +127,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     from ..machine import touch
     from .watch import Watch
 
-    source_time, extra = _train_source(spec, folder, data_dir)
+    source = _train_source(spec, folder, data_dir)
+    extra = [] if source is None else ["--prompt_tuning_init_kwargs", json.dumps({"source": source.folder})]
     job = _job(spec, folder / "run", data_dir, extra)
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
@@ -157,7 +162,10 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "curve": watch.curve,
         "curve_samples": len(_curve_rows(len(_scored(job)[1]))),
         **watch.totals(),
-        "source_time_s": source_time,
+        "planned_steps": trainer.args.max_steps if trainer.args.do_train else 0,
+        "source_time_s": source and source.time_s,
+        "source_rows": source and source.rows,
+        "source_rows_left_out": source and source.left_out,
         "weights_bytes": weights,
         "trainable_parameters": trainable,
         "adapter_bytes": _stored_bytes(job, spec["method"]),
@@ -187,19 +195,46 @@ def _job(spec: Spec, folder: Path, data_dir: str | None, extra: list[str]) -> Jo
     return recipe.prepare(*recipe.parse([*train_arguments(spec, data_dir), *fixed, *extra]))
 
 
-def _train_source(spec: Spec, folder: Path, data_dir: str | None) -> tuple[float | None, list[str]]:
-    """Train the prompt that a TRANSFER starts from; its seconds, and the flags that name it."""
+class _Source(NamedTuple):
+    folder: str
+    time_s: float
+    rows: int
+    left_out: int
+
+
+def _train_source(spec: Spec, folder: Path, data_dir: str | None) -> _Source | None:
+    """Train the prompt that a TRANSFER starts from, on rows that have nothing of what the target is scored on."""
     source = source_spec(spec)
     if source is None:
-        return None, []
+        return None
     from recipes import train as recipe
 
+    from .overlap import without_overlap
+
+    target, scored = _rows_to_score(spec, folder, data_dir)
     job = _job(source, folder / "source", data_dir, [])
+    trainer, rows = job.trainer, job.splits["train"]
+    task = trainer.family.task
+    kept = without_overlap(map(task.prepared, rows), task.columns, map(target.prepared, scored), target.columns)
+    if not kept:
+        raise ValueError(f"every row of {source['task']} shares text with the rows that {spec['task']} is scored on")
+    trainer.train_dataset = job.encoded["train"].select(kept)
     _fit_budget(job, source)
     start = time.perf_counter()
-    recipe.train(job.trainer, None)
-    kwargs = json.dumps({"source": str(folder / "source")})
-    return time.perf_counter() - start, ["--prompt_tuning_init_kwargs", kwargs]
+    recipe.train(trainer, None)
+    time_s = time.perf_counter() - start
+    trained = trainer.state.global_step * batch_size(source)
+    return _Source(str(folder / "source"), time_s, trained, len(rows) - len(kept))
+
+
+def _rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:
+    """The task of a run, and what it will be scored on."""
+    from recipes import train as recipe
+
+    line = [*train_arguments(spec, data_dir), "--output_dir", str(folder / "run"), "--do_eval", "true"]
+    _, data_args, _, args = recipe.parse(line)
+    task = recipe.find_task(data_args)
+    return task, recipe.load_splits(task, data_args, args)[task.validation[0]]
 
 
 def _main_key(job: Job) -> str:

@@ -57,7 +57,7 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=TRIES)(execution.execute)
-    latest = store.latest()
+    latest, data_dir = store.latest(), data_dir and str(Path(data_dir).resolve())  # a worker has its own folder
     with ExitStack() as claims:
         under_way = {}
         for spec in specs:
@@ -65,7 +65,9 @@ def run_on_ray(
             if wanted(event, rerun) and claims.enter_context(store.claim(run_id(spec))):
                 started = begin(spec, event)
                 store.append(started)
-                under_way[remote.remote(spec, runs, data_dir, time_limit_s, execution.WORKER)] = started
+                is_known = event is not None and event["status"] != "started"
+                arguments = spec, runs.resolve(), data_dir, time_limit_s, execution.WORKER, is_known
+                under_way[remote.remote(*arguments)] = started
         while under_way:
             done, _ = ray.wait(list(under_way))
             started = under_way.pop(done[0])

@@ -157,6 +157,7 @@ def _expand(suite: Mapping[str, Any]) -> Iterator[Spec]:
 
     for key in suite:
         check_choice("key of a suite", key, _SUITE_KEYS)
+    _check_kinds(suite)
     for name in suite["tasks"]:
         check_choice("task", name, available_tasks())
     seen: set[str] = set()
@@ -202,6 +203,30 @@ def _spec(
     }
     _check(spec)
     return spec
+
+
+def _check_kinds(suite: Mapping[str, Any]) -> None:
+    """Lists, mappings and a number where they are wanted."""
+    for name in ("seeds", "budgets", "runs"):
+        if not isinstance(suite.get(name) or [], list):
+            raise ValueError(f"{name}: wanted a list, got {suite[name]!r}")
+    _check_mapping("tasks", suite["tasks"])
+    _check_mapping("arguments", suite.get("arguments") or {})
+    for name, of_task in suite["tasks"].items():
+        _check_mapping(f"the task {name}", of_task or {})
+        _check_mapping(f"the source of {name}", (of_task or {}).get("source") or {})
+    for run in suite["runs"]:
+        _check_mapping("a run", run)
+    for budget in [*(suite.get("budgets") or []), *(one for run in suite["runs"] for one in run.get("budgets") or [])]:
+        _check_mapping("a budget", budget)
+    limit = suite.get("time_limit_s", TIME_LIMIT_S)
+    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
+        raise ValueError(f"time_limit_s: wanted a number of seconds, got {limit!r}")
+
+
+def _check_mapping(what: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise ValueError(f"{what}: wanted a mapping, got {value!r}")
 
 
 def _check(spec: Spec) -> None:
