@@ -189,7 +189,7 @@ class Oracle:
         """One cost over tasks and seeds: times and losses are means, sizes the largest."""
         values = []
         for task in tasks:
-            timed = name in {"time", "all_time", "step", "inference", "source"}
+            timed = name in {"time", "all_time", "step", "inference", "source", "tokens"}
             found = list(self.results(setting, task, row, timed).values())
             if row == "Zero-shot":
                 found = found[:1]
@@ -200,6 +200,7 @@ class Oracle:
                 "all_time": lambda r: r["train_time_s"] + (r["source_time_s"] or 0),
                 "source": lambda r: r["source_time_s"],
                 "step": lambda r: r["step_time_s"],
+                "tokens": lambda r: r["tokens_per_s"],
                 "memory": lambda r: r["weights_bytes"] + r["peak_memory_bytes"],
                 "peak": lambda r: r["peak_memory_bytes"],
                 "parameters": lambda r: r["trainable_parameters"],
@@ -235,6 +236,7 @@ class Oracle:
                     if (setting, task, row) != (SECONDS, "shapes", "Full fine-tuning")  # nobody tried
                 ]
                 found[setting, f"Numbers of the curves: {task}, {setting}"] = self.curves(setting, task, rows)
+                found[setting, f"Time to a score: {task}, {setting}"] = self.times_to_scores(setting, task, rows)
             found[setting, f"Score against cost: {setting}"] = self.frontiers(setting, rows)
         found |= self.pairs()
         return found
@@ -311,12 +313,13 @@ class Oracle:
                 state = "out of memory" if setting == EXAMPLES else "not run"
                 line += ["", "", "", f"no usable run of shapes ({state})"]
             else:
-                middle, _, over_seeds, over_rows, _, is_found = self.compared(setting, TASKS, row, best)
+                middle, _, over_seeds, over_rows, verdict, is_found = self.compared(setting, TASKS, row, best)
                 so = "no higher mean, within the noise"
                 if row not in sure:
                     so = f"too thin: {len(self.seeds(setting, TASKS, row))} of the 3 seeds wanted"
                 elif is_found:
-                    so = f"worse than {best} by {x100(-middle)} points"
+                    both = verdict == "larger than the noise"
+                    so = f"worse than {best} by {x100(-middle)} points{'' if both else ', says one of the two tests'}"
                 line += [self.points(setting, TASKS, row, best), p(over_seeds), p(over_rows), so]
             evidence.append(line)
         found[setting, "The evidence: every method against the highest mean, and the p of both tests"] = evidence
@@ -337,27 +340,33 @@ class Oracle:
     def costs(self, setting, task, row):
         has_runs, untrained = bool(self.results(setting, task, row)), row == "Zero-shot"
 
-        def text(name, show, of_training=True):
+        def text(name, show, of_training=True, is_timed=False):
             value = self.cost(setting, [task], row, name)
             if untrained and of_training:
                 return "no training"
-            return "not measured" if value is None or not has_runs else show(value)
+            if value is None or not has_runs:
+                return "not measured"
+            timed, all_runs = (len(self.results(setting, task, row, only)) for only in (True, False))
+            return show(value) + (f" ({timed} of {all_runs} runs)" if is_timed and timed < all_runs else "")
 
         source = [] if setting == SECONDS else ["no training" if untrained else "no source"]
+        sources = source * 2
         if row == "Prompt tuning, TRANSFER":
-            source = [text("source", secs)]
+            sources = ["not measured", text("source", secs, is_timed=True)]  # a store from before rows were counted
         loss = self.cost(setting, [task], row, "forgetting") if has_runs else None
         return [
             row,
             text("before", x100, False),
             text("examples", lambda value: f"{value:,.0f}"),
-            text("time", secs),
-            *source,
-            text("step", secs),
+            *sources[:1],
+            text("time", secs, is_timed=True),
+            *sources[1:],
+            text("step", secs, is_timed=True),
+            text("tokens", lambda value: f"{value:,.0f}", is_timed=True),
             text("peak", size),
             text("parameters", lambda value: f"{value:,}"),
             text("stored", size, False),
-            text("inference", lambda value: f"{value:.2f}", False),
+            text("inference", lambda value: f"{value:.2f}", False, True),
             "not measured" if loss is None else f"{loss:+.3f}",
             "no training" if untrained else "not measured",
         ]
@@ -373,6 +382,28 @@ class Oracle:
                 seconds = mean([curve[stop]["seconds"] for curve in timed])
                 three = [x100(mean(scores)), x100(min(scores)), x100(max(scores))]
                 lines.append([row, f"{examples:,.0f}", f"{seconds:.1f}", *three])
+        return lines
+
+    def times_to_scores(self, setting, task, rows):
+        """Rows, and the scores of the columns: multiples of 5 that some curve passes."""
+        curves = {
+            row: [r["curve"] for r in self.results(setting, task, row, timed=True).values()]
+            for row in rows
+            if row != "Zero-shot"
+        }
+        seen = [point["score"] for of_row in curves.values() for curve in of_row for point in curve]
+        columns = [n for n in range(0, 101, 5) if min(seen) < n / 100 <= max(seen)]
+        lines = []
+        for row, of_row in curves.items():
+            texts = []
+            for column in columns:
+                firsts = []
+                for curve in of_row:
+                    reached = [point["seconds"] for point in curve if point["score"] >= column / 100]
+                    firsts += [min(reached)] if reached else []
+                few = f" ({len(firsts)} of {len(of_row)} seeds)" if len(firsts) < len(of_row) else ""
+                texts.append(secs(mean(firsts)) + few if firsts else "not reached")
+            lines += [[row, *texts]] if of_row else []
         return lines
 
     def frontiers(self, setting, rows):

@@ -14,7 +14,7 @@ from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
 from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
-from benchmarks.reporting.measures import ENERGY, TIME, written
+from benchmarks.reporting.measures import ENERGY, SOURCE_EXAMPLES, TIME, written
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
@@ -224,6 +224,24 @@ def test_means_are_over_the_tasks_that_most_methods_were_run_on(store, run_of):
     assert setting.columns["mean of colours, shapes"] == ("colours", "shapes")
 
 
+def test_a_task_joins_the_mean_once_most_methods_have_their_seeds(store, run_of, tmp_path):
+    """What the grid happens to run first must not decide, else the others would look too thin for a while."""
+    methods = ("prompt_tuning", "lora", "full")
+    events = [run_of(method, seed, "10") for method in methods for seed in range(3)]
+    events += [run_of(method, seed, "10", task="shapes") for method in methods for seed in range(2)]
+    events.append(run_of("prompt_tuning", 2, "10", task="shapes"))
+    [setting] = settings_of(store(*events))
+    assert setting.common == ("colours",)
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    left_out = "Not in it, since too few methods or seeds were run: shapes."
+    assert left_out in (tmp_path / "report.md").read_text(encoding="utf-8")
+    events.append(run_of("lora", 2, "10", task="shapes"))
+    [setting] = settings_of(store(*events))
+    assert setting.common == ("colours", "shapes")
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    assert "Not in it" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 @pytest.mark.parametrize(
     ("energy", "share", "cell"), [(5.0, 0.0, "5 J"), (5.0, 0.5, "disturbed"), (None, 0.5, "not measured")]
 )
@@ -367,6 +385,39 @@ def test_a_better_init_of_too_few_seeds_is_named(store, run_of, tmp_path):
     named = "A higher mean, but from fewer than 3 seeds: Prompt tuning, TEXT."
     assert f"The best init is RANDOM: no other has a higher mean from as many seeds. {named}" in text
     assert "RANDOM has the highest mean. Prompt tuning, TEXT has a higher one, from fewer than 3 seeds." in text
+
+
+def test_the_best_init_that_needs_no_other_task_is_named_too(store, run_of, tmp_path):
+    right = {"RANDOM": 10, "TEXT": 20, "TRANSFER": 30}
+    events = [
+        run_of("prompt_tuning", seed, "1" * (count + seed % 2) + "0" * (40 - count - seed % 2), init=init)
+        for init, count in right.items()
+        for seed in range(3)
+    ]
+
+    def best_inits(*kept):
+        main(["--results", str(store(*kept)), "--speed", "--output", str(tmp_path)])
+        return re.findall(r"The best init.*", (tmp_path / "report.md").read_text(encoding="utf-8"))
+
+    [text] = best_inits(*events)
+    assert re.match(r"The best init is TRANSFER: \+50\.0 points .*RANDOM, .*trained on another task before", text)
+    assert "The best init without another task is TEXT: +25.0 points" in text
+    [text] = best_inits(*events[:6])
+    assert text.startswith("The best init is TEXT: +25.0") and "another task" not in text
+
+
+def test_what_a_transfer_saw_besides_is_said(store, run_of, tmp_path):
+    events = [run_of("prompt_tuning", seed, "10", init="TRANSFER", source_time_s=5.0) for seed in range(3)]
+    for event in events:
+        event["spec"]["source"] = {"task": "shapes"}
+    for event, count in zip(events, (377, 380), strict=False):
+        event["result"] |= {"source_rows": 560, "source_rows_left_out": count}
+    [setting] = settings_of(store(*events))
+    assert _warnings(setting) == [
+        "TRANSFER has been trained on rows of its source too. Those that share text with the scored rows were left "
+        "out (377, 380). In 1 of its 3 runs nobody looked whether any do."
+    ]
+    assert written(setting, "colours", setting.variants[0], SOURCE_EXAMPLES) == "560"
 
 
 def test_rows_that_say_the_opposite_of_the_score_decide_nothing(store, run_of):
@@ -588,23 +639,23 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
     found = tables((tmp_path / "report.md").read_text(encoding="utf-8"))
     columns, row = found[EXAMPLES, f"What it costs: colours, {EXAMPLES}"]
-    assert row[columns.index("training")] == "15.0 s"
+    assert row[columns.index("training")] == "15.0 s (2 of 3 runs)"
     assert "Runs are from several machines" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize(
     ("yardsticks", "lora", "full"),
     [
-        ((0.2, 0.4, 0.4), "20.0 s", "30.0 s"),  # at 0.4 s, the median, LoRA takes 10 x 0.4 / 0.2
-        ((0.1, 0.4, 0.2), "20.0 s", "22.5 s"),  # at 0.2 s full fine-tuning takes 30 / 2 and 30
-        ((None, 0.4, 0.2), "machine's speed unknown", "33.8 s"),
-        ((None, None, None), "10.0 s", "30.0 s"),
+        ((0.2, 0.4, 0.4), "20.0 s", "30.0 s (2 of 4 runs)"),  # at 0.4 s, the median, LoRA takes 10 x 0.4 / 0.2
+        ((0.1, 0.4, 0.2), "20.0 s", "22.5 s (2 of 4 runs)"),  # at 0.2 s full fine-tuning takes 30 / 2 and 30
+        ((None, 0.4, 0.2), "machine's speed unknown", "33.8 s (2 of 4 runs)"),
+        ((None, None, None), "10.0 s", "30.0 s (2 of 4 runs)"),
     ],
 )
 def test_times_are_brought_to_one_speed_of_the_machine(store, run_of, tmp_path, yardsticks, lora, full):
     curve = [{"examples": 0, "seconds": 0.0, "score": 0.5}, {"examples": 80, "seconds": 10.0, "score": 0.5}]
     events = [
-        run_of("lora", 0, "10", train_time_s=10.0, step_time_s=1.0, curve=curve),
+        run_of("lora", 0, "10", train_time_s=10.0, step_time_s=1.0, tokens_per_s=50.0, curve=curve),
         run_of("full", 0, "10", train_time_s=30.0),
         run_of("full", 1, "10", train_time_s=30.0),
     ]
@@ -621,6 +672,7 @@ def test_times_are_brought_to_one_speed_of_the_machine(store, run_of, tmp_path, 
     columns, *rows = found[EXAMPLES, f"What it costs: colours, {EXAMPLES}"]
     assert [row[columns.index("training")] for row in rows] == [lora, full]
     assert rows[0][columns.index("step")] == {"20.0 s": "2.00 s", "10.0 s": "1.00 s"}.get(lora, lora)
+    assert rows[0][columns.index("tokens a second")] == {"20.0 s": "25", "10.0 s": "50"}.get(lora, lora)
     assert found[EXAMPLES, f"Numbers of the curves: colours, {EXAMPLES}"][2][2] == lora.removesuffix(" s")
     columns, row = found[EXAMPLES, f"What it costs: shapes, {EXAMPLES}"]
     assert row[columns.index("training")] == "10.0 s"
@@ -637,6 +689,18 @@ def test_at_equal_seconds_the_seconds_are_those_that_were_set(store, run_of):
         event["spec"]["budget"] = {"seconds": 30}
     [setting] = settings_of(store(*events))
     assert [run.result["train_time_s"] for run in setting.timed("colours", setting.variants[0])] == [30.0, 30.0]
+
+
+@pytest.mark.parametrize("is_weighed", [True, False])
+def test_at_equal_seconds_it_is_said_how_equal_they_were(store, run_of, is_weighed):
+    events = [run_of("lora", seed, "10", train_time_s=25.0 + seed) for seed in range(3)]
+    for event, yardstick in zip(events, (0.25, 0.375, 0.3), strict=True):
+        event["spec"]["budget"] = {"seconds": 30}
+        event["result"] |= {"yardstick_s": yardstick} if is_weighed else {}
+    [setting] = settings_of(store(*events))
+    [warning] = _warnings(setting)
+    assert warning.startswith("The runs trained for 25.0 s to 27.0 s: ")
+    assert ("took 250 ms to 375 ms beside them" in warning) == is_weighed
 
 
 @pytest.mark.parametrize(
@@ -689,6 +753,13 @@ def test_the_command_at_equal_seconds_names_the_steps_that_were_run(oracle):
     assert timed
     for key in timed:
         assert f"--max_steps {oracle.good[key]['result']['steps']} " in command(runs[key])
+
+
+def test_the_command_at_equal_seconds_lays_out_the_schedule_that_the_run_had(store, run_of):
+    event = run_of("lora", 0, "10", steps=27, planned_steps=31)
+    event["spec"]["budget"] = {"seconds": 30}
+    [run] = read_evidence([store(event)]).runs
+    assert "--max_steps 31 " in command(run)
 
 
 def test_a_store_without_a_usable_run_raises_for_programs_too(store):

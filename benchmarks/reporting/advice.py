@@ -13,13 +13,15 @@ from .statistics import Comparison, Interval, common_seeds, compare
 
 COSTS = ("time", "memory", "storage")
 AS_CHEAP = {"time": "as quick", "memory": "as small in memory", "storage": "as small to store"}
+NO_COST = ("time", "seconds")  # at equal seconds the time is the budget
 SAME_COST = 1.1  # less is within what a machine differs from day to day
 RULE = (
     "What has no usable run for every task, needs more memory or storage than there is, or scores less than asked is "
     "left out. Of the rest the best mean score is found, and what either test finds worse than it, or what was not "
     "scored on the same rows and seeds, is left out too. Of what then remains the cheapest is picked; if that cost is "
-    "not known of all of it, another decides, and it is said. Costs that differ by less than a tenth count as equal: "
-    "then the next of time (not at equal seconds), memory and storage decides, last the higher mean. Methods with "
+    "not known of all of it, or is the time at equal seconds, another decides, and it is said. Costs that differ by "
+    "less than a tenth count as equal: then the next that is known of time, memory and storage decides, last the "
+    "higher mean. Methods with "
     f"fewer than {MIN_SEEDS} seeds are picked only where nothing else is left, and it is said."
 )
 
@@ -128,8 +130,8 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     costs = _known_costs(left, needs.first, setting.unit) if sure else []
     pick, dearer = _cheapest(left, costs) if sure else (best, {})
     decides = costs[0] if costs else "score"
-    unknown = f" ({needs.first} was not measured for all, so {decides} decides)"
-    instead = unknown if sure and decides != needs.first else ""
+    why = "is the same for all" if (needs.first, setting.unit) == NO_COST else "was not measured for all"
+    instead = f" ({needs.first} {why}, so {decides} decides)" if sure and decides != needs.first else ""
     final = [
         candidate
         if candidate.excluded or candidate.variant == pick.variant
@@ -183,7 +185,9 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
     elif not excluded and comparison is not None and comparison.is_of_other_rows:
         excluded = f"not comparable with {best.variant.label}: {comparison.why_not}"
     elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
-        excluded = f"worse than {best.variant.label} by {signed(-comparison.difference.mean).lstrip('+')} points"
+        behind = signed(-comparison.difference.mean).lstrip("+")
+        found_by = "" if comparison.is_larger_than_noise else ", says one of the two tests"
+        excluded = f"worse than {best.variant.label} by {behind} points{found_by}"
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 
@@ -191,9 +195,9 @@ def _known_costs(candidates: Sequence[Candidate], first: str, unit: str) -> list
     """The costs that are known of every candidate, in the order in which they decide."""
     if first == "score":
         return []
-    # at equal seconds the time is the budget, and no cost
-    others = [name for name in COSTS if name != first and (name, unit) != ("time", "seconds")]
-    return [name for name in (first, *others) if all(c.cost(name) is not None for c in candidates)]
+    ordered = [first, *(name for name in COSTS if name != first)]
+    costs = [name for name in ordered if (name, unit) != NO_COST]
+    return [name for name in costs if all(c.cost(name) is not None for c in candidates)]
 
 
 def _cheapest(candidates: Sequence[Candidate], costs: Sequence[str]) -> tuple[Candidate, dict[Variant, str]]:
@@ -214,13 +218,10 @@ def _why_not(candidate: Candidate, costs: Sequence[str], dearer: Mapping[Variant
     if cost is None:
         return "as good within the noise and as cheap, but no higher mean"
     as_cheap = "" if cost == costs[0] else f" and {AS_CHEAP[costs[0]]}"
-    return f"as good within the noise{as_cheap}, but costs more: {cost_text(candidate, cost)}"
+    return f"as good within the noise{as_cheap}, but costs more: {_cost_text(candidate, cost)}"
 
 
-def cost_text(candidate: Candidate, first: str) -> str:
-    """The cost that matters most, for people."""
-    value, what = (
-        candidate.cost(first),
-        {"time": "of training", "memory": "of memory", "storage": "to store for a task"},
-    )
-    return f"{'not measured' if value is None else (seconds if first == 'time' else size)(value)} {what[first]}"
+def _cost_text(candidate: Candidate, cost: str) -> str:
+    """A cost that is known, for people."""
+    what = {"time": "of training", "memory": "of memory", "storage": "to store for a task"}
+    return f"{(seconds if cost == 'time' else size)(candidate.cost(cost))} {what[cost]}"

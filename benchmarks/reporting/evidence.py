@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
-from statistics import median
+from statistics import median, median_low
 from typing import Any
 
 from .runs import EvidenceError, Run, Store, read_stores
@@ -95,17 +95,19 @@ class Setting:
     def common(self) -> tuple[str, ...]:
         """The tasks that means are taken over: those that more than half of the variants were run on.
 
-        Those with fewer than `MIN_SEEDS` seeds, as while a grid is still growing, only if all have fewer.
+        Those with fewer than `MIN_SEEDS` seeds of most variants, as while a grid is still growing, only if all have
+        fewer.
         """
         run_on = Counter(task for task, _ in self.cells)
         often = tuple(task for task in self.tasks if 2 * run_on[task] > len(self.variants)) or self.tasks
         return tuple(task for task in often if self._seeds_of(task) >= MIN_SEEDS) or often
 
     def _seeds_of(self, task: str) -> int:
-        """How many a task has of its most run entry."""
-        return max(
-            len({run.seed for run in runs if run.counts}) for (name, _), runs in self.cells.items() if name == task
-        )
+        """How many most of what was trained on a task has; what is ahead or fails does not decide."""
+        trained = [
+            runs for (name, variant), runs in self.cells.items() if name == task and variant.method != "zero_shot"
+        ]
+        return median_low([len({run.seed for run in runs if run.counts}) for runs in trained] or [0])
 
     @property
     def columns(self) -> dict[str, tuple[str, ...]]:

@@ -131,9 +131,11 @@ def _all_seconds(result: Result) -> float:
 
 BEFORE = Measure("score before", entry("score_before"), points, of_training=False)
 EXAMPLES = Measure("examples seen", entry("examples_seen"), whole)
+SOURCE_EXAMPLES = Measure("examples of the source", lambda result: result.get("source_rows"), whole)
 TIME = Measure("training", entry("train_time_s"), seconds, is_time=True)
 SOURCE_TIME = Measure("training of the source", entry("source_time_s"), seconds, is_time=True)
 STEP = Measure("step", entry("step_time_s"), seconds, is_time=True)
+TOKENS = Measure("tokens a second", entry("tokens_per_s"), whole, is_time=True)
 PEAK = Measure("peak memory above the model", entry("peak_memory_bytes"), size, max)
 WEIGHTS = Measure("model in memory", entry("weights_bytes"), size, max, of_training=False)
 MEMORY = Measure("memory with the model", _memory, size, max, of_training=False)
@@ -145,7 +147,11 @@ INFERENCE = Measure(
 FORGETTING = Measure("forgetting (loss on other text)", _forgetting, loss, of_training=False)
 ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J", is_time=True)
 ALL_TIME = Measure("training with its source", _all_seconds, seconds, is_time=True)
-COSTS = (BEFORE, EXAMPLES, TIME, SOURCE_TIME, STEP, PEAK, PARAMETERS, STORED, INFERENCE, FORGETTING, ENERGY)
+OF_SOURCE = (SOURCE_EXAMPLES, SOURCE_TIME)
+COSTS = (
+    *(BEFORE, EXAMPLES, SOURCE_EXAMPLES, TIME, SOURCE_TIME, STEP, TOKENS),
+    *(PEAK, PARAMETERS, STORED, INFERENCE, FORGETTING, ENERGY),
+)
 
 
 def measured(setting: Setting, task: str, variant: Variant, measure: Measure) -> float | None:
@@ -167,10 +173,11 @@ def written(setting: Setting, task: str, variant: Variant, measure: Measure) -> 
     """The number for people, or why there is none."""
     value, runs = measured(setting, task, variant, measure), setting.runs(task, variant)
     if value is not None:
-        return measure.show(value)
+        timed = len(setting.timed(task, variant)) if measure.is_time else len(runs)
+        return measure.show(value) + (f" ({timed} of {len(runs)} runs)" if timed < len(runs) else "")
     if runs and measure.of_training and not any(run.result["steps"] for run in runs):
         return "no training"
-    if measure is SOURCE_TIME and variant.init != "TRANSFER":
+    if measure in OF_SOURCE and variant.init != "TRANSFER":
         return "no source"
     has_any = any(measure.value(run.result) is not None for run in runs)
     return untimed(setting, task, variant) if measure.is_time and has_any else MISSING

@@ -24,6 +24,7 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
+_LATER_NUMBERS = ("yardstick_s", "planned_steps", "source_rows", "source_rows_left_out")  # older stores have none
 _TRAINING_SECONDS = {"train_time_s", "source_time_s", "step_time_s"}
 _TOLD = {"started": 0, "ok": 2}  # how much an event tells; that of a run that ended badly: 1
 
@@ -118,6 +119,7 @@ class Run:
         """The same run, its seconds of training as if the piece of work had taken `yardstick_s`."""
         factor = yardstick_s / (self.yardstick_s or yardstick_s)
         scaled = {key: value and value * factor for key, value in self.result.items() if key in _TRAINING_SECONDS}
+        scaled["tokens_per_s"] = self.result["tokens_per_s"] / factor
         scaled["curve"] = [{**point, "seconds": point["seconds"] * factor} for point in self.result.get("curve") or []]
         return replace(self, event={**self.event, "result": {**self.result, **scaled}})
 
@@ -136,8 +138,9 @@ def result_problem(result: Any) -> str:
             return f"{name} is missing"
         if not (result[name] is None and name in _NUMBERS_OR_NULL) and not _is_number(result[name]):
             return f"{name} is no finite number ({result[name]!r})"
-    if not (result.get("yardstick_s") is None or _is_number(result["yardstick_s"])):  # older stores have none
-        return f"yardstick_s is no finite number ({result['yardstick_s']!r})"
+    for name in _LATER_NUMBERS:
+        if not (result.get(name) is None or _is_number(result[name])):
+            return f"{name} is no finite number ({result[name]!r})"
     for point in result.get("curve") or []:
         if not all(_is_number(point.get(name)) for name in ("examples", "seconds", "score")):
             return f"a point of the curve is not three finite numbers ({point!r})"

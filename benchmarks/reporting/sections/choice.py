@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from ..advice import READERS, RULE, Advice, Candidate, advise
-from ..contrasts import RATIOS, best_of_method, quantized_pairs, random_of, score_text, too_thin, versus
+from collections.abc import Callable
+
+from ..advice import NO_COST, READERS, RULE, Advice, Candidate, advise
+from ..contrasts import RATIOS, best_of_method, best_variant, quantized_pairs, random_of, score_text, too_thin, versus
 from ..document import Block, Cell, Heading, Section, Table, Text, cells
 from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
 from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
@@ -21,10 +23,7 @@ def choice_section(evidence: Evidence) -> Section:
 
 def _of_setting(setting: Setting) -> list[Block]:
     tasks = ", ".join(setting.common)
-    # at equal seconds the time is the budget, and no cost
-    readers = {
-        reader: needs for reader, needs in READERS.items() if (needs.first, setting.unit) != ("time", "seconds")
-    }
+    readers = {reader: needs for reader, needs in READERS.items() if (needs.first, setting.unit) != NO_COST}
     answers = {reader: advise(setting, needs) for reader, needs in readers.items()}
     first = next(iter(answers.values()))
     if first.pick is None:
@@ -49,7 +48,13 @@ def _of_setting(setting: Setting) -> list[Block]:
             for reader, answer in answers.items()
         ],
     )
-    return [*blocks, picks, Text(_batches(setting)), *_questions(setting), _evidence_table(first)]
+    return [*blocks, picks, Text(_batches(setting) + _left_out(setting)), *_questions(setting), _evidence_table(first)]
+
+
+def _left_out(setting: Setting) -> str:
+    """Which tasks the picks do not rest on."""
+    tasks = [task for task in setting.tasks if task not in setting.common]
+    return f" Not in it, since too few methods or seeds were run: {', '.join(tasks)}." if tasks else ""
 
 
 def _batches(setting: Setting) -> str:
@@ -101,20 +106,41 @@ def _questions(setting: Setting) -> list[Block]:
 
 
 def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
-    base = random_of(setting, prompt)
-    if base is None or sum(v.method == "prompt_tuning" and not v.quantization for v in setting.variants) < 2:
+    """The best of all, and of those that have seen this task alone."""
+    base, inits = random_of(setting, prompt), [v for v in setting.variants if _is_plain_prompt(v)]
+    if base is None or len(inits) < 2:
         return []
-    thin = too_thin(
-        setting, setting.common, lambda variant: variant.method == "prompt_tuning" and not variant.quantization
-    )
+    texts = [_init_text(setting, prompt, base, _is_plain_prompt)]
+    if prompt.init == "TRANSFER":
+        alone = best_variant(setting, setting.common, _is_of_one_task)
+        texts.append("It has been trained on another task before, with as much again.")
+        if alone is not None:
+            texts.append(_init_text(setting, alone, base, _is_of_one_task, " without another task"))
+    return [Text(" ".join(filter(None, texts)))]
+
+
+def _init_text(
+    setting: Setting, best: Variant, base: Variant, wanted: Callable[[Variant], bool], which: str = ""
+) -> str:
+    """How much better than a random one, or ""."""
+    thin = too_thin(setting, setting.common, wanted)
     but = f" A higher mean, but from fewer than {MIN_SEEDS} seeds: {thin}." if thin else ""
-    if base == prompt:
-        return [Text(f"The best init is RANDOM: no other has a higher mean from as many seeds.{but}")]
-    against = compare(setting, prompt, base, setting.common)
+    if base == best:
+        return f"The best init{which} is RANDOM: no other has a higher mean from as many seeds.{but}"
+    against = compare(setting, best, base, setting.common)
     if against is None:
-        return []
-    text = f"{in_points(against.difference)} against RANDOM, {against.verdict}."
-    return [Text(f"The best init is {prompt.init}: {text}{but}")]
+        return ""
+    return (
+        f"The best init{which} is {best.init}: {in_points(against.difference)} against RANDOM, {against.verdict}.{but}"
+    )
+
+
+def _is_plain_prompt(variant: Variant) -> bool:
+    return variant.method == "prompt_tuning" and not variant.quantization
+
+
+def _is_of_one_task(variant: Variant) -> bool:
+    return _is_plain_prompt(variant) and variant.init != "TRANSFER"
 
 
 def _has_runs(setting: Setting, task: str, method: str) -> bool:

@@ -11,7 +11,7 @@ from typing import Any
 from ...harness.suite import run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
-from ..measures import COSTS, MISSING, milliseconds, points, seconds
+from ..measures import COSTS, MISSING, OF_SOURCE, milliseconds, points, seconds
 from ..runs import DISTURBED, Run
 from .engine import SpeedRow
 
@@ -47,7 +47,9 @@ def runs_section(evidence: Evidence) -> Section:
     environments = {key: f"E{number}" for number, key in enumerate(_environments(evidence), start=1)}
     explanation = (
         "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps comes from a "
-        "timing before the run, and is given as it was. Disturbed: other programs used more than "
+        "timing before the run, and is given as it was reckoned; a run whose seconds were over before stopped there, "
+        "which its command does not (of runs that did not keep it, what they did is given). A TRANSFER's source was "
+        "trained without rows that share text with the scored ones. Disturbed: other programs used more than "
         f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table. "
         "Fixed work: see how the numbers are made."
     )
@@ -149,7 +151,7 @@ def command(run: Run) -> str:
         lines.append(_line(source, [*steps, "--output_dir", "SOURCE"]))
         extra = ["--prompt_tuning_init_kwargs", json.dumps({"source": "SOURCE"})]
     if "seconds" in run.spec["budget"] and run.counts:
-        extra += ["--max_steps", str(run.result["steps"])]
+        extra += ["--max_steps", str(run.result.get("planned_steps") or run.result["steps"])]
     return " && ".join([*lines, _line(run.spec, [*extra, "--output_dir", "OUTPUT"])])
 
 
@@ -165,11 +167,11 @@ def _never(evidence: Evidence) -> list[str]:
     lines += [f"{label}: no usable run." for method, label in METHODS.items() if method not in methods]
     inits = {run.spec["init"] for run in counted}
     lines += [f"Prompt tuning, {init}: no usable run." for init in INITS if init not in inits]
-    if not any(run.spec["quantization"] for run in counted):
+    if not any(run.spec["quantization"] in {"nf4", "fp4"} for run in counted):
         lines.append("4 bits: no usable run.")
     for cost in COSTS:
         trained = [run.result for run in counted if run.result["steps"]]
-        if cost.title != "training of the source" and all(cost.value(result) is None for result in trained):
+        if cost not in OF_SOURCE and all(cost.value(result) is None for result in trained):
             lines.append(f"{cost.title[0].upper()}{cost.title[1:]}: no run has it.")
     return lines or ["Every kind of number was measured at least once."]
 

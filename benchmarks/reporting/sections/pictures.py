@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from statistics import fmean
 
 from ..contrasts import best_of_method, mean_score, score_text
 from ..document import Block, Figure, Gallery, Heading, Section, Table, Text, cells
 from ..evidence import Evidence, Setting, Variant
 from ..figures import Line, Point, draw_curves, draw_frontier
-from ..measures import ALL_TIME, MEMORY, MISSING, PARAMETERS, STORED, over_tasks, points, untimed, whole
+from ..measures import ALL_TIME, MEMORY, MISSING, PARAMETERS, STORED, over_tasks, points, seconds, untimed, whole
 from ..runs import Run
 
 
@@ -76,7 +76,10 @@ def _curves(setting: Setting, task: str) -> list[Block]:
             names = "; ".join(line.variant.label for line in shown)
             description = f"Learning curves of {names}. The numbers are in the table of this task."
             figures.append(Figure(name, caption, description, draw_curves(name, shown, AXES[axis], level)))
-    return [Gallery(figures), _curve_table(setting, task)] if figures else []
+    if not figures:
+        return []
+    times = _time_to_score_table(setting, task)
+    return [Gallery(figures), *([times] if times else []), _curve_table(setting, task)]
 
 
 def _is_plain_prompt(variant: Variant) -> bool:
@@ -111,11 +114,36 @@ def _curve_table(setting: Setting, task: str) -> Table:
             scores = [point["score"] for point in stop]
             same = -1 if number == len(stops) - 1 else number  # some runs have more stops than others, and all an end
             times = [point["seconds"] for point in timed[same]] if timed else []
-            seconds = f"{fmean(times):.1f}" if times else untimed(setting, task, variant)
+            after = f"{fmean(times):.1f}" if times else untimed(setting, task, variant)
             examples = whole(fmean(point["examples"] for point in stop))
-            rows.append([variant.label, examples, seconds, *(points(f(scores)) for f in (fmean, min, max))])
+            rows.append([variant.label, examples, after, *(points(f(scores)) for f in (fmean, min, max))])
     columns = ("method", "examples", "seconds", "mean score", "lowest seed", "highest seed")
     return Table(f"Numbers of the curves: {task}, {setting.title}", columns, list(map(cells, rows)), is_folded=True)
+
+
+def _time_to_score_table(setting: Setting, task: str) -> Table | None:
+    """Seconds of training until the curve has been at given scores; None if no curve passes any."""
+    curves = {v: [run.result["curve"] for run in setting.timed(task, v)] for v in setting.variants}
+    trained = {v: [stops for stops in of_variant if len(stops or []) > 1] for v, of_variant in curves.items()}
+    scores = [point["score"] for of_variant in trained.values() for stops in of_variant for point in stops]
+    if not scores:
+        return None
+    wanted = [step / 20 for step in range(21) if min(scores) < step / 20 <= max(scores)]
+    rows = [
+        [variant.label, *(_time_to(score, of_variant) for score in wanted)]
+        for variant, of_variant in trained.items()
+        if of_variant
+    ]
+    columns = ("method", *(points(score) for score in wanted))
+    return Table(f"Time to a score: {task}, {setting.title}", columns, list(map(cells, rows))) if wanted else None
+
+
+def _time_to(score: float, curves: Sequence[Sequence[Mapping[str, float]]]) -> str:
+    firsts = [next((point["seconds"] for point in curve if point["score"] >= score), None) for curve in curves]
+    known = [first for first in firsts if first is not None]
+    if not known:
+        return "not reached"
+    return seconds(fmean(known)) + (f" ({len(known)} of {len(firsts)} seeds)" if len(known) < len(firsts) else "")
 
 
 def _frontiers(setting: Setting) -> list[Block]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from itertools import chain
 
 from ..contrasts import best_variant, mean_score, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
-from ..measures import COSTS, MISSING, SOURCE_TIME, in_points, milliseconds, p_values, written
+from ..measures import COSTS, MISSING, OF_SOURCE, in_points, milliseconds, p_values, seconds, whole, written
+from ..runs import Run
 from ..statistics import compare
 
 
@@ -120,7 +122,7 @@ def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
 def _costs(setting: Setting, task: str) -> Table:
     tried = [variant for variant in setting.variants if (task, variant) in setting.cells]
     has_source = any(variant.init == "TRANSFER" for variant in tried)
-    costs = [cost for cost in COSTS if cost is not SOURCE_TIME or has_source]
+    costs = [cost for cost in COSTS if cost not in OF_SOURCE or has_source]
     rows = [[variant.label, *(written(setting, task, variant, cost) for cost in costs)] for variant in tried]
     columns = ("method", *(cost.title for cost in costs))
     return Table(f"What it costs: {task}, {setting.title}", columns, list(map(cells, rows)))
@@ -129,28 +131,70 @@ def _costs(setting: Setting, task: str) -> Table:
 def _warnings(setting: Setting) -> list[str]:
     """What makes numbers of this setting less comparable than they look."""
     counted = [run for runs in setting.cells.values() for run in runs if run.counts]
-    disturbed, warnings = sum(run.disturbed for run in counted), []
-    if disturbed:
-        warnings.append(
-            f"{disturbed} of {len(counted)} runs shared the machine with other programs: their timings are left out"
-            + (
-                ", and their scores, which at equal seconds suffer too, are marked †."
-                if setting.unit == "seconds"
-                else "."
-            )
+    about = _disturbances(setting, counted), _speeds(setting, counted), _sources(counted), _machines(setting, counted)
+    return [*chain.from_iterable(about), *_hashes(setting)]
+
+
+def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
+    disturbed = sum(run.disturbed for run in counted)
+    marked = ", and their scores, which at equal seconds suffer too, are marked †" if setting.unit == "seconds" else ""
+    what = f"{disturbed} of {len(counted)} runs shared the machine with other programs"
+    return [f"{what}: their timings are left out{marked}."] if disturbed else []
+
+
+def _speeds(setting: Setting, counted: Sequence[Run]) -> list[str]:
+    if setting.unit == "examples" and setting.yardsticks:
+        return [
+            f"The machine was not always as fast: the same piece of work took {_span(setting.yardsticks)} beside the "
+            f"runs. Seconds of training are given as for {milliseconds(setting.yardstick_s)}, the median; as they "
+            "were they stand with every run. Runs that did not measure it have no times here if others of a task did."
+        ]
+    trained = [run for run in counted if run.result["steps"]]
+    if setting.unit != "seconds" or not trained:
+        return []
+    times = sorted(run.result["train_time_s"] for run in trained)
+    known = sorted(run.yardstick_s for run in trained if run.yardstick_s)
+    text = (
+        f"The runs trained for {seconds(times[0])} to {seconds(times[-1])}: how many steps fit is reckoned from some "
+        "that are timed before."
+    )
+    if known:
+        text += (
+            f" The same piece of work took {_span(known)} beside them: how fast the machine was decides scores too."
         )
-    if setting.yardsticks:
-        least, most = (milliseconds(setting.yardsticks[end]) for end in (0, -1))
-        warnings.append(
-            f"The machine was not always as fast: the same piece of work took {least} to {most} beside the runs. "
-            f"Seconds of training are given as for {milliseconds(setting.yardstick_s)}, the median; as they were they "
-            "stand with every run. Runs that did not measure it have no times here if others of the task did."
-        )
+    return [text]
+
+
+def _span(ascending: Sequence[float]) -> str:
+    return f"{milliseconds(ascending[0])} to {milliseconds(ascending[-1])}"
+
+
+def _sources(counted: Sequence[Run]) -> list[str]:
+    """What TRANSFER has seen besides."""
+    left_out = [run.result.get("source_rows_left_out") for run in counted if run.spec["source"]]
+    if not left_out:
+        return []
+    known = sorted({count for count in left_out if count is not None})
+    texts = ["TRANSFER has been trained on rows of its source too."]
+    if known:
+        counts = ", ".join(map(whole, known))
+        texts.append(f"Those that share text with the scored rows were left out ({counts}).")
+    if None in left_out:
+        texts.append(f"In {left_out.count(None)} of its {len(left_out)} runs nobody looked whether any do.")
+    return [" ".join(texts)]
+
+
+def _machines(setting: Setting, counted: Sequence[Run]) -> list[str]:
     machines = Counter(run.machine for run in counted)
-    if len(machines) > 1:
-        names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
-        counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
-        warnings.append(f"Runs are from several machines: {counts}. Timings are of {names[setting.machine]} alone.")
+    if len(machines) < 2:
+        return []
+    names = {machine: f"{machine[0]} ({machine[1]})" for machine in machines}
+    counts = ", ".join(f"{names[machine]}: {machines[machine]} runs" for machine in sorted(machines))
+    return [f"Runs are from several machines: {counts}. Timings are of {names[setting.machine]} alone."]
+
+
+def _hashes(setting: Setting) -> list[str]:
+    warnings = []
     for task in setting.tasks:
         runs = [run for variant in setting.variants for run in setting.runs(task, variant)]
         for what in ("weights_sha256", "scored_rows_sha256", "train_rows_sha256"):
