@@ -386,12 +386,14 @@ class Oracle:
 
     def times_to_scores(self, setting, task, rows):
         """Rows, and the scores of the columns: multiples of 5 that some curve passes."""
-        curves = {
-            row: [r["curve"] for r in self.results(setting, task, row, timed=True).values()]
-            for row in rows
-            if row != "Zero-shot"
-        }
-        seen = [point["score"] for of_row in curves.values() for curve in of_row for point in curve]
+        curves = {}
+        for row in rows[:-1]:  # the last is zero-shot
+            results = self.results(setting, task, row, timed=True).values()
+            curves[row] = [
+                [(point["score"], point["seconds"] + (r["source_time_s"] or 0)) for point in r["curve"]]
+                for r in results
+            ]
+        seen = [score for of_row in curves.values() for curve in of_row for score, _ in curve]
         columns = [n for n in range(0, 101, 5) if min(seen) < n / 100 <= max(seen)]
         lines = []
         for row, of_row in curves.items():
@@ -399,10 +401,11 @@ class Oracle:
             for column in columns:
                 firsts = []
                 for curve in of_row:
-                    reached = [point["seconds"] for point in curve if point["score"] >= column / 100]
+                    reached = [after for score, after in curve if score >= column / 100]
                     firsts += [min(reached)] if reached else []
-                few = f" ({len(firsts)} of {len(of_row)} seeds)" if len(firsts) < len(of_row) else ""
-                texts.append(secs(mean(firsts)) + few if firsts else "not reached")
+                few = f" ({len(firsts)} of {len(of_row)} seeds)" if 0 < len(firsts) < len(of_row) else ""
+                time = ("before training" if max(firsts) == 0 else secs(mean(firsts))) if firsts else "not reached"
+                texts.append(time + few)
             lines += [[row, *texts]] if of_row else []
         return lines
 

@@ -26,8 +26,9 @@ DEFINITIONS = (
     "nothing is trained it is the model alone, and scoring needs some more.",
     "Bytes to store for a task: the adapter's file; the head of a linear probe; the whole model after full "
     "fine-tuning. Storage for several tasks has the model in it once, in the precision that it is used in.",
-    "Time to a score: seconds of training at the first point of the curve that is at least as high, the mean over the "
-    "seeds that came so far. Points are few, so it is the end of a stretch in which the score was reached.",
+    "Time to a score: seconds of training, with its source's, at the first point of the curve that is at least as "
+    "high, the mean over the seeds that came so far. Points are few, so it is the end of a stretch in which the score "
+    "was reached.",
     "Inference time: one scored batch with the adapter over the same batch without it.",
     "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
     "Fixed work: the time of the same matrix multiplications in every run, between the stretches of its training. At "

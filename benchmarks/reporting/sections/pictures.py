@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from statistics import fmean
 
 from ..contrasts import best_of_method, mean_score, score_text
@@ -123,27 +123,28 @@ def _curve_table(setting: Setting, task: str) -> Table:
 
 def _time_to_score_table(setting: Setting, task: str) -> Table | None:
     """Seconds of training until the curve has been at given scores; None if no curve passes any."""
-    curves = {v: [run.result["curve"] for run in setting.timed(task, v)] for v in setting.variants}
-    trained = {v: [stops for stops in of_variant if len(stops or []) > 1] for v, of_variant in curves.items()}
-    scores = [point["score"] for of_variant in trained.values() for stops in of_variant for point in stops]
+    timed = {variant: setting.timed(task, variant) for variant in setting.variants}
+    trained = {v: [run for run in runs if len(run.result["curve"] or []) > 1] for v, runs in timed.items()}
+    scores = [point["score"] for runs in trained.values() for run in runs for point in run.result["curve"]]
     if not scores:
         return None
     wanted = [step / 20 for step in range(21) if min(scores) < step / 20 <= max(scores)]
-    rows = [
-        [variant.label, *(_time_to(score, of_variant) for score in wanted)]
-        for variant, of_variant in trained.items()
-        if of_variant
-    ]
+    rows = [[variant.label, *(_time_to(score, runs) for score in wanted)] for variant, runs in trained.items() if runs]
     columns = ("method", *(points(score) for score in wanted))
     return Table(f"Time to a score: {task}, {setting.title}", columns, list(map(cells, rows))) if wanted else None
 
 
-def _time_to(score: float, curves: Sequence[Sequence[Mapping[str, float]]]) -> str:
-    firsts = [next((point["seconds"] for point in curve if point["score"] >= score), None) for curve in curves]
-    known = [first for first in firsts if first is not None]
-    if not known:
+def _time_to(score: float, runs: Sequence[Run]) -> str:
+    """With the time of the source, which comes before."""
+    firsts = [
+        (run.result["source_time_s"] or 0.0) + point["seconds"]
+        for run in runs
+        if (point := next((point for point in run.result["curve"] if point["score"] >= score), None))
+    ]
+    if not firsts:
         return "not reached"
-    return seconds(fmean(known)) + (f" ({len(known)} of {len(firsts)} seeds)" if len(known) < len(firsts) else "")
+    text = seconds(fmean(firsts)) if any(firsts) else "before training"
+    return text + (f" ({len(firsts)} of {len(runs)} seeds)" if len(firsts) < len(runs) else "")
 
 
 def _frontiers(setting: Setting) -> list[Block]:
