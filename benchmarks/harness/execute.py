@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from .measure import ROOT
+from .environment import ROOT
 from .suite import Spec, run_id
 
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
-import hashlib
 import json
 import math
 import os
 import signal
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from importlib.metadata import PackageNotFoundError, version
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
@@ -33,9 +30,6 @@ if TYPE_CHECKING:
     from recipes.train import Job
 
 
-ROOT = Path(__file__).resolve().parents[2]
-PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
-CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may be a file of the repository
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
@@ -125,6 +119,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     from recipes import train as recipe
 
     from ..machine import touch
+    from .environment import environment
     from .watch import Watch
 
     source = _train_source(spec, folder, data_dir)
@@ -133,7 +128,9 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
-    env = environment(job)  # as the code was that runs, whatever is checked out meanwhile
+    rows, train_rows = _scored(job)[1], job.splits.get("train")
+    # as the code was that runs, whatever is checked out meanwhile
+    env = environment(job.record["model_name_or_path"], rows, train_rows)
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
     before = after = _score(job)
     if trainer.args.do_train:
@@ -142,8 +139,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     watch = Watch(job, before.on_curve, spec["budget"].get("seconds"))
     if trainer.args.do_train:
         trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
-        encoded, rows = (split.select(_curve_rows(len(split))) for split in _scored(job))
-        trainer.eval_dataset, trainer.compute_metrics = encoded, task_metrics(trainer.family, rows)
+        encoded, shown = (split.select(_curve_rows(len(split))) for split in _scored(job))
+        trainer.eval_dataset, trainer.compute_metrics = encoded, task_metrics(trainer.family, shown)
         trainer.add_callback(watch)
         recipe.train(trainer, None)
         trainer.remove_callback(watch)
@@ -382,61 +379,6 @@ def _unrelated_loss(job: Job, bare: bool) -> float | None:
             labels[:, 0] = -100  # a prompt predicts the first token, the bare model does not
             losses.append((model(**batch, labels=labels).loss.item(), labels.shape[1] - 1))
     return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)
-
-
-def environment(job: Job) -> dict[str, Any]:
-    """Machine, versions, commit, and hashes of the rows and the weights."""
-    import torch
-
-    from ..machine import machine
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    train = job.splits.get("train")
-    commit = _git("rev-parse", "HEAD")
-    return {
-        **machine(device),
-        "device": device,
-        "python": sys.version.split()[0],
-        "versions": {package: _version(package) for package in PACKAGES},
-        "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
-        "scored_rows_sha256": _rows_hash(_scored(job)[1]),
-        "train_rows_sha256": None if train is None else _rows_hash(train),
-        "weights_sha256": _weights_hash(job.record["model_name_or_path"]),
-    }
-
-
-def _rows_hash(rows: Any) -> str:
-    """Of rows in any order."""
-    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
-
-
-def _weights_hash(name: str) -> str | None:
-    """Of the files of a local model; a model of the Hub is fixed by its revision."""
-    from peft_prompt_ext.assets import resolve
-
-    files = sorted(Path(resolve(name)).glob("*.safetensors"))
-    digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as opened:
-            digest.update(hashlib.file_digest(opened, "sha256").digest())
-    return digest.hexdigest() if files else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    try:
-        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return ran.stdout.strip() if ran.returncode == 0 else None
 
 
 def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:

@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from . import execute as execution
+from .environment import ROOT
 from .local import Report, begin, end
-from .measure import ROOT
 from .store import RunStore, wanted
 from .suite import Spec, run_id
 

@@ -1,0 +1,76 @@
+"""What a run ran on: machine, versions, code, rows and weights."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
+CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may be a file of the repository
+
+
+def environment(model: str, scored: Any, train: Any | None) -> dict[str, Any]:
+    """Machine, versions, commit, and hashes of the rows (in any order) and the weights.
+
+    Args:
+        model: Name or folder of the backbone.
+        scored: The rows that the run is scored on.
+        train: The rows that it is trained on, if any.
+    """
+    import torch
+
+    from ..machine import machine
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    commit = _git("rev-parse", "HEAD")
+    return {
+        **machine(device),
+        "device": device,
+        "python": sys.version.split()[0],
+        "versions": {package: _version(package) for package in PACKAGES},
+        "commit": commit,
+        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
+        "scored_rows_sha256": _rows_hash(scored),
+        "train_rows_sha256": None if train is None else _rows_hash(train),
+        "weights_sha256": _weights_hash(model),
+    }
+
+
+def _rows_hash(rows: Any) -> str:
+    """Of rows in any order."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights_hash(name: str) -> str | None:
+    """Of the files of a local model; a model of the Hub is fixed by its revision."""
+    from peft_prompt_ext.assets import resolve
+
+    files = sorted(Path(resolve(name)).glob("*.safetensors"))
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None
