@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from benchmarks.harness import job, source
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.measure import Result, measure
 from benchmarks.harness.store import RunStore
@@ -138,7 +139,7 @@ def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatc
     from recipes import train as recipe
 
     transfer = spec(init="TRANSFER", source={"task": "sst2", "data": "glue/sst2"})
-    _, scored = measuring._rows_to_score(transfer, tmp_path, None)
+    _, scored = source._rows_to_score(transfer, tmp_path, None)
     assert len(scored) == 17
     whole, part = [row["text"] for row in scored if len(row["text"].split()) > 9][:2]
     new = [f"sentence {name} of the source" for name in "abcd"]
@@ -158,7 +159,7 @@ def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatc
 
 
 def test_a_transfer_whose_source_has_only_scored_rows_is_said(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr("benchmarks.harness.overlap.without_overlap", lambda *_: [])
+    monkeypatch.setattr(source, "without_overlap", lambda *_: [])
     with pytest.raises(ValueError, match=r"every row of plot_or_review shares text .* movie_reviews is scored on"):
         measure(spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}), tmp_path, None)
 
@@ -172,7 +173,7 @@ def test_a_budget_of_seconds_stops_after_them(spec, tmp_path):
 def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch):
     """Grouped by length, the first batches are the longest: here batch i takes 50 - i seconds, the first step more."""
     clock = [0.0]
-    monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(job.time, "perf_counter", lambda: clock[0])
     model = torch.nn.Linear(1, 1)
 
     def compute_loss(model, batch):
@@ -186,7 +187,7 @@ def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch):
         compute_loss=compute_loss,
         _prepare_inputs=lambda batch: batch,
     )
-    measuring._fit_budget(SimpleNamespace(trainer=trainer), {"budget": {"seconds": 275}})
+    job.fit_budget(SimpleNamespace(trainer=trainer), {"budget": {"seconds": 275}})
     assert trainer.args.max_steps == 10  # the batches 0, 5, ..., 45 take 27.5 seconds in the mean
 
 

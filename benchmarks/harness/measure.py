@@ -18,22 +18,21 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from .suite import Spec, batch_size, source_spec, train_arguments
+from .job import fit_budget, prepare
+from .source import train_source
+from .suite import Spec
 
 
 if TYPE_CHECKING:
-    from peft_prompt_ext.tasks.base import Task
     from recipes.train import Job
 
 
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
-TIMED_STEPS = 10  # before a run whose budget is seconds
 UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
 WHOLE_MODELS = {"full", "linear_probe"}
 
@@ -122,9 +121,9 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     from .environment import environment
     from .watch import Watch
 
-    source = _train_source(spec, folder, data_dir)
+    source = train_source(spec, folder, data_dir)
     extra = [] if source is None else ["--prompt_tuning_init_kwargs", json.dumps({"source": source.folder})]
-    job = _job(spec, folder / "run", data_dir, extra)
+    job = prepare(spec, folder / "run", data_dir, extra)
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
@@ -134,7 +133,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
     before = after = _score(job)
     if trainer.args.do_train:
-        _fit_budget(job, spec)
+        fit_budget(job, spec)
     set_seed(spec["seed"])
     watch = Watch(job, before.on_curve, spec["budget"].get("seconds"))
     if trainer.args.do_train:
@@ -155,9 +154,9 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "metrics_all": _metrics(after.metrics),
         "loss": after.metrics["eval_loss"],
         "correct": after.correct,
-        "eval_samples": len(_scored(job)[1]),
+        "eval_samples": len(rows),
         "curve": watch.curve,
-        "curve_samples": len(_curve_rows(len(_scored(job)[1]))),
+        "curve_samples": len(_curve_rows(len(rows))),
         **watch.totals(),
         "planned_steps": trainer.args.max_steps if trainer.args.do_train else 0,
         "source_time_s": source and source.time_s,
@@ -179,59 +178,6 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         for path in folder.rglob("*.safetensors"):
             path.unlink()
     return result, env
-
-
-def _job(spec: Spec, folder: Path, data_dir: str | None, extra: list[str]) -> Job:
-    from recipes import train as recipe
-
-    fixed = ["--output_dir", str(folder), "--save_strategy", "no", "--disable_tqdm", "true", "--do_eval", "true"]
-    if spec["method"] != "zero_shot":
-        fixed += ["--do_train", "true"]
-        if "seconds" in spec["budget"]:
-            fixed += ["--max_steps", "1"]  # how many they are is known once a step has been timed
-    return recipe.prepare(*recipe.parse([*train_arguments(spec, data_dir), *fixed, *extra]))
-
-
-class _Source(NamedTuple):
-    folder: str
-    time_s: float
-    rows: int
-    left_out: int
-
-
-def _train_source(spec: Spec, folder: Path, data_dir: str | None) -> _Source | None:
-    """Train the prompt that a TRANSFER starts from, on rows that have nothing of what the target is scored on."""
-    source = source_spec(spec)
-    if source is None:
-        return None
-    from recipes import train as recipe
-
-    from .overlap import without_overlap
-
-    target, scored = _rows_to_score(spec, folder, data_dir)
-    job = _job(source, folder / "source", data_dir, [])
-    trainer, rows = job.trainer, job.splits["train"]
-    task = trainer.family.task
-    kept = without_overlap(map(task.prepared, rows), task.columns, map(target.prepared, scored), target.columns)
-    if not kept:
-        raise ValueError(f"every row of {source['task']} shares text with the rows that {spec['task']} is scored on")
-    trainer.train_dataset = job.encoded["train"].select(kept)
-    _fit_budget(job, source)
-    start = time.perf_counter()
-    recipe.train(trainer, None)
-    time_s = time.perf_counter() - start
-    trained = trainer.state.global_step * batch_size(source)
-    return _Source(str(folder / "source"), time_s, trained, len(rows) - len(kept))
-
-
-def _rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:
-    """The task of a run, and what it will be scored on."""
-    from recipes import train as recipe
-
-    line = [*train_arguments(spec, data_dir), "--output_dir", str(folder / "run"), "--do_eval", "true"]
-    _, data_args, _, args = recipe.parse(line)
-    task = recipe.find_task(data_args)
-    return task, recipe.load_splits(task, data_args, args)[task.validation[0]]
 
 
 def _main_key(job: Job) -> str:
@@ -280,33 +226,6 @@ def _score(job: Job) -> _Scores:
 def _metrics(scores: dict[str, float]) -> dict[str, float]:
     timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_loss", "eval_model_prep")
     return {key.removeprefix("eval_"): value for key, value in scores.items() if not key.startswith(timing)}
-
-
-def _fit_budget(job: Job, spec: Spec) -> None:
-    """Set how many steps fit into the seconds, from the times of some; the learning rate's schedule has to know.
-
-    Batches that are grouped by length come longest first, a group at a time; so they are from all over a group.
-    """
-    if "seconds" not in spec["budget"]:
-        return
-    import torch
-
-    trainer, times = job.trainer, []
-    model = trainer.model.train()
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=0.0)  # takes its time and changes nothing
-    loader = trainer.get_train_dataloader()
-    group = max(1, min(len(loader) // 4, 50))  # as transformers' LengthGroupedSampler takes them
-    batches = list(islice(loader, 0, group, -(-group // TIMED_STEPS)))
-    for batch in (batches[0], *batches):  # the first step of all allocates its buffers
-        start = time.perf_counter()
-        trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
-        optimizer.step()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        model.zero_grad()
-    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / statistics.fmean(times[1:])))
 
 
 def _curve_steps(max_steps: int) -> int:
