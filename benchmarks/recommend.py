@@ -84,7 +84,8 @@ def _sentence(advice: Advice) -> str:
     if pick.comparison is not None:
         costs.append(f"{in_points(pick.comparison.difference)} against the best mean")
     thin = f" The evidence is too thin, fewer than {MIN_SEEDS} seeds: a hint, no advice." if advice.is_thin else ""
-    return f"Pick {pick.variant.label}: {', '.join(costs)}.{thin}"
+    instead = f" The {advice.instead}." if advice.instead else ""
+    return f"Pick {pick.variant.label}: {', '.join(costs)}.{instead}{thin}"
 
 
 def _tasks(count: int) -> str:

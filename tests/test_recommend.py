@@ -5,7 +5,9 @@ import pytest
 
 from benchmarks.recommend import main
 from benchmarks.reporting.advice import Needs, advise
+from benchmarks.reporting.document import Table
 from benchmarks.reporting.evidence import read_evidence
+from benchmarks.reporting.sections.choice import choice_section
 
 
 STORE = Path(__file__).parent / "data" / "benchmark_store.jsonl"
@@ -211,18 +213,22 @@ def test_zero_shot_is_picked_where_training_brings_nothing(changed_store):
 
 
 @pytest.mark.parametrize("kept", [(), ("4 bits",)], ids=["none", "of one"])
-def test_where_not_all_times_were_measured_the_next_cost_decides(changed_store, kept):
+def test_where_not_all_times_were_measured_the_next_cost_decides(changed_store, kept, capsys):
     def disturb(event):
         if event["result"] and event["spec"]["method"] != "zero_shot":
             is_kept = "4 bits" in kept and event["spec"]["quantization"]
             event["result"] |= {"train_time_s": 10**6, "other_cpu_share": 0.0 if is_kept else 0.5}
 
-    advice = advise(read_evidence([changed_store(disturb)]).settings[0], Needs(first="time"))
+    path = changed_store(disturb)
+    evidence = read_evidence([path])
+    advice = advise(evidence.settings[0], Needs(first="time"))
     assert advice.pick.variant.label == FOUR_BITS
-    assert reasons(advice)[BEST] == (
-        "as good within the noise, but costs more: 850.0 MB of memory "
-        "(time was not measured for all, so memory decides)"
-    )
+    instead = "time was not measured for all, so memory decides"
+    assert reasons(advice)[BEST] == f"as good within the noise, but costs more: 850.0 MB of memory ({instead})"
+    picks = next(block for block in choice_section(evidence).blocks if isinstance(block, Table))
+    assert [row[1].text for row in picks.rows if row[0].text == f"time is short ({instead})"] == [FOUR_BITS]
+    main(["--results", str(path)])
+    assert f" The {instead}." in capsys.readouterr().out
 
 
 def test_what_has_too_few_seeds_in_common_with_the_best_is_not_called_as_good(changed_store):

@@ -96,6 +96,7 @@ class Advice:
         pick: None if nothing fits.
         candidates: All, with why they are not picked.
         is_thin: Whether the pick has fewer than `MIN_SEEDS` seeds.
+        instead: Why something else decided than what the reader puts first, and what; "" if that did.
     """
 
     setting: Setting
@@ -104,6 +105,7 @@ class Advice:
     pick: Candidate | None
     candidates: tuple[Candidate, ...]
     is_thin: bool
+    instead: str = ""
 
 
 def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
@@ -131,14 +133,16 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     pick, dearer = _cheapest(left, costs) if sure else (best, {})
     decides = costs[0] if costs else "score"
     why = "is the same for all" if (needs.first, setting.unit) == NO_COST else "was not measured for all"
-    instead = f" ({needs.first} {why}, so {decides} decides)" if sure and decides != needs.first else ""
+    instead = f"{needs.first} {why}, so {decides} decides" if sure and decides != needs.first else ""
     final = [
         candidate
         if candidate.excluded or candidate.variant == pick.variant
-        else replace(candidate, excluded=_why_not(candidate, costs, dearer, bool(sure)) + instead)
+        else replace(
+            candidate, excluded=_why_not(candidate, costs, dearer, bool(sure)) + (f" ({instead})" if instead else "")
+        )
         for candidate in judged
     ]
-    return Advice(setting, tasks, needs, pick, tuple(final), not sure)
+    return Advice(setting, tasks, needs, pick, tuple(final), not sure, instead)
 
 
 def _candidate(setting: Setting, variant: Variant, tasks: Sequence[str]) -> Candidate:

@@ -39,7 +39,7 @@ def _of_setting(setting: Setting) -> list[Block]:
         [
             cells(
                 [
-                    reader,
+                    f"{reader} ({answer.instead})" if answer.instead else reader,
                     Cell(answer.pick.variant.label, is_bold=True),
                     *_costs(setting, answer.pick),
                     signed_interval(answer.pick.comparison.difference) if answer.pick.comparison else "is the best",
