@@ -15,7 +15,7 @@ from .report import default_results
 
 
 if TYPE_CHECKING:
-    from .reporting.advice import Advice
+    from .reporting.advice import Advice, Candidate
     from .reporting.evidence import Setting
 
 PREFER = ("time", "memory", "storage", "score")
@@ -49,20 +49,34 @@ def show(advice: Advice) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from .reporting.contrasts import score_text
-
     console = Console()
-    table = Table("method", "score", "so")
+    table = Table("method", "score", "memory", f"storage, {_tasks(advice.needs.count)}", "training", "so")
     for column in table.columns:
         column.overflow = "fold"
     for candidate in advice.candidates:
         is_pick = advice.pick is not None and candidate.variant == advice.pick.variant
-        score = candidate.score and score_text(advice.setting, candidate.variant, candidate.score)
         so = "the pick" if is_pick else candidate.excluded
-        table.add_row(candidate.variant.label, score or "not measured", so, style="bold" if is_pick else "")
+        cells = candidate.variant.label, *_costs(advice, candidate), so
+        table.add_row(*cells, style="bold" if is_pick else "")
     console.print(f"\n{advice.setting.title}; tasks: {', '.join(advice.tasks)}", soft_wrap=True, highlight=False)
     console.print(_sentence(advice), soft_wrap=True, highlight=False, style="bold", markup=False)
     console.print(table)
+
+
+def _costs(advice: Advice, candidate: Candidate) -> list[str]:
+    """Score, memory, storage and time."""
+    from .reporting.contrasts import score_text
+    from .reporting.measures import MISSING, seconds, size
+
+    if candidate.score is None:
+        return [MISSING] * 4
+    time = MISSING if candidate.time_s is None else seconds(candidate.time_s)
+    return [
+        score_text(advice.setting, candidate.variant, candidate.score),
+        size(candidate.memory_bytes),
+        size(candidate.storage_bytes(advice.needs.count)),
+        "none" if candidate.variant.method == "zero_shot" else time,
+    ]
 
 
 def _sentence(advice: Advice) -> str:
@@ -113,7 +127,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "python -m benchmarks recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory", type=_size, help="of the device, such as 8GB: the model and its training")
-    parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained")
+    parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: matters to --storage")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
     parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
     parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's mean")

@@ -4,6 +4,7 @@
 """
 
 import json
+from fractions import Fraction
 from statistics import median
 
 
@@ -28,6 +29,7 @@ ROWS = [
     "Linear probe",
     "Zero-shot",
 ]
+NO_ADAPTER = ["Full fine-tuning", "Linear probe", "Zero-shot"]
 SHORT = ["Prompt tuning, CLASS_LABELS", "LoRA", "Full fine-tuning", "Zero-shot"]
 EXAMPLES, SECONDS = "made-up-model on cpu, 80 examples", "made-up-model on cpu, 30 s of training"
 BOTH = "mean of 2 tasks"
@@ -53,9 +55,10 @@ def t_test(differences):
     return 1 - abs(t) / (2 + t * t) ** 0.5
 
 
-def sign_test(differences):
-    """P of a sum at least as far from 0 under all choices of signs, counted one by one."""
-    ways = {0: 1}
+def sign_test(of_tasks):
+    """P of a sum at least as far from 0 under all signs, counted one by one; the rows of a task weigh one together."""
+    differences = [Fraction(difference, len(rows)) for rows in of_tasks for difference in rows]
+    ways = {Fraction(0): 1}
     for difference in differences:
         longer = {}
         for total, count in ways.items():
@@ -163,7 +166,7 @@ class Oracle:
                 for row in (first, second)
                 for n in [len(self.results(setting, task, row)[seeds[0]]["correct"])]
             ]
-            rows += [a - b for a, b in zip(*right, strict=True)]
+            rows.append([a - b for a, b in zip(*right, strict=True)])
         half = half_width(differences) if len(differences) > 1 else None
         over_seeds, over_rows = t_test(differences), sign_test(rows)
         found = [value is not None and value < 0.05 for value in (over_seeds, over_rows)]
@@ -173,7 +176,7 @@ class Oracle:
                 f"not decided ({'the same difference for every seed' if len(seeds) == 3 else 'fewer than 3 seeds'})"
             )
         elif any(found) and not all(found):
-            verdict = "not clear: one of the two tests finds it"
+            verdict = f"not clear: the test over {'seeds' if found[0] else 'rows'} alone finds it"
         return mean(differences), half, over_seeds, over_rows, verdict, any(found)
 
     def points(self, setting, tasks, first, second):
@@ -290,7 +293,7 @@ class Oracle:
             (setting, caption): [
                 [
                     *(reader, row, *self.four(setting, row)),
-                    "is the best" if row == best else self.points(setting, TASKS, row, best),
+                    "the highest mean" if row == best else self.points(setting, TASKS, row, best),
                 ]
                 for reader, row in picks.items()
             ]
@@ -308,7 +311,7 @@ class Oracle:
         for row in rows:
             line = [row, *self.four(setting, row)]
             if row == best:
-                line += ["is the best", "", "", "the pick for the highest score"]
+                line += ["the highest mean", "", "", "the pick for the highest score"]
             elif row not in known:
                 state = "out of memory" if setting == EXAMPLES else "not run"
                 line += ["", "", "", f"no usable run of shapes ({state})"]
@@ -319,7 +322,8 @@ class Oracle:
                     so = f"too thin: {len(self.seeds(setting, TASKS, row))} of the 3 seeds wanted"
                 elif is_found:
                     both = verdict == "larger than the noise"
-                    so = f"worse than {best} by {x100(-middle)} points{'' if both else ', says one of the two tests'}"
+                    alone = "" if both else f", says the test over {'rows' if 'rows' in verdict else 'seeds'} alone"
+                    so = f"worse than {best} by {x100(-middle)} points{alone}"
                 line += [self.points(setting, TASKS, row, best), p(over_seeds), p(over_rows), so]
             evidence.append(line)
         found[setting, "The evidence: every method against the highest mean, and the p of both tests"] = evidence
@@ -332,10 +336,22 @@ class Oracle:
                 ratios.append("against nothing")
                 continue
             ratio = self.cost(setting, tasks, first, name) / self.cost(setting, tasks, second, name)
+            if name == "all_time":
+                ratio = self.time_ratio(setting, tasks, first, second)
             text = f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.3f} x" if ratio >= 0.001 else "less than 0.001 x"
             ratios.append(text)
         verdict = self.compared(setting, tasks, first, second)[4]
         return [first, second, ", ".join(tasks), self.points(setting, tasks, first, second), verdict, *ratios]
+
+    def time_ratio(self, setting, tasks, first, second):
+        """Of the seeds that both were timed with on every task."""
+        sides = [[self.results(setting, task, row, timed=True) for task in tasks] for row in (first, second)]
+        seeds = set.intersection(*(set(of_task) for side in sides for of_task in side))
+        sums = [
+            sum(r[seed]["train_time_s"] + (r[seed]["source_time_s"] or 0) for r in side for seed in seeds)
+            for side in sides
+        ]
+        return sums[0] / sums[1]
 
     def costs(self, setting, task, row):
         has_runs, untrained = bool(self.results(setting, task, row)), row == "Zero-shot"
@@ -366,7 +382,7 @@ class Oracle:
             text("peak", size),
             text("parameters", lambda value: f"{value:,}"),
             text("stored", size, False),
-            text("inference", lambda value: f"{value:.2f}", False, True),
+            "no adapter" if row in NO_ADAPTER else text("inference", lambda value: f"{value:.2f}", False, True),
             "not measured" if loss is None else f"{loss:+.3f}",
             "no training" if untrained else "not measured",
         ]
@@ -386,27 +402,29 @@ class Oracle:
 
     def times_to_scores(self, setting, task, rows):
         """Rows, and the scores of the columns: multiples of 5 that some curve passes."""
-        curves = {}
+        curves, timed = {}, {}
         for row in rows[:-1]:  # the last is zero-shot
-            results = self.results(setting, task, row, timed=True).values()
-            curves[row] = [
-                [(point["score"], point["seconds"] + (r["source_time_s"] or 0)) for point in r["curve"]]
-                for r in results
-            ]
+            for only_timed, found in ((False, curves), (True, timed)):
+                found[row] = [
+                    [(point["score"], point["seconds"] + (r["source_time_s"] or 0)) for point in r["curve"]]
+                    for r in self.results(setting, task, row, only_timed).values()
+                ]
         seen = [score for of_row in curves.values() for curve in of_row for score, _ in curve]
         columns = [n for n in range(0, 101, 5) if min(seen) < n / 100 <= max(seen)]
         lines = []
         for row, of_row in curves.items():
+            if not of_row:
+                continue
             texts = []
             for column in columns:
-                firsts = []
-                for curve in of_row:
-                    reached = [after for score, after in curve if score >= column / 100]
-                    firsts += [min(reached)] if reached else []
-                few = f" ({len(firsts)} of {len(of_row)} seeds)" if 0 < len(firsts) < len(of_row) else ""
-                time = ("before training" if max(firsts) == 0 else secs(mean(firsts))) if firsts else "not reached"
-                texts.append(time + few)
-            lines += [[row, *texts]] if of_row else []
+                arrived = sum(any(score >= column / 100 for score, _ in curve) for curve in of_row)
+                if arrived < len(of_row):
+                    texts.append(f"{arrived} of {len(of_row)} seeds" if arrived else "not reached")
+                    continue
+                firsts = [min(after for score, after in curve if score >= column / 100) for curve in timed[row]]
+                few = f" ({len(firsts)} of {len(of_row)} runs)" if len(firsts) < len(of_row) else ""
+                texts.append(("before training" if max(firsts) == 0 else secs(mean(firsts))) + few)
+            lines.append([row, *texts])
         return lines
 
     def frontiers(self, setting, rows):
@@ -414,8 +432,9 @@ class Oracle:
         if setting == SECONDS:
             del shown["all_time"]
         names = {"memory": "memory", "parameters": "parameters", "all_time": "time", "stored": "bytes"}
-        known = [row for row in rows if row != "Zero-shot" and self.seeds(setting, TASKS, row)]
-        score = {row: mean(self.scores(setting, TASKS, row, self.seeds(setting, TASKS, row))) for row in known}
+        scored = [row for row in rows if self.seeds(setting, TASKS, row)]
+        score = {row: mean(self.scores(setting, TASKS, row, self.seeds(setting, TASKS, row))) for row in scored}
+        known = [row for row in scored if row != "Zero-shot"]
         lines = []
         for row in known:
             mine = {name: self.cost(setting, TASKS, row, name) for name in shown}
@@ -428,7 +447,7 @@ class Oracle:
                     if score[other] >= score[row] and cost <= mine[name]
                     if score[other] > score[row] or cost < mine[name]
                 ]
-                free += [] if better else [names[name]]
+                free += [] if better or score[row] <= score["Zero-shot"] else [names[name]]
             texts = [show(mine[name]) for name, show in shown.items()]
             lines.append([row, self.score(setting, TASKS, row), *texts, ", ".join(free) or "none"])
         return lines

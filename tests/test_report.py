@@ -1,3 +1,4 @@
+import itertools
 import json
 import os
 import re
@@ -14,7 +15,7 @@ from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
 from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
-from benchmarks.reporting.measures import ENERGY, SOURCE_EXAMPLES, TIME, written
+from benchmarks.reporting.measures import ENERGY, INFERENCE, SOURCE_EXAMPLES, TIME, written
 from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
@@ -102,10 +103,14 @@ def test_every_number_of_every_table_is_what_an_independent_computation_gives(re
     expected = oracle.tables() | oracle.speed_tables(SPEED)
     search = EXAMPLES, f"Scores while searching: {EXAMPLES} (accuracy)"
     searched = [event for event in oracle.good.values() if "held_out_samples" in event["spec"]["arguments"]]
+    loras = [event["spec"] for event in oracle.good.values() if event["spec"]["method"] == "lora"]
+    used = {s["arguments"].get("learning_rate") for s in loras if "held_out_samples" not in s["arguments"]}
     expected[search] = [
         [
             f"LoRA, learning_rate={event['spec']['arguments']['learning_rate']}",
             f"{100 * event['result']['score']:.1f} (one seed, no interval)",
+            f"{event['result']['loss']:.3f}",
+            "yes" if event["spec"]["arguments"]["learning_rate"] in used else "",
         ]
         for event in searched
     ]
@@ -133,7 +138,7 @@ def test_every_run_is_there_with_its_line_its_machine_and_its_command(report, or
             time = result["train_time_s"]
             assert row[6] == (seconds or f"{time:.{1 if time >= 10 else 2}f} s" + ", disturbed" * disturbed)
         else:
-            assert row[5:7] == [row[5], "not measured"] and not re.search(r"\d", row[5])
+            assert row[6] == "not measured" and not re.search(r"\d", row[5])
         assert row[7] == "not measured"  # the store is from before there was a yardstick
         assert row[8:10] == [str(event["attempt"]), f"{STORE.name}:{oracle.line[row[0]]}"]
         assert row[10] == ("E1" if event["env"] else "unknown")
@@ -202,11 +207,14 @@ def test_what_a_suite_wants_and_no_run_has_is_said(oracle):
     failed = next(event["spec"] for event in oracle.latest.values() if event["status"] == "out_of_memory")
     section = gaps_section(evidence, [good, failed, {**good, "seed": 98}, {**good, "seed": 99}])
     rows = [[cell.text for cell in row] for row in section.blocks[1].rows]
-    assert rows == [
+    assert rows[:2] == [
         ["80 examples", "Full fine-tuning", "shapes", "0", "out of memory"],
         ["80 examples", "LoRA", good["task"], "98, 99", "not run"],
     ]
-    assert "3 of its 4 entries" in section.blocks[0].text
+    # nothing of the suite's entries is asked twice, and what no suite wants but runs span is there too
+    assert [row[:3] for row in rows if row[1:3] == ["LoRA", good["task"]]] == [["80 examples", "LoRA", good["task"]]]
+    spanned = [SECONDS, "Full fine-tuning", "shapes", "0, 1, 2", "not run"]
+    assert spanned in rows
 
 
 def test_means_are_over_the_tasks_that_most_methods_were_run_on(store, run_of):
@@ -300,13 +308,18 @@ def test_bold_is_what_leads_another_kind_beyond_the_noise_and_cannot_be_told_fro
             }
             methods = {row: row.split(",")[0] for row in known}
             best = max(known, key=known.get)
-            rival = max((row for row in known if methods[row] != methods[best]), key=known.get)
+            others = {methods[row] for row in known} - {methods[best]}
+            rivals = [max((row for row in known if methods[row] == other), key=known.get) for other in others]
+
+            def leads(row, rival, known=known, setting=setting, tasks=tasks):
+                verdict = oracle.compared(setting, tasks, row, rival)[4]
+                return known[row] > known[rival] and verdict == "larger than the noise"
+
             expected = {
                 row
                 for row in known
                 if methods[row] == methods[best]
-                and known[row] > known[rival]
-                and oracle.compared(setting, tasks, row, rival)[4] == "larger than the noise"
+                and all(leads(row, rival) for rival in rivals)
                 and (row == best or not oracle.compared(setting, tasks, row, best)[5])
             }
             bold = {row[0] for row in rows if row[column].startswith("**")}
@@ -327,6 +340,18 @@ def test_a_lead_is_bold_only_if_seeds_and_rows_both_show_it(store, run_of, right
     bold, note = leaders(setting, "colours", ["colours"])
     assert [variant.label for variant in bold] == (["Prompt tuning, TEXT"] if is_bold else [])
     assert ("nobody is bold" not in note) == is_bold
+
+
+def test_a_lead_over_one_kind_is_not_bold_if_another_kind_cannot_be_told_from_it(store, run_of):
+    """Full fine-tuning has the next mean, and LoRA the next but with seeds so far apart that nobody knows."""
+    right = {"prompt_tuning": (50, 51, 50), "full": (40, 42, 40), "lora": (55, 20, 40)}
+    events = [
+        run_of(method, seed, "1" * n + "0" * (60 - n)) for method in right for seed, n in enumerate(right[method])
+    ]
+    bold, note = leaders(settings_of(store(*events))[0], "colours", ["colours"])
+    assert not bold and "nobody is bold, the lead of Prompt tuning over LoRA" in note
+    bold, note = leaders(settings_of(store(*events[:6]))[0], "colours", ["colours"])
+    assert [variant.method for variant in bold] == ["prompt_tuning"] and "over Full fine-tuning" in note
 
 
 def test_what_leads_another_kind_but_is_worse_than_the_best_of_its_own_is_not_bold(store, run_of):
@@ -399,9 +424,17 @@ def test_the_best_init_that_needs_no_other_task_is_named_too(store, run_of, tmp_
         main(["--results", str(store(*kept)), "--speed", "--output", str(tmp_path)])
         return re.findall(r"The best init.*", (tmp_path / "report.md").read_text(encoding="utf-8"))
 
-    [text] = best_inits(*events)
-    assert re.match(r"The best init is TRANSFER: \+50\.0 points .*RANDOM, .*trained on another task before", text)
+    for event in events[6:]:
+        event["spec"]["source"] = {"task": "shapes"}
+    loras = [run_of("lora", seed, "1" * (15 + seed % 2) + "0" * (25 - seed % 2)) for seed in range(3)]
+    [text] = best_inits(*events, *loras)
+    assert re.match(
+        r"The best init is TRANSFER: \+50\.0 points .*RANDOM, .*another task before \(shapes for col", text
+    )
     assert "The best init without another task is TEXT: +25.0 points" in text
+    asked = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"][1:]
+    pairs = [("Prompt tuning, TRANSFER", "LoRA", "+37.5"), ("Prompt tuning, TEXT", "LoRA", "+12.5")]
+    assert [(row[0], row[1], row[3].split()[0]) for row in asked] == pairs
     [text] = best_inits(*events[:6])
     assert text.startswith("The best init is TEXT: +25.0") and "another task" not in text
 
@@ -414,10 +447,139 @@ def test_what_a_transfer_saw_besides_is_said(store, run_of, tmp_path):
         event["result"] |= {"source_rows": 560, "source_rows_left_out": count}
     [setting] = settings_of(store(*events))
     assert _warnings(setting) == [
-        "TRANSFER has been trained on rows of its source too. Those that share text with the scored rows were left "
-        "out (377, 380). In 1 of its 3 runs nobody looked whether any do."
+        "TRANSFER has been trained on rows of another task too: shapes for colours. Those that share text with the "
+        "scored rows were left out (shapes for colours: 377 or 380). In 1 of its 3 runs nobody looked whether any do."
     ]
     assert written(setting, "colours", setting.variants[0], SOURCE_EXAMPLES) == "560"
+
+
+def test_tasks_that_few_methods_were_run_on_are_not_kept_from_who_asks(store, run_of, tmp_path):
+    """TEXT is best on the tasks of the mean; CLASS_LABELS and LoRA alone were run on one more, where LoRA wins."""
+    right = {
+        ("prompt_tuning", "TEXT"): 30,
+        ("prompt_tuning", "CLASS_LABELS"): 25,
+        ("lora", None): 20,
+        ("full", None): 9,
+    }
+    events = [
+        run_of(method, seed, "1" * (count + seed % 2) + "0" * (40 - count - seed % 2), init=init)
+        for (method, init), count in right.items()
+        for seed in range(3)
+    ]
+    more = {("prompt_tuning", "CLASS_LABELS"): 11, ("lora", None): 38}
+    events += [
+        run_of(method, seed, "1" * (count + seed % 2) + "0" * (40 - count - seed % 2), init=init, task="shapes")
+        for (method, init), count in more.items()
+        for seed in range(3)
+    ]
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    asked = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"][1:]
+    assert [(row[0], row[1], row[2], row[3].split()[0]) for row in asked] == [
+        ("Prompt tuning, TEXT", "LoRA", "colours", "+25.0"),
+        ("Prompt tuning, CLASS_LABELS", "LoRA", "colours, shapes", "-27.5"),
+        ("Prompt tuning, TEXT", "Full fine-tuning", "colours", "+52.5"),
+    ]
+
+
+def test_the_ratio_of_times_is_of_seeds_that_both_were_timed_with(store, run_of, tmp_path):
+    events = [run_of("prompt_tuning", seed, "10", init="TEXT", train_time_s=10.0 * (seed + 1)) for seed in range(3)]
+    events += [run_of("lora", seed, "10", train_time_s=20.0 * (seed + 1)) for seed in range(3)]
+    events[2]["result"]["other_cpu_share"] = 0.5
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    columns, row = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"]
+    assert row[columns.index("training with its source")] == "0.50 x"  # 15 against 30, not against the mean of all, 40
+
+
+def test_a_method_that_was_run_with_another_budget_alone_is_named(store, run_of, tmp_path):
+    events = [run_of(method, seed, "10") for method in ("lora", "full") for seed in range(3)]
+    later = [run_of("lora", seed, "10") for seed in range(3)]
+    for event in later:
+        event["run_id"] += "-seconds"
+        event["spec"]["budget"] = {"seconds": 30}
+    main(["--results", str(store(*events, *later)), "--speed", "--output", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert text.count("Not run with this budget") == 1
+    assert "Not run with this budget, so not among them: Full fine-tuning." in text.split(f"### {SECONDS}")[1]
+
+
+def test_time_to_a_score_is_of_all_seeds_or_of_none(store, run_of, tmp_path):
+    """A mean over those that arrive would make the higher score the cheaper one."""
+    ways = {"lora": (0.7, 0.7), "full": (0.7, 0.9), "linear_probe": (0.9, 0.9)}
+    events = []
+    for method, ends in ways.items():
+        for seed, end in enumerate(ends):
+            curve = [{"examples": n, "seconds": n * (seed + 1.0), "score": s} for n, s in ((0, 0.5), (10, end))]
+            events.append(run_of(method, seed, "10", curve=curve))
+    events[3]["result"]["other_cpu_share"] = events[4]["result"]["other_cpu_share"] = 0.5
+    events[5]["result"]["other_cpu_share"] = 0.5
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    found = tables((tmp_path / "report.md").read_text(encoding="utf-8"))
+    columns, *rows = found[EXAMPLES, f"Time to a score: colours, {EXAMPLES}"]
+    times = {row[0]: [row[columns.index(score)] for score in ("70.0", "90.0")] for row in rows}
+    assert times == {
+        "LoRA": ["15.0 s", "not reached"],
+        "Full fine-tuning": ["10.0 s (1 of 2 runs)", "1 of 2 seeds"],
+        "Linear probe": ["reached, not timed"] * 2,
+    }
+
+
+def test_what_is_no_better_than_no_training_is_not_worth_its_cost(store, run_of, tmp_path):
+    right = {"lora": 50, "linear_probe": 25}
+    events = [run_of(method, seed, "1" * n + "0" * (60 - n)) for method, n in right.items() for seed in range(3)]
+    for event in events[3:]:
+        event["result"] |= {"adapter_bytes": 1, "peak_memory_bytes": 1, "trainable_parameters": 1, "train_time_s": 1.0}
+    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path / "a")])
+    zero = run_of("zero_shot", 0, "1" * 30 + "0" * 30)
+    main(["--results", str(store(*events, zero)), "--speed", "--output", str(tmp_path / "b")])
+    best = {}
+    for name in "ab":
+        text = (tmp_path / name / "report.md").read_text(encoding="utf-8")
+        best[name] = [row[-1] for row in tables(text)[EXAMPLES, f"Score against cost: {EXAMPLES}"][1:]]
+    assert best == {"a": ["memory, parameters, time, bytes"] * 2, "b": ["memory, parameters, time, bytes", "none"]}
+
+
+def test_inference_times_of_one_model_twice_say_how_much_is_noise(store, run_of):
+    events = [
+        run_of(method, 0, "10", inference_time_s=time, bare_inference_time_s=1.0)
+        for method, time in (("full", 0.9), ("linear_probe", 1.2), ("lora", 1.1))
+    ]
+    [setting] = settings_of(store(*events))
+    cells = [written(setting, "colours", variant, INFERENCE) for variant in setting.variants]
+    assert cells == ["1.10", "no adapter", "no adapter"]
+    assert any("one time was 0.90 to 1.20 of the other" in line for line in _warnings(setting))
+
+
+def test_which_tried_rate_the_comparison_uses_and_what_was_not_searched_for(store, run_of, tmp_path):
+    tried = [run_of("lora", 0, "10", loss=loss) for loss in (0.5, 0.4)]
+    for rate, event in zip((0.001, 0.003), tried, strict=True):
+        event["run_id"] = str(rate)
+        event["spec"]["arguments"] |= {"learning_rate": rate, "held_out_samples": 256}
+    used, other = run_of("lora", 0, "10"), run_of("full", 0, "10")
+    used["spec"]["arguments"] = {**used["spec"]["arguments"], "learning_rate": 0.003}
+    main(["--results", str(store(*tried, used, other)), "--speed", "--output", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    [rows] = [rows for (_, caption), rows in tables(text).items() if caption.startswith("Scores while searching")]
+    assert [row[-2:] for row in rows] == [["loss", "in the comparison"], ["0.500", ""], ["0.400", "yes"]]
+    assert "In the comparison, but not searched for: Full fine-tuning." in text
+
+
+def test_the_row_test_of_several_tasks_counts_each_task_the_same(store, run_of):
+    """15 of 200 rows better, and 1 of 20 worse: 10 rows of the large task against one of the small."""
+    counts = {"colours": (15, 200), "shapes": (0, 20)}
+    events = []
+    for seed in range(3):
+        for task, (more, rows) in counts.items():
+            first = "1" * more + "0" * (rows - more)
+            second = "0" * (rows - (task == "shapes")) + "1" * (task == "shapes")
+            events.append(run_of("prompt_tuning", seed, first, task=task))
+            events.append(run_of("lora", seed, second, task=task))
+    [setting] = settings_of(store(*events))
+    prompt, lora = setting.variants
+    signs = itertools.product((-1, 1), repeat=16)
+    far = sum(abs(sum(of_large) + 10 * small) >= 5 for *of_large, small in signs)
+    found = compare(setting, prompt, lora, ["colours", "shapes"])
+    assert found.p_rows == pytest.approx(far / 2**16)
+    assert compare(setting, prompt, lora, ["colours"]).p_rows == pytest.approx(2 / 2**15)
 
 
 def test_rows_that_say_the_opposite_of_the_score_decide_nothing(store, run_of):

@@ -190,8 +190,8 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
         excluded = f"not comparable with {best.variant.label}: {comparison.why_not}"
     elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
         behind = signed(-comparison.difference.mean).lstrip("+")
-        found_by = "" if comparison.is_larger_than_noise else ", says one of the two tests"
-        excluded = f"worse than {best.variant.label} by {behind} points{found_by}"
+        alone = "" if comparison.is_larger_than_noise else f", says the test over {comparison.found_over} alone"
+        excluded = f"worse than {best.variant.label} by {behind} points{alone}"
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 

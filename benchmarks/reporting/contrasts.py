@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import numpy as np
+
 from .evidence import MIN_SEEDS, Setting, Variant
-from .measures import ALL_TIME, MEMORY, MISSING, STORED, Measure, over_tasks, plus_minus, signed_interval
+from .measures import ALL_TIME, MEMORY, MISSING, NO_TIMES, STORED, Measure, over_tasks, plus_minus, signed_interval
 from .statistics import Interval, by_seed, common_seeds, compare, interval, seed_scores
 
 
@@ -34,9 +36,24 @@ def best_variant(
     """The highest mean among those that are wanted and have enough seeds, or among all if none has."""
     scores = {variant: mean_score(setting, variant, tasks) for variant in setting.variants if wanted(variant)}
     known = {variant: score for variant, score in scores.items() if score is not None}
-    sure = {v: score for v, score in known.items() if score.count >= MIN_SEEDS or v.method == "zero_shot"}
+    sure = {variant: score for variant, score in known.items() if _has_enough(variant, score)}
     contest = sure or known
     return max(contest, key=lambda variant: contest[variant].mean, default=None)
+
+
+def _has_enough(variant: Variant, score: Interval) -> bool:
+    return score.count >= MIN_SEEDS or variant.method == "zero_shot"
+
+
+def rivals(setting: Setting, best: Variant, tasks: Sequence[str]) -> list[Variant]:
+    """The best variant of each other method, the highest mean first; those with enough seeds if there are any."""
+    methods = dict.fromkeys(variant.method for variant in setting.variants if variant.method != best.method)
+    found = [
+        best_variant(setting, tasks, lambda variant, method=method: variant.method == method) for method in methods
+    ]
+    known = {variant: mean_score(setting, variant, tasks) for variant in found if variant is not None}
+    sure = {variant: score for variant, score in known.items() if _has_enough(variant, score)}
+    return sorted(sure or known, key=lambda variant: -known[variant].mean)
 
 
 def too_thin(setting: Setting, tasks: Sequence[str], wanted: Callable[[Variant], bool] = lambda variant: True) -> str:
@@ -50,6 +67,28 @@ def too_thin(setting: Setting, tasks: Sequence[str], wanted: Callable[[Variant],
 def best_of_method(setting: Setting, method: str, tasks: Sequence[str]) -> Variant | None:
     """The best full-precision variant of a method."""
     return best_variant(setting, tasks, lambda variant: variant.method == method and variant.quantization is None)
+
+
+def widest_pair(
+    setting: Setting, wanted: Callable[[Variant], bool], method: str
+) -> tuple[Variant, Variant, tuple[str, ...]] | None:
+    """One that is wanted and one of a method that share most tasks with enough seeds, and these tasks.
+
+    Of several the one with the highest mean, then its highest rival.
+    """
+    pairs = []
+    for first in filter(wanted, setting.variants):
+        for second in setting.variants:
+            if second.method == method and second.quantization is None:
+                both = (first, second)
+                tasks = tuple(t for t in setting.tasks if len(common_seeds(setting, both, [t])) >= MIN_SEEDS)
+                if tasks and len(common_seeds(setting, both, tasks)) >= MIN_SEEDS:
+                    pairs.append((*both, tasks))
+
+    def rank(pair: tuple[Variant, Variant, tuple[str, ...]]) -> tuple[float, ...]:
+        return (len(pair[2]), *(mean_score(setting, variant, pair[2]).mean for variant in pair[:2]))
+
+    return max(pairs, key=rank, default=None)
 
 
 def random_of(setting: Setting, variant: Variant) -> Variant | None:
@@ -80,9 +119,14 @@ def versus(setting: Setting, first: Variant, second: Variant, tasks: Sequence[st
 
 
 def _ratio(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], measure: Measure) -> str:
-    values = [over_tasks(setting, variant, tasks, measure) for variant in (first, second)]
     if second.method == "zero_shot" and measure is not MEMORY:
         return "against nothing"
+    values = [over_tasks(setting, variant, tasks, measure) for variant in (first, second)]
+    if measure.is_time:
+        pairs = _pairs(setting, first, second, tasks, measure)
+        if not pairs:
+            return NO_TIMES
+        values = np.mean(pairs, axis=0).tolist()
     if None in values or not values[1]:
         return MISSING
     ratio = values[0] / values[1]
@@ -96,12 +140,19 @@ def paired_difference(
 
     Times are those that can be compared.
     """
+    pairs = _pairs(setting, first, second, tasks, measure)
+    return interval([one - other for one, other in pairs]) if pairs else None
+
+
+def _pairs(
+    setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], measure: Measure
+) -> list[tuple[float, float]]:
+    """A measure of both, for each seed that has it for every task; a mean over tasks."""
     per_task = []
     for task in tasks:
         sides = [by_seed(setting, task, variant, measure.is_time) for variant in (first, second)]
         values = [{seed: measure.value(run.result) for seed, run in side.items()} for side in sides]
-        per_task.append(
-            {s: values[0][s] - values[1][s] for s in values[0] if None not in (values[0][s], values[1].get(s))}
-        )
+        both = {seed: (value, values[1].get(seed)) for seed, value in values[0].items()}
+        per_task.append({seed: pair for seed, pair in both.items() if None not in pair})
     seeds = sorted(set.intersection(*map(set, per_task)))
-    return interval([sum(of_task[seed] for of_task in per_task) / len(tasks) for seed in seeds]) if seeds else None
+    return [tuple(np.mean([of_task[seed] for of_task in per_task], axis=0)) for seed in seeds]

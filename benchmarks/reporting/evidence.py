@@ -10,7 +10,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -61,6 +61,11 @@ class Variant:
         init = inits.index(self.init) if self.init in inits else len(inits)
         extras = tuple((name, _number(value), value) for name, value in self.extras)
         return method, self.quantization or "", init, self.init or "", extras
+
+
+def kind(variant: Variant) -> Variant:
+    """The same, whatever its further flags."""
+    return replace(variant, extras=())
 
 
 @dataclass(frozen=True)
@@ -284,23 +289,24 @@ def _differing(
     """The flags of each run, by its id, that differ among runs of one entry of some line: they tell the runs apart."""
     entries: dict[Any, list[dict[str, str]]] = {}
     for run in runs:
-        entries.setdefault(entry(run), []).append(_flags(run))
+        entries.setdefault(entry(run), []).append(flags(run))
     differ: dict[Any, set[str]] = {}
     for run in runs:
-        flags = entries[entry(run)]
-        names = {name for each in flags for name in each if wanted(name)}
-        found = {name for name in names if len({each.get(name, UNSET) for each in flags}) > 1}
+        alike = entries[entry(run)]
+        names = {name for each in alike for name in each if wanted(name)}
+        found = {name for name in names if len({each.get(name, UNSET) for each in alike}) > 1}
         differ.setdefault(line(run), set()).update(found)
     return {
-        run.run_id: tuple((name, _flags(run).get(name, UNSET)) for name in sorted(differ[line(run)])) for run in runs
+        run.run_id: tuple((name, flags(run).get(name, UNSET)) for name in sorted(differ[line(run)])) for run in runs
     }
 
 
-def _flags(run: Run) -> dict[str, str]:
+def flags(run: Run) -> dict[str, str]:
+    """What was set for a run, as text."""
     spec = run.spec
-    flags = {**spec["arguments"], "data": spec["data"], "task_type": spec["task_type"], "source": spec["source"]}
+    given = {**spec["arguments"], "data": spec["data"], "task_type": spec["task_type"], "source": spec["source"]}
     return {
         name: value if isinstance(value, str) else json.dumps(value)
-        for name, value in flags.items()
+        for name, value in given.items()
         if value is not None
     }

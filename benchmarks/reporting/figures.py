@@ -71,7 +71,7 @@ class Point:
 def draw_curves(name: str, lines: Sequence[Line], x_label: str, level: float | None) -> str:
     """Scores over examples or seconds; `level` is what the untrained model has, as a dotted line."""
 
-    def draw(figure: Figure, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         for line in lines:
             style = _style(line.variant)
             axes.plot(line.x, [100 * y for y in line.mean], label=line.variant.label, **style)
@@ -89,7 +89,7 @@ def draw_frontier(
 ) -> str:
     """Scores over a cost; a line joins those to which nothing is better in both."""
 
-    def draw(figure: Figure, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         best = sorted((point.x, 100 * point.score.mean) for point in points if point.variant in frontier)
         axes.plot(*zip(*best, strict=True), color=TEXT, linewidth=1, linestyle="--", drawstyle="steps-post", zorder=1)
         for point in points:
@@ -109,7 +109,7 @@ def draw_frontier(
 def draw_differences(name: str, rows: Sequence[tuple[Variant, str, Interval]], x_label: str) -> str:
     """Differences with their intervals, one line each; 0 is no difference."""
 
-    def draw(figure: Figure, axes: Any) -> None:
+    def draw(axes: Any) -> None:
         for place, (variant, _, difference) in enumerate(rows):
             half = None if difference.half is None else 100 * difference.half
             style = {**_style(variant), "linestyle": "none"}
@@ -133,7 +133,7 @@ def _svg(name: str, draw: Any, height: float = SIZE[1]) -> str:
     with matplotlib.rc_context({**RC, "svg.hashsalt": name}):
         figure = Figure(figsize=(SIZE[0], height), layout="constrained")
         axes = figure.add_subplot()
-        draw(figure, axes)
+        draw(axes)
         if axes.get_legend_handles_labels()[0]:
             figure.legend(loc="outside lower center", ncols=2, fontsize=9, handlelength=2.4, columnspacing=1.2)
         buffer = io.StringIO()

@@ -12,6 +12,7 @@ from .statistics import Comparison, Interval
 
 
 MISSING = "not measured"
+NO_TIMES = "no times that can be compared"
 Result = Mapping[str, Any]
 
 
@@ -148,6 +149,7 @@ FORGETTING = Measure("forgetting (loss on other text)", _forgetting, loss, of_tr
 ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J", is_time=True)
 ALL_TIME = Measure("training with its source", _all_seconds, seconds, is_time=True)
 OF_SOURCE = (SOURCE_EXAMPLES, SOURCE_TIME)
+NO_ADAPTER = ("full", "linear_probe", "zero_shot")
 COSTS = (
     *(BEFORE, EXAMPLES, SOURCE_EXAMPLES, TIME, SOURCE_TIME, STEP, TOKENS),
     *(PEAK, PARAMETERS, STORED, INFERENCE, FORGETTING, ENERGY),
@@ -171,6 +173,8 @@ def over_tasks(setting: Setting, variant: Variant, tasks: Sequence[str], measure
 
 def written(setting: Setting, task: str, variant: Variant, measure: Measure) -> str:
     """The number for people, or why there is none."""
+    if measure is INFERENCE and variant.method in NO_ADAPTER:
+        return "no adapter"
     value, runs = measured(setting, task, variant, measure), setting.runs(task, variant)
     if value is not None:
         timed = len(setting.timed(task, variant)) if measure.is_time else len(runs)

@@ -15,6 +15,7 @@ from ..harness.store import RunStore
 
 
 SPEC_KEYS = ("task", "data", "method", "init", "source", "quantization", "task_type", "budget", "seed", "arguments")
+DEFAULT_MODEL = "the recipe's default"
 DISTURBED = 0.1  # of the machine's CPU time, used by other programs: more, and a timing says little about the method
 _NUMBERS = (
     *("score", "score_before", "loss", "eval_samples", "examples_seen", "tokens_seen", "train_time_s", "steps"),
@@ -98,7 +99,7 @@ class Run:
     @property
     def model(self) -> str:
         """The base model."""
-        return self.spec["arguments"].get("model_name_or_path") or "the recipe's default"
+        return self.spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
 
     @property
     def device(self) -> str | None:

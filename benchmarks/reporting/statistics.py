@@ -1,16 +1,18 @@
 """How sure a number is: intervals over seeds, and whether two variants can be told apart.
 
 Two variants are compared in pairs, because a seed or a row is easy or hard for both. Student's test over the seeds
-sees how much training differs from run to run, and the sign-flip test over the scored rows how few rows there are.
+sees how much training differs from run to run, and the sign-flip test over the scored rows how few rows there are: it
+asks about the models that were trained, not about those of other seeds.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy import stats
+from scipy import fft, stats
 
 from .evidence import MIN_SEEDS, Setting, Variant
 from .runs import Run
@@ -18,6 +20,7 @@ from .runs import Run
 
 ALPHA = 0.05
 LEVEL = 0.95
+WEIGHTS = 100  # of a row, at least: whole numbers near to 1 over the number of its task's rows
 
 
 @dataclass(frozen=True)
@@ -57,13 +60,19 @@ class Comparison:
         return any(p is not None and p < ALPHA for p in (self.p_seeds, self.p_rows))
 
     @property
+    def found_over(self) -> str:
+        """What the tests that find it are over."""
+        tests = {"seeds": self.p_seeds, "rows": self.p_rows}
+        return " and ".join(name for name, p in tests.items() if p is not None and p < ALPHA)
+
+    @property
     def verdict(self) -> str:
         """In words."""
         if self.is_larger_than_noise:
             return "larger than the noise"
         if self.why_not:
             return f"not decided ({self.why_not})"
-        return "not clear: one of the two tests finds it" if self.is_found else "within the noise"
+        return f"not clear: the test over {self.found_over} alone finds it" if self.is_found else "within the noise"
 
 
 def interval(values: Sequence[float]) -> Interval:
@@ -89,17 +98,18 @@ def row_test(differences: Sequence[int]) -> float:
     """P of a sum at least as far from 0 if each difference had either sign, two-sided and exact.
 
     Args:
-        differences: Of each row, how many more seeds the one variant had right than the other.
+        differences: Of each row, how many more seeds the one variant had right than the other, times its weight.
     """
     sizes, counts = np.unique(np.abs(differences), return_counts=True)
-    chances = np.ones(1)  # of each sum of signed differences, from the least to the greatest
+    length = fft.next_fast_len(2 * int(sizes @ counts) + 1, real=True)
+    places = np.arange(length // 2 + 1)
+    transformed = np.ones(len(places))  # the characteristic function of the sum of signed differences
     for size, count in zip(sizes.tolist(), counts.tolist(), strict=True):
-        if size:
-            steps = np.zeros(2 * size * count + 1)
-            steps[:: 2 * size] = stats.binom.pmf(np.arange(count + 1), count, 0.5)
-            chances = np.convolve(chances, steps)
-    sums = np.arange(len(chances)) - len(chances) // 2
-    return float(min(1.0, chances[np.abs(sums) >= abs(np.sum(differences))].sum()))
+        transformed *= np.cos(2 * np.pi * (places * size % length) / length) ** count
+    chances = fft.irfft(transformed, length)  # of 0, 1, 2, ..., -2, -1
+    sums = np.minimum(np.arange(length), length - np.arange(length))
+    far = float(chances[sums >= abs(np.sum(differences))].sum())
+    return min(1.0, max(0.0, round(far, 12)))  # digits behind are the transform's
 
 
 def by_seed(setting: Setting, task: str, variant: Variant, is_timed: bool = False) -> dict[int, Run]:
@@ -141,7 +151,7 @@ def compare(setting: Setting, first: Variant, second: Variant, tasks: Sequence[s
         why_not = "the same difference for every seed"
     elif rows is None:
         why_not = "no answers of single rows"
-    elif sum(rows) * difference.mean < 0:  # of a metric that is not accuracy
+    elif sum(rows) * difference.mean < 0:  # where the metric is not accuracy
         why_not = "more rows right, a lower score" if sum(rows) > 0 else "fewer rows right, a higher score"
     if rows is not None and sum(rows) * difference.mean >= 0:
         p_rows = row_test(rows)
@@ -162,15 +172,18 @@ def _other_rows(setting: Setting, first: Variant, second: Variant, tasks: Sequen
 def _row_differences(
     setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], seeds: Sequence[int]
 ) -> list[int] | None:
-    """The rows of all tasks, one behind the other; None if a run does not tell them."""
-    rows: list[int] = []
+    """The rows of all tasks, so weighted that each task counts the same; None if a run does not tell them."""
+    of_tasks: list[np.ndarray] = []
     for task in tasks:
         sides = [[by_seed(setting, task, variant)[seed] for seed in seeds] for variant in (first, second)]
         right = [_right(side) for side in sides]
         if right[0] is None or right[1] is None:
             return None
-        rows += np.subtract(*right).tolist()
-    return rows
+        of_tasks.append(np.subtract(*right))
+    counts = [len(rows) for rows in of_tasks]
+    weights = [round(WEIGHTS * max(counts) / count) for count in counts]
+    common = math.gcd(*weights)
+    return np.concatenate([weight // common * rows for weight, rows in zip(weights, of_tasks, strict=True)]).tolist()
 
 
 def _right(runs: Sequence[Run]) -> np.ndarray | None:

@@ -2,26 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..advice import NO_COST, READERS, RULE, Advice, Candidate, advise
-from ..contrasts import RATIOS, best_of_method, best_variant, quantized_pairs, random_of, score_text, too_thin, versus
+from ..contrasts import (
+    RATIOS,
+    best_of_method,
+    best_variant,
+    quantized_pairs,
+    random_of,
+    score_text,
+    too_thin,
+    versus,
+    widest_pair,
+)
 from ..document import Block, Cell, Heading, Section, Table, Text, cells
-from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
+from ..evidence import MIN_SEEDS, Evidence, Setting, Variant, kind
 from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
 from ..statistics import compare
+
+
+HIGHEST = "the highest mean"
 
 
 def choice_section(evidence: Evidence) -> Section:
     """What to pick in each setting, with the evidence line by line."""
     blocks: list[Block] = []
-    for setting in evidence.settings:
-        if setting.has_results and not setting.is_search:
-            blocks += [Heading(setting.title), *_of_setting(setting)]
-    return Section("choice", "Which method to pick", [*blocks, Text(f"The rule: {RULE}")])
+    settings = [setting for setting in evidence.settings if setting.has_results and not setting.is_search]
+    for setting in settings:
+        elsewhere = {variant for other in settings if other.model == setting.model for variant in other.variants}
+        blocks += [Heading(setting.title), *_of_setting(setting, elsewhere)]
+    ask = (
+        "For your own memory, storage, number of tasks and least score: python -m benchmarks recommend --memory 8GB "
+        "--tasks 50 --storage 1GB --least_score 0.8"
+    )
+    return Section("choice", "Which method to pick", [*blocks, Text(ask), Text(f"The rule: {RULE}")])
 
 
-def _of_setting(setting: Setting) -> list[Block]:
+def _of_setting(setting: Setting, elsewhere: Iterable[Variant]) -> list[Block]:
     tasks = ", ".join(setting.common)
     readers = {reader: needs for reader, needs in READERS.items() if (needs.first, setting.unit) != NO_COST}
     answers = {reader: advise(setting, needs) for reader, needs in readers.items()}
@@ -42,19 +60,23 @@ def _of_setting(setting: Setting) -> list[Block]:
                     f"{reader} ({answer.instead})" if answer.instead else reader,
                     Cell(answer.pick.variant.label, is_bold=True),
                     *_costs(setting, answer.pick),
-                    signed_interval(answer.pick.comparison.difference) if answer.pick.comparison else "is the best",
+                    signed_interval(answer.pick.comparison.difference) if answer.pick.comparison else HIGHEST,
                 ]
             )
             for reader, answer in answers.items()
         ],
     )
-    return [*blocks, picks, Text(_batches(setting) + _left_out(setting)), *_questions(setting), _evidence_table(first)]
+    about = Text(_batches(setting) + _left_out(setting, elsewhere))
+    return [*blocks, picks, about, *_questions(setting), _evidence_table(first)]
 
 
-def _left_out(setting: Setting) -> str:
-    """Which tasks the picks do not rest on."""
+def _left_out(setting: Setting, elsewhere: Iterable[Variant]) -> str:
+    """What the picks do not rest on: tasks, and methods that were run with another budget."""
     tasks = [task for task in setting.tasks if task not in setting.common]
-    return f" Not in it, since too few methods or seeds were run: {', '.join(tasks)}." if tasks else ""
+    text = f" Not in it, since too few methods or seeds were run: {', '.join(tasks)}." if tasks else ""
+    missing = sorted(set(map(kind, elsewhere)) - set(map(kind, setting.variants)), key=lambda variant: variant.order)
+    names = "; ".join(variant.label for variant in missing)
+    return text + (f" Not run with this budget, so not among them: {names}." if missing else "")
 
 
 def _batches(setting: Setting) -> str:
@@ -67,7 +89,8 @@ def _batches(setting: Setting) -> str:
 
     return (
         f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
-        f"{given('max_seq_length')} tokens a row. Memory is the model and its training."
+        f"{given('max_seq_length')} tokens a row. Memory is the model and its training, the most of any "
+        "task and seed, as the bytes to store are; times are means."
     )
 
 
@@ -93,16 +116,24 @@ def _questions(setting: Setting) -> list[Block]:
     rows, blocks = [], []
     if prompt is not None:
         blocks += _best_init(setting, prompt)
+        alone = best_variant(setting, tasks, _is_of_one_task)
+        prompts = list(dict.fromkeys(filter(None, (prompt, alone))))
         for method in ("lora", "full", "linear_probe", "zero_shot"):
             # what has no usable run of one task can still be compared on the others
             common = tuple(task for task in tasks if _has_runs(setting, task, method))
             other = best_of_method(setting, method, common) if common else None
-            if other is not None:
-                rows.append([prompt.label, other.label, ", ".join(common), *versus(setting, prompt, other, common)])
-    for quantized, full in quantized_pairs(setting):
-        rows.append([quantized.label, full.label, ", ".join(tasks), *versus(setting, quantized, full, tasks)])
+            pairs = [(of_prompt, other, common) for of_prompt in prompts if other is not None]
+            widest = widest_pair(setting, _is_plain_prompt, method)
+            if widest is not None and len(widest[2]) > len(common):
+                pairs.append(widest)  # else tasks that few methods were run on, and lost, would not be seen
+            rows += [_question(setting, *pair) for pair in pairs]
+    rows += [_question(setting, quantized, full, tasks) for quantized, full in quantized_pairs(setting)]
     columns = ("method", "against", "tasks", "points", "so", *(measure.title for measure in RATIOS))
     return [*blocks, *([Table("What people ask first", columns, list(map(cells, rows)))] if rows else [])]
+
+
+def _question(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str]) -> list[str]:
+    return [first.label, second.label, ", ".join(tasks), *versus(setting, first, second, tasks)]
 
 
 def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
@@ -113,7 +144,9 @@ def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
     texts = [_init_text(setting, prompt, base, _is_plain_prompt)]
     if prompt.init == "TRANSFER":
         alone = best_variant(setting, setting.common, _is_of_one_task)
-        texts.append("It has been trained on another task before, with as much again.")
+        runs = [run for task in setting.common for run in setting.runs(task, prompt)]
+        sources = dict.fromkeys(f"{run.spec['source']['task']} for {run.spec['task']}" for run in runs)
+        texts.append(f"It has been trained on another task before ({', '.join(sources)}), with as much again.")
         if alone is not None:
             texts.append(_init_text(setting, alone, base, _is_of_one_task, " without another task"))
     return [Text(" ".join(filter(None, texts)))]
@@ -156,7 +189,7 @@ def _evidence_table(advice: Advice) -> Table:
         if comparison is not None:
             tests = [signed_interval(comparison.difference), p_value(comparison.p_seeds), p_value(comparison.p_rows)]
         elif candidate.variant == advice.pick.variant:
-            tests = ["is the best", "", ""]
+            tests = [HIGHEST, "", ""]
         verdict = candidate.excluded or "the pick for the highest score"
         rows.append(cells([candidate.variant.label, *_costs(advice.setting, candidate), *tests, verdict]))
     columns = ("method", "score", "memory", "to store for a task", "training of a task", "minus the best")

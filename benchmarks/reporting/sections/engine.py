@@ -69,7 +69,8 @@ def engine_section(rows: list[SpeedRow]) -> Section:
     blocks: list[Block] = [
         Text(
             "One forward and backward pass of the same batch of movie reviews with one labelled token a row, each "
-            "method in a process of its own. Times are medians over all turns; memory is the largest peak."
+            "method in a process of its own. Times are medians over all turns; memory is the largest peak. No "
+            "optimizer is in either: full fine-tuning's keeps two more numbers for every weight of the model (Adam)."
         ),
         Bullets([f"{name}: {what}" for name, what in WHAT.items()]),
     ]

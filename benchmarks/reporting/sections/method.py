@@ -16,19 +16,23 @@ DEFINITIONS = (
     f"on, and those where most methods have fewer than {MIN_SEEDS} seeds, unless all tasks are so. One seed has no "
     "interval.",
     f"p over seeds: paired t-test, two-sided, from {MIN_SEEDS} seeds on. p over rows: each scored row has the number "
-    "of seeds that were right; exact sign-flip test on the differences of these numbers, rows of several tasks one "
-    "behind the other. It needs the answers of single rows, which regression does not have.",
+    "of seeds that were right; exact sign-flip test on the differences of these numbers, each task counting the same. "
+    "It needs the answers of single rows, which regression does not have. It is about the models that were trained: "
+    "what it alone finds is true of them on other rows, but two other seeds of the same methods may differ the other "
+    "way.",
     "Larger than the noise: both p < 0.05 with the same sign. Within the noise: neither. Nothing is corrected for "
-    "the number of comparisons: of twenty that are noise, one looks larger in each of the tests. The best of several "
-    "inits is found on the rows that it is then compared on, which favours the method with the most variants.",
+    "the number of comparisons: of twenty that are noise, one looks larger over seeds, and more than one over rows. "
+    "The best of several inits is found on the rows that it is then compared on, which favours the method with the "
+    "most variants.",
     "Training: seconds of the steps alone, no scoring, no loading. Memory is above the loaded model, the most of "
     "any seed: of the process (rss) or of the GPU's allocator (cuda). Memory with the model is their sum; where "
     "nothing is trained it is the model alone, and scoring needs some more.",
     "Bytes to store for a task: the adapter's file; the head of a linear probe; the whole model after full "
     "fine-tuning. Storage for several tasks has the model in it once, in the precision that it is used in.",
     "Time to a score: seconds of training, with its source's, at the first point of the curve that is at least as "
-    "high, the mean over the seeds that came so far. Points are few, so it is the end of a stretch in which the score "
-    "was reached.",
+    "high, the mean over the seeds, where all came so far. Points are few, so it is the end of a stretch in which the "
+    "score was reached.",
+    "Times x of another method: of the seeds that both were timed with.",
     "Inference time: one scored batch with the adapter over the same batch without it.",
     "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
     "Fixed work: the time of the same matrix multiplications in every run, between the stretches of its training. At "

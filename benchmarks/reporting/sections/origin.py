@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from itertools import product
 from typing import Any
 
@@ -12,7 +12,7 @@ from ...harness.suite import run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
 from ..measures import COSTS, MISSING, OF_SOURCE, milliseconds, points, seconds
-from ..runs import DISTURBED, Run
+from ..runs import DEFAULT_MODEL, DISTURBED, Run
 from .engine import SpeedRow
 
 
@@ -97,16 +97,18 @@ def _run_texts(run: Run) -> list[str]:
 
 
 def gaps_section(evidence: Evidence, wanted: list[Mapping[str, Any]] | None) -> Section:
-    """What has no usable run: of a suite, or of the grid that the runs span."""
-    entries = _grid(evidence) if wanted is None else _suite(evidence, wanted)
+    """What has no usable run: of a suite, and of the grid that the runs span."""
+    wanted_keys = {_key(spec) for spec in wanted or []}
+    entries = [*_suite(evidence, wanted or []), *_grid(evidence, wanted_keys)]
     missing = [(key, seed) for *key, seed, counts in entries if not counts]
     seeds: dict[tuple[str, ...], list[int]] = {}
     for (setting, method, task, state), seed in missing:
         seeds.setdefault((setting, method, task, state), []).append(seed)
     rows = [[*key[:3], ", ".join(map(str, found)), key[3]] for key, found in seeds.items()]
-    text = "every task with every method and every seed that a setting has" if wanted is None else "the suite's"
+    text = "every task with every method and every seed that a setting has"
+    suites = "" if wanted is None else "what the suites want, and "
     blocks: list[Block] = [
-        Text(f"The grid is {text}. {len(missing)} of its {len(entries)} entries have no usable run.")
+        Text(f"The grid is {suites}{text}. {len(missing)} of its {len(entries)} entries have no usable run.")
     ]
     if rows:
         columns = ("setting", "method", "task", "seeds", "state")
@@ -127,11 +129,21 @@ def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[st
     return entries
 
 
-def _grid(evidence: Evidence) -> list[tuple[str, str, str, str, int, bool]]:
-    """The same for everything that the runs of a setting span."""
+def _key(spec: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a suite and the grid of the runs know an entry by, whatever its seed; zero-shot has no budget."""
+    model = spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
+    budget = None if spec["method"] == "zero_shot" else next(iter(spec["budget"].items()))
+    return model, spec["task"], spec["method"], spec["init"], spec["quantization"], budget
+
+
+def _grid(evidence: Evidence, wanted: Container[tuple[Any, ...]]) -> list[tuple[str, str, str, str, int, bool]]:
+    """The same for everything that the runs of a setting span and that no suite wants."""
     entries = []
     for setting in evidence.settings:
         for task, variant in product(setting.tasks, setting.variants) if not setting.is_search else ():
+            budget = None if variant.method == "zero_shot" else (setting.unit, setting.amount)
+            if (setting.model, task, variant.method, variant.init, variant.quantization, budget) in wanted:
+                continue
             runs = {run.seed: run for run in setting.cells.get((task, variant), ())}
             for seed in (runs or [0]) if variant.method == "zero_shot" else setting.seeds:
                 run = runs.get(seed)
@@ -181,7 +193,9 @@ def _hashes(evidence: Evidence) -> Table:
     found: dict[tuple[str, ...], int] = {}
     for run in evidence.runs:
         if run.counts:
-            data, weights = (str(run.env.get(name))[:12] for name in ("scored_rows_sha256", "weights_sha256"))
+            data, weights = (
+                str(run.env.get(name) or "not recorded")[:12] for name in ("scored_rows_sha256", "weights_sha256")
+            )
             key = (run.spec["task"], run.model, str(run.result["eval_samples"]), data, weights)
             found[key] = found.get(key, 0) + 1
     rows = [cells([*key, str(count)]) for key, count in sorted(found.items())]

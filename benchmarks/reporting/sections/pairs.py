@@ -8,7 +8,20 @@ from ..contrasts import best_variant, paired_difference, quantized_pairs, random
 from ..document import Block, Figure, Heading, Section, Table, Text, cells
 from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
 from ..figures import draw_differences
-from ..measures import MISSING, PEAK, STEP, TIME, WEIGHTS, Measure, in_points, p_values, seconds, signed_interval, size
+from ..measures import (
+    MISSING,
+    NO_TIMES,
+    PEAK,
+    STEP,
+    TIME,
+    WEIGHTS,
+    Measure,
+    in_points,
+    p_values,
+    seconds,
+    signed_interval,
+    size,
+)
 from ..statistics import compare
 from .pictures import figure_id
 
@@ -145,7 +158,7 @@ def _difference(
     difference = paired_difference(setting, first, second, tasks, measure)
     if difference is None:
         has_both = measure.is_time and compare(setting, first, second, tasks) is not None
-        return "no times that can be compared" if has_both else MISSING
+        return NO_TIMES if has_both else MISSING
     middle = _with_sign(difference.mean, show)
     if difference.half is None:
         return f"{middle} (one seed)"

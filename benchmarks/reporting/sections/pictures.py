@@ -47,8 +47,8 @@ def costs_section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Text(
             "Scores are means of the tasks with 95 % intervals over seeds, where there are three or more. The dashed "
-            "line joins the methods to which no other is better in score and in cost, by their means: noise is not "
-            "in it."
+            "line joins the methods to which no other is better in score and in cost, and that are better than no "
+            "training, by their means: noise is not in it."
         )
     ]
     for setting in evidence.settings:
@@ -123,28 +123,42 @@ def _curve_table(setting: Setting, task: str) -> Table:
 
 def _time_to_score_table(setting: Setting, task: str) -> Table | None:
     """Seconds of training until the curve has been at given scores; None if no curve passes any."""
-    timed = {variant: setting.timed(task, variant) for variant in setting.variants}
-    trained = {v: [run for run in runs if len(run.result["curve"] or []) > 1] for v, runs in timed.items()}
+    trained = {variant: _with_curve(setting.runs(task, variant)) for variant in setting.variants}
     scores = [point["score"] for runs in trained.values() for run in runs for point in run.result["curve"]]
     if not scores:
         return None
     wanted = [step / 20 for step in range(21) if min(scores) < step / 20 <= max(scores)]
-    rows = [[variant.label, *(_time_to(score, runs) for score in wanted)] for variant, runs in trained.items() if runs]
+    timed = {variant: _with_curve(setting.timed(task, variant)) for variant in trained}
+    rows = [
+        [variant.label, *(_time_to(score, runs, timed[variant]) for score in wanted)]
+        for variant, runs in trained.items()
+        if runs
+    ]
     columns = ("method", *(points(score) for score in wanted))
     return Table(f"Time to a score: {task}, {setting.title}", columns, list(map(cells, rows))) if wanted else None
 
 
-def _time_to(score: float, runs: Sequence[Run]) -> str:
-    """With the time of the source, which comes before."""
-    firsts = [
-        (run.result["source_time_s"] or 0.0) + point["seconds"]
-        for run in runs
-        if (point := next((point for point in run.result["curve"] if point["score"] >= score), None))
-    ]
+def _with_curve(runs: Sequence[Run]) -> list[Run]:
+    return [run for run in runs if len(run.result["curve"] or []) > 1]
+
+
+def _time_to(score: float, runs: Sequence[Run], timed: Sequence[Run]) -> str:
+    """With the time of the source, which comes before; only if all came so far, else a mean is of the quick ones."""
+    arrived = sum(_first(score, run) is not None for run in runs)
+    if arrived < len(runs):
+        return f"{arrived} of {len(runs)} seeds" if arrived else "not reached"
+    firsts = [after for run in timed if (after := _first(score, run)) is not None]
     if not firsts:
-        return "not reached"
+        return "reached, not timed"
     text = seconds(fmean(firsts)) if any(firsts) else "before training"
-    return text + (f" ({len(firsts)} of {len(runs)} seeds)" if len(firsts) < len(runs) else "")
+    return text + (f" ({len(firsts)} of {len(runs)} runs)" if len(firsts) < len(runs) else "")
+
+
+def _first(score: float, run: Run) -> float | None:
+    """Seconds until the run's curve is at a score; None if it never is."""
+    found = (point["seconds"] for point in run.result["curve"] if point["score"] >= score)
+    after = next(found, None)
+    return None if after is None else (run.result["source_time_s"] or 0.0) + after
 
 
 def _frontiers(setting: Setting) -> list[Block]:
@@ -158,7 +172,7 @@ def _frontiers(setting: Setting) -> list[Block]:
     for name, (measure, scale, label) in wanted.items():
         costs[name] = {variant: over_tasks(setting, variant, setting.common, measure) for variant in trained}
         known = [Point(v, costs[name][v] / scale, trained[v]) for v in trained if costs[name][v] is not None]
-        on[name] = frontier(known)
+        on[name] = frontier([point for point in known if level is None or point.score.mean > level])
         if len(known) > 1:
             figure, caption = (
                 figure_id("cost", setting.title, name),

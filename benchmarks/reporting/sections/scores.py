@@ -4,12 +4,26 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from itertools import chain
+from itertools import chain, product
+from statistics import fmean
 
-from ..contrasts import best_variant, mean_score, score_text, too_thin
+from ..contrasts import best_variant, mean_score, rivals, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
-from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
-from ..measures import COSTS, MISSING, OF_SOURCE, in_points, milliseconds, p_values, seconds, whole, written
+from ..evidence import MIN_SEEDS, UNSET, Evidence, Setting, Variant, flags, kind
+from ..measures import (
+    COSTS,
+    INFERENCE,
+    MISSING,
+    NO_ADAPTER,
+    OF_SOURCE,
+    in_points,
+    measured,
+    milliseconds,
+    p_values,
+    seconds,
+    whole,
+    written,
+)
 from ..runs import Run
 from ..statistics import compare
 
@@ -19,9 +33,9 @@ def scores_section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Text(
             "Mean over seeds ± 95 % interval (Student's t over the seeds), x 100. Bold: the best and what no test "
-            "tells from it, where the lead over the best method of another kind is larger than the noise, which is p "
-            "< 0.05 in the paired test over seeds and in the one over rows. Runs at equal examples and runs at "
-            "equal seconds have tables of their own; zero-shot is the same in both."
+            "tells from it, where the lead over the best of each other method is larger than the noise, which is p < "
+            "0.05 in the paired test over seeds and in the one over rows. Runs at equal examples and runs at equal "
+            "seconds have tables of their own; zero-shot is the same in both."
         )
     ]
     for setting in evidence.settings:
@@ -36,11 +50,34 @@ def search_section(evidence: Evidence) -> Section | None:
     if not searches:
         return None
     blocks: list[Block] = [
-        Text("Scored on rows held out of train, never on the rows that the comparison is scored on.")
+        Text(
+            "Scored on rows held out of train, never on the rows that the comparison is scored on. Of equal scores "
+            "the one with the lower loss is to be taken."
+        )
     ]
     for setting in searches:
-        blocks += [Heading(setting.title), _score_table(setting, set(), f"Scores while searching: {setting.title}")]
+        others = [s for s in evidence.settings if s.model == setting.model and s.has_results and not s.is_search]
+        used = [(variant, run) for s in others for (_, variant), runs in s.cells.items() for run in runs]
+        blocks += [Heading(setting.title), _search_table(setting, used)]
+        searched = {kind(variant) for variant in setting.variants} | {Variant("zero_shot", None, None)}
+        missing = sorted({kind(variant) for variant, _ in used} - searched, key=lambda variant: variant.order)
+        names = "; ".join(variant.label for variant in missing)
+        blocks += [Text(f"In the comparison, but not searched for: {names}.")] if missing else []
     return Section("search", "How hyper-parameters were chosen", blocks)
+
+
+def _search_table(setting: Setting, used: Sequence[tuple[Variant, Run]]) -> Table:
+    """Scores and losses of what was tried, and which of it the comparison uses."""
+    scores = _score_table(setting, set(), f"Scores while searching: {setting.title}")
+    rows = []
+    for variant, row in zip(setting.variants, scores.rows, strict=True):
+        runs = [run for task in setting.tasks for run in setting.runs(task, variant)]
+        loss = f"{fmean(run.result['loss'] for run in runs):.3f}" if runs else MISSING
+        names = [name for name, _ in variant.extras]
+        taken = {tuple(flags(run).get(name, UNSET) for name in names) for v, run in used if kind(v) == kind(variant)}
+        is_taken = tuple(value for _, value in variant.extras) in taken
+        rows.append([*row, *cells([loss, "yes" if is_taken else ""])])
+    return Table(scores.caption, (*scores.columns, "loss", "in the comparison"), rows)
 
 
 def _scores(setting: Setting) -> list[Block]:
@@ -56,9 +93,10 @@ def _scores(setting: Setting) -> list[Block]:
 def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Variant], str]:
     """The variants to be set in bold in a column, and a sentence that says why."""
     best = best_variant(setting, tasks)
-    rival = best and best_variant(setting, tasks, lambda variant: variant.method != best.method)
-    if best is None or rival is None:
+    others = rivals(setting, best, tasks) if best is not None else []
+    if not others:
         return [], f"{name}: nobody is bold, there are no two kinds of method to compare."
+    rival = next((other for other in others if not _leads(setting, best, other, tasks)), others[0])
     lead = compare(setting, best, rival, tasks)
     if lead is None:
         return [], f"{name}: nobody is bold, {best.label} and {rival.label} have no seed in common."
@@ -70,7 +108,8 @@ def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Var
     if not _leads(setting, best, rival, tasks):
         return [], f"{name}: nobody is bold, {what} is {lead.verdict}."
     same_kind = [variant for variant in setting.variants if variant.method == best.method]
-    bold = [v for v in same_kind if _leads(setting, v, rival, tasks) and not _is_worse(setting, v, best, tasks)]
+    leading = [v for v in same_kind if all(_leads(setting, v, other, tasks) for other in others)]
+    bold = [variant for variant in leading if not _is_worse(setting, variant, best, tasks)]
     return bold, f"{name}: {what} is larger than the noise."
 
 
@@ -132,7 +171,7 @@ def _warnings(setting: Setting) -> list[str]:
     """What makes numbers of this setting less comparable than they look."""
     counted = [run for runs in setting.cells.values() for run in runs if run.counts]
     about = _disturbances(setting, counted), _speeds(setting, counted), _sources(counted), _machines(setting, counted)
-    return [*chain.from_iterable(about), *_hashes(setting)]
+    return [*chain.from_iterable(about), *_inference_noise(setting), *_hashes(setting)]
 
 
 def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
@@ -171,17 +210,36 @@ def _span(ascending: Sequence[float]) -> str:
 
 def _sources(counted: Sequence[Run]) -> list[str]:
     """What TRANSFER has seen besides."""
-    left_out = [run.result.get("source_rows_left_out") for run in counted if run.spec["source"]]
-    if not left_out:
+    runs = [run for run in counted if run.spec["source"]]
+    if not runs:
         return []
-    known = sorted({count for count in left_out if count is not None})
-    texts = ["TRANSFER has been trained on rows of its source too."]
+    left_out: dict[str, set[int | None]] = {}
+    for run in runs:
+        pair = f"{run.spec['source']['task']} for {run.spec['task']}"
+        left_out.setdefault(pair, set()).add(run.result.get("source_rows_left_out"))
+    texts = [f"TRANSFER has been trained on rows of another task too: {', '.join(sorted(left_out))}."]
+    known = {pair: sorted(counts - {None}) for pair, counts in sorted(left_out.items()) if counts - {None}}
     if known:
-        counts = ", ".join(map(whole, known))
+        counts = "; ".join(f"{pair}: {' or '.join(map(whole, found))}" for pair, found in known.items())
         texts.append(f"Those that share text with the scored rows were left out ({counts}).")
-    if None in left_out:
-        texts.append(f"In {left_out.count(None)} of its {len(left_out)} runs nobody looked whether any do.")
+    unknown = sum(run.result.get("source_rows_left_out") is None for run in runs)
+    if unknown:
+        texts.append(f"In {unknown} of its {len(runs)} runs nobody looked whether any do.")
     return [" ".join(texts)]
+
+
+def _inference_noise(setting: Setting) -> list[str]:
+    """What the ratio of inference times is where both are of the same model."""
+    same = [variant for variant in setting.variants if variant.method in NO_ADAPTER]
+    cells = product(setting.tasks, same)
+    ratios = [measured(setting, task, variant, INFERENCE) for task, variant in cells]
+    known = sorted(ratio for ratio in ratios if ratio is not None)
+    if len(known) < 2:
+        return []
+    return [
+        f"Methods without an adapter had the same model timed twice: one time was {known[0]:.2f} to {known[-1]:.2f} "
+        "of the other. Inference times of adapters that differ by as little say nothing."
+    ]
 
 
 def _machines(setting: Setting, counted: Sequence[Run]) -> list[str]:
