@@ -99,7 +99,9 @@ def energy_j() -> float | None:
             import pynvml
 
             pynvml.nvmlInit()
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(pynvml.nvmlDeviceGetHandleByIndex(0)) / 1e3
+            # by its name: CUDA's first device is one of those that the program may see, NVML's is the machine's
+            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
+            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
         except Exception:
             return None
     try:

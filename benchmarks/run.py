@@ -33,7 +33,10 @@ def main(arguments: list[str]) -> None:
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
     print(f"{len(specs)} runs, {len(left)} to do; events go to {results}")
     if not options.dry_run:
-        _run(left, store, options, time_limit_s)
+        try:
+            _run(left, store, options, time_limit_s)
+        except ImportError as error:  # Ray is an extra
+            raise SystemExit(f"error: {error}") from None
     events = store.latest()
     show([(spec, events.get(run_id(spec))) for spec in specs])
     if options.report:
@@ -79,7 +82,8 @@ def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_li
         bar = progress.add_task("runs", total=len(specs))
 
         def report(spec: Any, event: Event) -> None:
-            progress.console.print(f"{event['status']:>13}  {describe(spec)}  {outcome(event)}", soft_wrap=True)
+            line = f"{event['status']:>13}  {describe(spec)}  {outcome(event)}"
+            progress.console.print(line, soft_wrap=True, markup=False)
             progress.advance(bar)
 
         _executor(options)(
@@ -125,13 +129,14 @@ def show(rows: list[tuple[Any, Event | None]]) -> None:
     """Print one line for each run, and how many ended how."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     console = Console()
     table = Table("run", "state", "result")
     for spec, event in rows:
         state = event["status"] if event else "not run"
         style = {"ok": "", "not run": "dim", "started": "dim"}.get(state, "red")
-        table.add_row(describe(spec), state, outcome(event) if event else "", style=style)
+        table.add_row(describe(spec), state, Text(outcome(event) if event else ""), style=style)
     console.print(table)
     counts = Counter(event["status"] if event else "not run" for _, event in rows)
     console.print(", ".join(f"{count} {state}" for state, count in counts.items()))

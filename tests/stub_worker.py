@@ -1,4 +1,4 @@
-"""Stands in for a run: `python stub_worker.py SPEC.json FOLDER`; spec["task_type"] says how it ends."""
+"""Stands in for a run: `python stub_worker.py SPEC.json FOLDER --parent PID`; spec["task_type"] says how it ends."""
 
 import json
 import os
@@ -6,18 +6,20 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.harness.measure import _die_with_parent, write_outcome
+from benchmarks.harness.environment import FILE
+from benchmarks.harness.measure import die_with, write_outcome
 
 
 def main():
-    _die_with_parent()
+    die_with(int(sys.argv[sys.argv.index("--parent") + 1]))
     spec, folder = json.loads(Path(sys.argv[1]).read_text()), Path(sys.argv[2])
     what = spec["task_type"]
     with Path(os.environ["STUB_LOG"]).open("a") as file:
         file.write(f"{folder.name} {os.getpid()}\n")
     time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
     if what == "crash":
-        sys.exit("everything is wrong")
+        (folder / FILE).write_text(json.dumps({"machine": "the stub's"}))
+        sys.exit("[/b] everything is wrong")
     if what == "memory":
         os.kill(os.getpid(), 9)
     if what == "hang":

@@ -4,6 +4,7 @@ import json
 import multiprocessing
 import os
 import random
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -68,12 +69,17 @@ def test_every_run_has_its_process_and_its_event_and_nothing_runs_twice(suite, s
     assert "6 runs, 6 to do" in printed and "6 runs, 0 to do" in printed and "6 ok" in printed
 
 
-def test_each_way_to_end_is_a_row_with_its_reason(suite, stub, tmp_path):
+def test_each_way_to_end_is_a_row_with_its_reason(suite, stub, tmp_path, capsys):
     path, results = suite(["crash", "memory", "hang", None], seeds=1, time_limit_s=3), tmp_path / "runs.jsonl"
     run.main([str(path), "--results", str(results)])
     ends = [(status, error) for status, error, _ in finished(results).values()]
     assert ends[:4] == ends[4:]
-    assert ends[0] == ("failed", "exit status 1: everything is wrong")
+    assert ends[0] == ("failed", "exit status 1: [/b] everything is wrong")
+    assert "[/b] everything is wrong" in capsys.readouterr().out, "an error is no markup"
+    assert [event["env"] and event["env"].get("machine") for event in RunStore(results).latest().values()][:2] == [
+        "the stub's",
+        None,
+    ]
     assert ends[1][0] == "out_of_memory" and "signal 9" in ends[1][1]
     assert ends[2] == ("timeout", "not done after 3 s")
     assert ends[3] == ("ok", None)
@@ -146,6 +152,14 @@ def test_a_run_dies_with_its_harness(suite, stub, tmp_path):
     assert not alive(worker)
 
 
+def test_a_run_whose_harness_is_gone_before_it_could_look_ends_too(suite, stub, tmp_path):
+    spec = load_suite(suite(seeds=1))[0]
+    (tmp_path / "spec.json").write_text(json.dumps(spec))
+    command = [*execution.WORKER, str(tmp_path / "spec.json"), str(tmp_path), "--parent", "1"]
+    assert subprocess.run(command).returncode == -9
+    assert stub() == []
+
+
 def test_an_outcome_that_a_killed_harness_had_not_written_down_is_not_measured_again(suite, stub, tmp_path):
     path, results = suite(seeds=1), tmp_path / "runs.jsonl"
     specs = load_suite(path)
@@ -166,10 +180,25 @@ def test_an_outcome_that_the_store_has_is_not_taken_again(suite, stub, tmp_path)
     spec = load_suite(suite(seeds=1))[0]
     folder = tmp_path / run_id(spec)
     folder.mkdir()
-    (folder / "outcome.json").write_text(json.dumps({"status": "failed"}))
+    (folder / "outcome.json").write_text(json.dumps({"status": "failed", "env": {}}))
     assert execution.execute(spec, tmp_path, None, 60, execution.WORKER)["status"] == "failed" and stub() == []
     again = execution.execute(spec, tmp_path, None, 60, execution.WORKER, is_known=True)
     assert again["status"] == "ok" and len(stub()) == 1
+
+
+def test_a_kill_between_the_store_and_the_outcomes_end_does_not_make_an_old_outcome_a_new_one(suite, stub, tmp_path):
+    path, results = suite(seeds=1), tmp_path / "runs.jsonl"
+    run.main([str(path), "--results", str(results)])
+    for spec in load_suite(path):
+        (tmp_path / "runs.runs" / run_id(spec) / "outcome.json").write_text(json.dumps({"status": "failed"}))
+    run.main([str(path), "--results", str(results), "--rerun", "always"])
+    assert len(stub()) == 4 and [event["status"] for event in RunStore(results).latest().values()] == ["ok"] * 2
+
+
+def test_ray_that_is_not_installed_is_one_clear_error(suite, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(SystemExit, match=r"error: --executor ray needs Ray: pip install"):
+        run.main([str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--executor", "ray"])
 
 
 def test_two_harnesses_share_a_grid(suite, stub, tmp_path):

@@ -4,13 +4,14 @@ import json
 import math
 import subprocess
 import sys
+import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from benchmarks.harness import job, source
+from benchmarks.harness import environment, job, source
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.measure import Result, measure
 from benchmarks.harness.store import RunStore
@@ -127,11 +128,49 @@ def test_a_head_on_a_frozen_encoder(spec, tmp_path):
 def test_a_transfer_trains_its_source_first(spec, tmp_path):
     source = {"task": "plot_or_review", "data": None}
     result, _ = measure(spec(init="TRANSFER", source=source), tmp_path, None)
-    assert result["source_time_s"] > 0
+    assert 0 < result["source_time_s"] < 10
     record = json.loads((tmp_path / "source" / "recipe.json").read_text())
     assert record["task"]["name"] == "plot_or_review"
     assert (tmp_path / "source" / "adapter_model.safetensors").is_file()
     assert result["source_rows"] == 12
+
+
+def test_a_source_has_the_steps_alone_for_its_time_and_stops_after_its_seconds(spec, tmp_path, monkeypatch):
+    from recipes import train as recipe
+
+    train = recipe.train
+
+    def slow(trainer, *rest):
+        train(trainer, *rest)
+        time.sleep(1.0)  # saving, say
+
+    monkeypatch.setattr(recipe, "train", slow)
+    monkeypatch.setattr(source, "fit_budget", lambda job, spec: setattr(job.trainer.args, "max_steps", 10_000))
+    transfer = spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}, budget={"seconds": 0.3})
+    result, _ = measure(transfer, tmp_path, None)
+    assert 0.3 <= result["source_time_s"] < 1.0
+
+
+def test_what_a_run_ran_on_is_known_before_it_trains(spec, tmp_path, monkeypatch):
+    """The commit as it was at the start; and the rest lies in the folder if the run comes to no result."""
+    order = []
+    monkeypatch.setattr(environment, "code", lambda: order.append("code") or {"commit": "c", "dirty": False})
+    monkeypatch.setattr(measuring, "train_source", lambda *_: order.append("source"))
+
+    def crash(job):
+        raise RuntimeError("made up")
+
+    monkeypatch.setattr(measuring, "_score", crash)
+    with pytest.raises(RuntimeError, match="made up"):
+        measure(spec(), tmp_path, None)
+    assert order == ["code", "source"]
+    told = json.loads((tmp_path / environment.FILE).read_text())
+    assert told["commit"] == "c" and told["device"] == "cpu" and len(told["weights_sha256"]) == 64
+
+
+def test_the_weights_of_a_hub_model_are_known_by_their_commit(movie_reviews):
+    rows = [{"text": "a", "label": 0}]
+    assert environment.environment("nobody/nothing", "abc", "cpu", rows, None)["weights_sha256"] == "abc"
 
 
 def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatch):
@@ -154,7 +193,8 @@ def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatc
         recipe, "train", lambda trainer, *rest: (counts.append(len(trainer.train_dataset)), train(trainer, *rest))
     )
     result, _ = measure(transfer, tmp_path, str(tmp_path / "data"))
-    assert (result["source_rows"], result["source_rows_left_out"]) == (12, 2)
+    # batches of 3, 1, 3 and 1 of the four rows
+    assert (result["source_rows"], result["source_rows_left_out"]) == (8, 2)
     assert counts[0] == 4 and len(counts) == 2
 
 
@@ -170,7 +210,8 @@ def test_a_budget_of_seconds_stops_after_them(spec, tmp_path):
     assert 0.2 < result["train_time_s"] < 0.5 + 20 * result["step_time_s"]
 
 
-def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch):
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch, accumulated):
     """Grouped by length, the first batches are the longest: here batch i takes 50 - i seconds, the first step more."""
     clock = [0.0]
     monkeypatch.setattr(job.time, "perf_counter", lambda: clock[0])
@@ -182,19 +223,20 @@ def test_steps_for_the_seconds_are_counted_with_short_batches_too(monkeypatch):
 
     trainer = SimpleNamespace(
         model=model,
-        args=SimpleNamespace(max_steps=1),
+        args=SimpleNamespace(max_steps=1, gradient_accumulation_steps=accumulated),
         get_train_dataloader=lambda: range(500),
         compute_loss=compute_loss,
         _prepare_inputs=lambda batch: batch,
     )
     job.fit_budget(SimpleNamespace(trainer=trainer), {"budget": {"seconds": 275}})
-    assert trainer.args.max_steps == 10  # the batches 0, 5, ..., 45 take 27.5 seconds in the mean
+    assert trainer.args.max_steps == 10 // accumulated  # the batches 0, 5, ..., 45 take 27.5 seconds in the mean
 
 
 def test_a_number_that_is_not_finite_is_a_failure_with_a_hint(spec, tmp_path, monkeypatch):
     monkeypatch.setattr(measuring, "_unrelated_loss", lambda job, bare: math.nan)
     with pytest.raises(ValueError, match=r"unrelated_loss.*not finite.*lower learning_rate"):
-        measure(spec(), tmp_path, None)
+        measure(spec("full"), tmp_path, None)
+    assert list(tmp_path.rglob("*.safetensors")) == [], "a whole model is not kept"
 
 
 def test_a_run_from_the_command_line_is_an_event_and_its_failure_too(spec, tmp_path):

@@ -35,6 +35,17 @@ def changed(**changes):
     return {**SMALL, **changes}
 
 
+def transfer(**flags):
+    source = {"task": "movie_reviews", **flags}
+    return changed(runs=[{"method": "prompt_tuning", "init": "TRANSFER"}], tasks={"sst2": {"source": source}})
+
+
+def test_a_flag_that_is_null_is_not_given(write):
+    null, given = load_suite(write(changed(runs=[{"method": "lora", "learning_rate": [None, 0.1]}])))[:2]
+    assert [("--learning_rate" in train_arguments(spec, None)) for spec in (null, given)] == [False, True]
+    assert "None" not in train_arguments(null, None)
+
+
 def test_the_grid_is_the_product_with_seeds_changing_slowest(write):
     specs = load_suite(write(SMALL))
     # each task: zero-shot once in all; 4 prompts at 2 budgets and full at one for each seed
@@ -99,6 +110,10 @@ def test_a_transfer_names_the_run_of_its_source(write):
         (changed(seeds=3), "seeds: wanted a list, got 3"),
         (changed(tasks=["movie_reviews"]), "tasks: wanted a mapping, got .'movie_reviews'."),
         (changed(tasks={"sst2": "glue/sst2"}), "the task sst2: wanted a mapping, got 'glue/sst2'"),
+        (changed(arguments={"per_device_train_batch_size": 0}), "a step has one row or more, got 0"),
+        (transfer(num_virtual_token=4), "flag of a source.*did you mean 'num_virtual_tokens'"),
+        (transfer(max_steps=1), "flag of a source.*'max_steps'"),
+        (transfer(per_device_train_batch_size=3), "no whole number of steps of 3"),
         (changed(tasks={"sst2": {"source": "rte"}}), "the source of sst2: wanted a mapping, got 'rte'"),
         (changed(runs=["lora"]), "a run: wanted a mapping, got 'lora'"),
         (changed(runs=[{"method": "lora", "budgets": ["90 s"]}]), "a budget: wanted a mapping, got '90 s'"),

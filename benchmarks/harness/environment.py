@@ -11,35 +11,39 @@ from pathlib import Path
 from typing import Any
 
 
+FILE = "environment.json"  # in a run's folder, for one that comes to no result
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
 CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may be a file of the repository
 
 
-def environment(model: str, scored: Any, train: Any | None) -> dict[str, Any]:
-    """Machine, versions, commit, and hashes of the rows (in any order) and the weights.
+def code() -> dict[str, Any]:
+    """The commit, and whether the code is another than there."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return {"commit": commit, "dirty": bool(changes) if commit else None}
+
+
+def environment(model: str, revision: str | None, device: str, scored: Any, train: Any | None) -> dict[str, Any]:
+    """Machine, versions, and hashes of the rows (in any order) and the weights.
 
     Args:
         model: Name or folder of the backbone.
+        revision: Its commit, of a model of the Hub.
+        device: "cpu" or "cuda".
         scored: The rows that the run is scored on.
         train: The rows that it is trained on, if any.
     """
-    import torch
-
     from ..machine import machine
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    commit = _git("rev-parse", "HEAD")
     return {
         **machine(device),
         "device": device,
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
-        "commit": commit,
-        "dirty": bool(_git("status", "--porcelain", "--untracked-files=no", "--", *CODE)) if commit else None,
         "scored_rows_sha256": _rows_hash(scored),
         "train_rows_sha256": None if train is None else _rows_hash(train),
-        "weights_sha256": _weights_hash(model),
+        "weights_sha256": _weights_hash(model) or revision,
     }
 
 
@@ -50,7 +54,7 @@ def _rows_hash(rows: Any) -> str:
 
 
 def _weights_hash(name: str) -> str | None:
-    """Of the files of a local model; a model of the Hub is fixed by its revision."""
+    """Of the files of a local model."""
     from peft_prompt_ext.assets import resolve
 
     files = sorted(Path(resolve(name)).glob("*.safetensors"))

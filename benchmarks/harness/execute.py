@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
-from .environment import ROOT
+from .environment import FILE, ROOT
 from .suite import Spec, run_id
 
 
@@ -46,12 +47,21 @@ def execute(
         folder.mkdir(parents=True, exist_ok=True)
         _empty(folder)
         (folder / "spec.json").write_text(json.dumps(spec), encoding="utf-8")
-        command = [*(worker or WORKER), str(folder / "spec.json"), str(folder)]
+        command = [*(worker or WORKER), str(folder / "spec.json"), str(folder), "--parent", str(os.getpid())]
         command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
         failure = _wait(command, folder / "log.txt", time_limit_s)
         if not outcome.is_file():
-            return {"result": None, "env": None, **failure}
-    return json.loads(outcome.read_text(encoding="utf-8"))
+            return {"result": None, "env": _environment(folder), **failure}
+    ended = json.loads(outcome.read_text(encoding="utf-8"))
+    return {**ended, "env": ended["env"] or _environment(folder)}
+
+
+def _environment(folder: Path) -> dict[str, Any] | None:
+    """What a run that came to no result had said it ran on; None if it did not come so far."""
+    try:
+        return json.loads((folder / FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
 
 
 def forget(spec: Spec, runs: Path) -> None:
@@ -78,3 +88,4 @@ def _empty(folder: Path) -> None:
 
     for part in ("run", "source"):
         shutil.rmtree(folder / part, ignore_errors=True)
+    (folder / FILE).unlink(missing_ok=True)

@@ -63,4 +63,5 @@ def fit_budget(job: Job, spec: Spec) -> None:
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
         model.zero_grad()
-    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / statistics.fmean(times[1:])))
+    step_s = statistics.fmean(times[1:]) * trainer.args.gradient_accumulation_steps
+    trainer.args.max_steps = max(1, int(spec["budget"]["seconds"] / step_s))

@@ -45,7 +45,7 @@ def run_local(
                     waiting.append(spec)
                     continue
                 event = store.latest().get(run_id(spec))
-                if not _ended_since(event, before.get(run_id(spec))):
+                if not ended_since(event, before.get(run_id(spec))):
                     event = _attempt(spec, event, store, runs, data_dir, time_limit_s)
             report(spec, event)
         if len(waiting) == len(left):
@@ -53,7 +53,7 @@ def run_local(
         left = waiting
 
 
-def _ended_since(event: Event | None, before: Event | None) -> bool:
+def ended_since(event: Event | None, before: Event | None) -> bool:
     """Whether another process has done the run meanwhile."""
     return event is not None and event != before and event["status"] != "started"
 
@@ -63,7 +63,8 @@ def _attempt(
 ) -> Event:
     started = begin(spec, last)
     store.append(started)
-    ended = end(started, execute(spec, runs, data_dir, time_limit_s))
+    is_known = last is not None and last["status"] != "started"
+    ended = end(started, execute(spec, runs, data_dir, time_limit_s, is_known=is_known))
     store.append(ended)
     forget(spec, runs)
     return ended

@@ -80,8 +80,9 @@ def main() -> None:
     parser.add_argument("spec", type=Path)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--data_dir")
+    parser.add_argument("--parent", type=int, help="the process that waits for it, and without which it ends")
     options = parser.parse_args()
-    _die_with_parent()
+    die_with(options.parent or os.getppid())
     spec: Spec = json.loads(options.spec.read_text(encoding="utf-8"))
     outcome: dict[str, Any] = {"status": "ok", "error": None, "result": None, "env": None}
     try:
@@ -118,9 +119,10 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     from recipes import train as recipe
 
     from ..machine import touch
-    from .environment import environment
+    from .environment import FILE, code, environment
     from .watch import Watch
 
+    now = code()  # as it was when the run began, whatever is checked out meanwhile
     source = train_source(spec, folder, data_dir)
     extra = [] if source is None else ["--prompt_tuning_init_kwargs", json.dumps({"source": source.folder})]
     job = prepare(spec, folder / "run", data_dir, extra)
@@ -128,14 +130,16 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
     rows, train_rows = _scored(job)[1], job.splits.get("train")
-    # as the code was that runs, whatever is checked out meanwhile
-    env = environment(job.record["model_name_or_path"], rows, train_rows)
+    revision = getattr(trainer.model.config, "_commit_hash", None)
+    env = now | environment(job.record["model_name_or_path"], revision, trainer.args.device.type, rows, train_rows)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
     before = after = _score(job)
     if trainer.args.do_train:
         fit_budget(job, spec)
     set_seed(spec["seed"])
-    watch = Watch(job, before.on_curve, spec["budget"].get("seconds"))
+    watch = Watch(job, before.on_curve, spec["budget"].get("seconds"), source and source.watch)
     if trainer.args.do_train:
         trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
         encoded, shown = (split.select(_curve_rows(len(split))) for split in _scored(job))
@@ -159,8 +163,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "curve_samples": len(_curve_rows(len(rows))),
         **watch.totals(),
         "planned_steps": trainer.args.max_steps if trainer.args.do_train else 0,
-        "source_time_s": source and source.time_s,
-        "source_rows": source and source.rows,
+        "source_time_s": source and source.watch.train_time_s,
+        "source_rows": source and source.watch.examples,
         "source_rows_left_out": source and source.left_out,
         "weights_bytes": weights,
         "trainable_parameters": trainable,
@@ -171,12 +175,12 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "unrelated_loss": _unrelated_loss(job, bare=False) if trainer.args.do_train else bare_loss,
         "bare_unrelated_loss": bare_loss,
     }
-    infinite = [name for name, value in _numbers(result) if not math.isfinite(value)]
-    if infinite:
-        raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
     if spec["method"] in WHOLE_MODELS:  # hundreds of megabytes of every run would fill the disk
         for path in folder.rglob("*.safetensors"):
             path.unlink()
+    infinite = [name for name, value in _numbers(result) if not math.isfinite(value)]
+    if infinite:
+        raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
     return result, env
 
 
@@ -277,7 +281,7 @@ def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
 
 
 def _unrelated_loss(job: Job, bare: bool) -> float | None:
-    """Loss per token on plot summaries, which no task here asks about; None without a language model's head."""
+    """Loss per token on plot summaries, which no task is scored on; None without a language model's head."""
     import pandas
     import torch
 
@@ -318,10 +322,9 @@ def _is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
-def _die_with_parent() -> None:
+def die_with(parent: int) -> None:
     """A run whose harness was killed would go on, and the next harness start it a second time."""
     if sys.platform == "linux":
-        parent = os.getppid()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
         if os.getppid() != parent:
             os.kill(os.getpid(), signal.SIGKILL)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from . import execute as execution
 from .environment import ROOT
-from .local import Report, begin, end
+from .local import Report, begin, end, ended_since
 from .store import RunStore, wanted
 from .suite import Spec, run_id
 
@@ -33,6 +33,8 @@ def run_on_ray(
     num_gpus: float = 0,
 ) -> None:
     """Do every run that is wanted and that no other process holds.
+
+    A run starts, for the store, when Ray has it; it may wait for room on the cluster.
 
     Args:
         specs: The grid.
@@ -57,12 +59,16 @@ def run_on_ray(
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=TRIES)(execution.execute)
-    latest, data_dir = store.latest(), data_dir and str(Path(data_dir).resolve())  # a worker has its own folder
+    before, data_dir = store.latest(), data_dir and str(Path(data_dir).resolve())  # a worker has its own folder
     with ExitStack() as claims:
         under_way = {}
         for spec in specs:
-            event = latest.get(run_id(spec))
-            if wanted(event, rerun) and claims.enter_context(store.claim(run_id(spec))):
+            known = before.get(run_id(spec))
+            if wanted(known, rerun) and claims.enter_context(store.claim(run_id(spec))):
+                event = store.latest().get(run_id(spec))
+                if ended_since(event, known):
+                    report(spec, event)
+                    continue
                 started = begin(spec, event)
                 store.append(started)
                 is_known = event is not None and event["status"] != "started"
@@ -74,7 +80,9 @@ def run_on_ray(
             try:
                 outcome = ray.get(done[0])
             except ray.exceptions.RayError as error:
-                outcome = {"status": "failed", "error": f"Ray: {error}", "result": None, "env": None}
+                is_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
+                status = "out_of_memory" if is_memory else "failed"
+                outcome = {"status": status, "error": f"Ray: {error}", "result": None, "env": None}
             event = end(started, outcome)
             store.append(event)
             execution.forget(started["spec"], runs)

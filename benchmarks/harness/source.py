@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .job import fit_budget, prepare
 from .overlap import without_overlap
-from .suite import Spec, batch_size, source_spec, train_arguments
+from .suite import Spec, source_spec, train_arguments
 
 
 if TYPE_CHECKING:
     from peft_prompt_ext.tasks.base import Task
+
+    from .watch import Watch
 
 
 class Source(NamedTuple):
     """A trained prompt, and what it took."""
 
     folder: str
-    time_s: float  # of training
-    rows: int  # that it was trained on; a row seen twice counts twice
+    watch: Watch  # of its training
     left_out: int  # rows of its train split that share text with the scored ones
 
 
@@ -40,6 +40,8 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
         return None
     from recipes import train as recipe
 
+    from .watch import Watch
+
     target, scored = _rows_to_score(spec, folder, data_dir)
     job = prepare(source, folder / "source", data_dir)
     trainer, rows = job.trainer, job.splits["train"]
@@ -49,11 +51,10 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
         raise ValueError(f"every row of {source['task']} shares text with the rows that {spec['task']} is scored on")
     trainer.train_dataset = job.encoded["train"].select(kept)
     fit_budget(job, source)
-    start = time.perf_counter()
+    watch = Watch(job, None, source["budget"].get("seconds"))
+    trainer.add_callback(watch)
     recipe.train(trainer, None)
-    time_s = time.perf_counter() - start
-    trained = trainer.state.global_step * batch_size(source)
-    return Source(str(folder / "source"), time_s, trained, len(rows) - len(kept))
+    return Source(str(folder / "source"), watch, len(rows) - len(kept))
 
 
 def _rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:

@@ -112,7 +112,7 @@ def train_arguments(spec: Spec, data_dir: str | Path | None) -> list[str]:
     flags |= {flag: spec[name] for name, flag in _SPEC_FLAGS.items() if spec[name] is not None}  # type: ignore[literal-required]
     if spec["method"] != "zero_shot" and "examples" in spec["budget"]:
         flags["max_steps"] = int(spec["budget"]["examples"]) // batch_size(spec)
-    flags |= spec["arguments"]
+    flags |= {name: value for name, value in spec["arguments"].items() if value is not None}
     line: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
@@ -163,7 +163,7 @@ def _expand(suite: Mapping[str, Any]) -> Iterator[Spec]:
     seen: set[str] = set()
     for seed, (name, of_task), run in product(suite.get("seeds") or [0], suite["tasks"].items(), suite["runs"]):
         run = dict(run)
-        for budget in run.pop("budgets", None) or suite.get("budgets") or []:
+        for budget in run.pop("budgets", None) or suite["budgets"]:
             for values in _product(run):
                 spec = _spec(suite.get("arguments") or {}, name, of_task or {}, values, budget, seed)
                 if run_id(spec) not in seen:  # zero_shot is the same at every budget and seed
@@ -217,7 +217,7 @@ def _check_kinds(suite: Mapping[str, Any]) -> None:
         _check_mapping(f"the source of {name}", (of_task or {}).get("source") or {})
     for run in suite["runs"]:
         _check_mapping("a run", run)
-    for budget in [*(suite.get("budgets") or []), *(one for run in suite["runs"] for one in run.get("budgets") or [])]:
+    for budget in [*suite["budgets"], *(one for run in suite["runs"] for one in run.get("budgets") or [])]:
         _check_mapping("a budget", budget)
     limit = suite.get("time_limit_s", TIME_LIMIT_S)
     if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
@@ -245,9 +245,12 @@ def _check(spec: Spec) -> None:
         raise ValueError(f"the init TRANSFER of {spec['task']} needs `source: {{task: ..., data: ...}}`")
     if spec["source"] is not None:
         check_choice("task of a source", spec["source"].get("task"), available_tasks())
+        for name in set(spec["source"]) - {"task", "data"}:
+            check_choice("flag of a source", name, _flags() - _TAKEN)
     if not isinstance(spec["seed"], int):
         raise ValueError(f"a seed is a whole number, got {spec['seed']!r}")
-    _check_budget(spec)
+    for trained in filter(None, (spec, source_spec(spec))):
+        _check_budget(trained)
 
 
 def _check_budget(spec: Spec) -> None:
@@ -259,6 +262,8 @@ def _check_budget(spec: Spec) -> None:
         return
     if "per_device_train_batch_size" not in spec["arguments"]:
         raise ValueError("arguments need per_device_train_batch_size, which says how many examples a step sees")
+    if batch_size(spec) < 1:
+        raise ValueError(f"a step has one row or more, got {batch_size(spec)}")
     if amount <= 0 or ("examples" in budget and amount % batch_size(spec)):
         raise ValueError(f"a budget of {budget} is no whole number of steps of {batch_size(spec)} rows")
 

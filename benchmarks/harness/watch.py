@@ -22,29 +22,36 @@ class Watch(TrainerCallback):
 
     Args:
         job: The run.
-        score_before: Its main metric before training.
+        score_before: Its main metric before training; None: not scored.
         seconds: After so many seconds of training it is stopped; None: never.
+        source: Of the training before, of the prompt that a TRANSFER starts from: how fast the machine was and what
+            other programs took is told of both.
     """
 
-    def __init__(self, job: Job, score_before: float, seconds: float | None) -> None:
+    def __init__(
+        self, job: Job, score_before: float | None, seconds: float | None, source: Watch | None = None
+    ) -> None:
         args = job.trainer.args
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.rows = len(job.trainer.train_dataset) if args.do_train else 0
         self.main_key = f"eval_{job.trainer.family.task.main_metric}"
         self.limit = seconds
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.curve: list[dict[str, float]] = [{"examples": 0, "seconds": 0.0, "score": score_before}]
+        self.device = args.device.type
+        self.curve: list[dict[str, float]] = []
         self.step_times: list[float] = []
         self.steps = self.tokens = 0
         self.energy: float | None = 0.0
-        self.others_s = self.elapsed_s = 0.0
+        self.others_s, self.elapsed_s = (source.others_s, source.elapsed_s) if source is not None else (0.0, 0.0)
         self.most_memory = self.before = 0
-        self.yardsticks: list[float] = []  # between the stretches, where neither time nor memory is measured
+        # taken between the stretches, where neither time nor memory is measured
+        self.yardsticks = list(source.yardsticks) if source is not None else []
+        if score_before is not None:
+            self.point(score_before)
 
     @property
     def train_time_s(self) -> float:
         """Seconds of training so far."""
-        return sum(self.step_times)
+        return sum(self.step_times, 0.0)
 
     @property
     def examples(self) -> int:
