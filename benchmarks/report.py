@@ -30,7 +30,7 @@ def main(arguments: list[str]) -> None:
     try:
         evidence = read_evidence(options.results or default_results())
         speed = read_speed(default_speed() if options.speed is None else options.speed)
-        report = build_report(evidence, speed, _wanted(options.suite))
+        report = build_report(evidence, speed, _wanted(options.suite, options.results or default_results()))
     except (StoreError, EvidenceError) as error:
         raise SystemExit(f"error: {error}") from None
     options.output.mkdir(parents=True, exist_ok=True)
@@ -68,12 +68,14 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _wanted(suites: list[Path] | None) -> list[Mapping[str, Any]] | None:
+def _wanted(suites: list[Path] | None, results: list[Path]) -> list[Mapping[str, Any]] | None:
     if not suites:
         return None
+    from .harness.pace import pace_path, read_pace, step_seconds, with_steps
     from .harness.suite import SuiteError, load_suites
 
+    step_s = {name: s for path in results for name, s in step_seconds(read_pace(pace_path(path))).items()}
     try:
-        return list(load_suites(suites)[0])
+        return list(with_steps(load_suites(suites)[0], step_s))
     except SuiteError as error:
         raise SystemExit(f"error: {error}") from None

@@ -19,6 +19,7 @@ from .harness.store import RERUN, Event, RunStore, StoreError, wanted
 
 def main(arguments: list[str]) -> None:
     """Run what the arguments ask for, and print a table of it."""
+    from .harness.pace import PaceError
     from .harness.suite import SuiteError, load_suites, run_id
 
     options = _options(arguments)
@@ -28,7 +29,8 @@ def main(arguments: list[str]) -> None:
         specs, time_limit_s = load_suites(options.suite)
         latest = store.latest()
         _check_data(specs, options.data_dir)
-    except (SuiteError, StoreError) as error:
+        specs = _with_steps(specs, store, options)
+    except (SuiteError, StoreError, PaceError) as error:
         raise SystemExit(f"error: {error}") from None
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
     print(f"{len(specs)} runs, {len(left)} to do; events go to {results}")
@@ -73,6 +75,19 @@ def _check_data(specs: list[Any], data_dir: str | None) -> None:
             raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
 
 
+def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace) -> list[Any]:
+    """The grid, with the steps that seconds buy; what nobody has timed so far is timed here and now."""
+    from .harness.pace import kinds_of, measure_pace, pace_path, read_pace, step_seconds, with_steps
+
+    path = pace_path(store.path)
+    missing = set(kinds_of(specs)) - set(read_pace(path))
+    if missing and not options.dry_run:
+        print(f"timing steps of {len(missing)} kinds of run in turns, for the budgets of seconds; they go to {path}")
+        with store.claim("pace", wait=True):
+            measure_pace(specs, path, options.data_dir)
+    return with_steps(specs, step_seconds(read_pace(path)))
+
+
 def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -111,8 +126,10 @@ def _executor(options: argparse.Namespace) -> Any:
 
 def describe(spec: Any) -> str:
     """A run in a few words."""
+    from .harness.suite import budget_of
+
     parts = [spec["task"], spec["method"], spec["init"], spec["quantization"]]
-    amount, unit = next((value, key) for key, value in spec["budget"].items())
+    unit, amount = budget_of(spec)
     return " ".join([*filter(None, parts), f"{amount:g} {unit}", f"seed {spec['seed']}"])
 
 

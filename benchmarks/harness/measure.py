@@ -21,7 +21,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict
 
-from .job import fit_budget, prepare
+from .job import prepare
 from .source import train_source
 from .suite import Spec
 
@@ -56,7 +56,6 @@ class Result(TypedDict):
     source_rows: int | None  # that it was trained on; a row seen twice counts twice
     source_rows_left_out: int | None  # of its train split, for they share text with the scored rows
     steps: int
-    planned_steps: int  # of the learning rate's schedule; more than steps where the seconds were over before
     step_time_s: float  # median
     tokens_per_s: float
     peak_memory_bytes: int  # of training, above the loaded model
@@ -136,10 +135,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
     before = after = _score(job)
-    if trainer.args.do_train:
-        fit_budget(job, spec)
     set_seed(spec["seed"])
-    watch = Watch(job, before.on_curve, spec["budget"].get("seconds"), source and source.watch)
+    watch = Watch(job, before.on_curve, source and source.watch)
     if trainer.args.do_train:
         trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
         encoded, shown = (split.select(_curve_rows(len(split))) for split in _scored(job))
@@ -162,7 +159,6 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "curve": watch.curve,
         "curve_samples": len(_curve_rows(len(rows))),
         **watch.totals(),
-        "planned_steps": trainer.args.max_steps if trainer.args.do_train else 0,
         "source_time_s": source and source.watch.train_time_s,
         "source_rows": source and source.watch.examples,
         "source_rows_left_out": source and source.left_out,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .job import fit_budget, prepare
+from .job import prepare
 from .overlap import without_overlap
 from .suite import Spec, source_spec, train_arguments
 
@@ -50,8 +50,7 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
     if not kept:
         raise ValueError(f"every row of {source['task']} shares text with the rows that {spec['task']} is scored on")
     trainer.train_dataset = job.encoded["train"].select(kept)
-    fit_budget(job, source)
-    watch = Watch(job, None, source["budget"].get("seconds"))
+    watch = Watch(job, None)
     trainer.add_callback(watch)
     recipe.train(trainer, None)
     return Source(str(folder / "source"), watch, len(rows) - len(kept))

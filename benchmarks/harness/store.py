@@ -104,8 +104,12 @@ class RunStore:
         return {event["run_id"]: event for event in self.events()}
 
     @contextmanager
-    def claim(self, run_id: str) -> Iterator[bool]:
+    def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
         """Hold one run against every other process on this store; the kernel lets go of it if this process dies.
+
+        Args:
+            run_id: The run.
+            wait: Whether to wait until nobody else holds it.
 
         Yields:
             Whether this process holds it.
@@ -114,7 +118,7 @@ class RunStore:
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / run_id).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             except BlockingIOError:
                 yield False
             else:

@@ -53,7 +53,7 @@ class Spec(TypedDict):
     source: dict[str, Any] | None  # task and data that the prompt of the init TRANSFER is trained on before
     quantization: str | None
     task_type: str | None  # None: what the checkpoint is made for
-    budget: dict[str, float]  # {"examples": rows} or {"seconds": s} of training
+    budget: dict[str, float]  # {"examples": rows}, or {"seconds": s, "steps": n}: see pace.py; "source_steps" as well
     seed: int
     arguments: dict[str, Any]  # further flags of recipes/train.py
 
@@ -110,14 +110,28 @@ def train_arguments(spec: Spec, data_dir: str | Path | None) -> list[str]:
     if spec["data"] is not None:
         flags["data_dir"] = f"{data_dir}/{spec['data']}"
     flags |= {flag: spec[name] for name, flag in _SPEC_FLAGS.items() if spec[name] is not None}  # type: ignore[literal-required]
-    if spec["method"] != "zero_shot" and "examples" in spec["budget"]:
-        flags["max_steps"] = int(spec["budget"]["examples"]) // batch_size(spec)
+    if spec["method"] != "zero_shot" and (steps := steps_of(spec)) is not None:
+        flags["max_steps"] = steps
     flags |= {name: value for name, value in spec["arguments"].items() if value is not None}
     line: list[str] = []
     for name, value in flags.items():
         values = value if isinstance(value, list) else [json.dumps(value) if isinstance(value, dict) else value]
         line += [f"--{name}", *map(str, values)]
     return line
+
+
+def budget_of(spec: Mapping[str, Any]) -> tuple[str, float]:
+    """What a budget counts, examples or seconds, and how many."""
+    unit = next(name for name in BUDGETS if name in spec["budget"])
+    return unit, spec["budget"][unit]
+
+
+def steps_of(spec: Spec) -> int | None:
+    """Steps that the budget buys; None for seconds of which nobody has said how many."""
+    if "examples" in spec["budget"]:
+        return int(spec["budget"]["examples"]) // batch_size(spec)
+    steps = spec["budget"].get("steps")
+    return None if steps is None else int(steps)
 
 
 def batch_size(spec: Spec) -> int:
@@ -132,9 +146,11 @@ def source_spec(spec: Spec) -> Spec | None:
     if source is None:
         return None
     arguments = {**spec["arguments"], **{k: v for k, v in source.items() if k not in {"task", "data"}}}
-    return {**spec, "task": source["task"], "data": source.get("data"), "init": None, "source": None} | {  # type: ignore[return-value]
-        "arguments": arguments
-    }
+    budget = {name: amount for name, amount in spec["budget"].items() if name != "source_steps"}
+    if "source_steps" in spec["budget"]:
+        budget["steps"] = spec["budget"]["source_steps"]
+    changed = {"data": source.get("data"), "init": None, "source": None, "budget": budget, "arguments": arguments}
+    return {**spec, "task": source["task"], **changed}  # type: ignore[return-value, typeddict-item]
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -23,19 +23,15 @@ class Watch(TrainerCallback):
     Args:
         job: The run.
         score_before: Its main metric before training; None: not scored.
-        seconds: After so many seconds of training it is stopped; None: never.
         source: Of the training before, of the prompt that a TRANSFER starts from: how fast the machine was and what
             other programs took is told of both.
     """
 
-    def __init__(
-        self, job: Job, score_before: float | None, seconds: float | None, source: Watch | None = None
-    ) -> None:
+    def __init__(self, job: Job, score_before: float | None, source: Watch | None = None) -> None:
         args = job.trainer.args
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.rows = len(job.trainer.train_dataset) if args.do_train else 0
         self.main_key = f"eval_{job.trainer.family.task.main_metric}"
-        self.limit = seconds
         self.device = args.device.type
         self.curve: list[dict[str, float]] = []
         self.step_times: list[float] = []
@@ -73,9 +69,7 @@ class Watch(TrainerCallback):
         self.step_times.append(now - self.mark)
         self.mark = now
         self.steps, self.tokens = state.global_step, int(state.num_input_tokens_seen)
-        if self.limit is not None and self.train_time_s >= self.limit:
-            control.should_training_stop = True
-        last = self.steps >= state.max_steps or control.should_training_stop
+        last = self.steps >= state.max_steps
         if control.should_evaluate or last:
             self._stop()
         if last:

@@ -17,6 +17,7 @@ from pathlib import Path
 from statistics import median, median_low
 from typing import Any
 
+from ..harness.suite import budget_of
 from .runs import EvidenceError, Run, Store, read_stores
 
 
@@ -230,7 +231,7 @@ def _number(text: str) -> float:
 
 
 def _order(run: Run) -> tuple[Any, ...]:
-    budget = sorted(run.spec["budget"].items())
+    budget = budget_of(run.spec)
     return _is_search(run), _variant(run).order, budget, run.spec["task"], run.seed, run.run_id
 
 
@@ -239,7 +240,7 @@ def _settings(runs: tuple[Run, ...]) -> list[Setting]:
     keys = set()
     devices = {run.device for run in runs if run.device} or {"cpu"}
     for run in runs:
-        unit, amount = next(iter(run.spec["budget"].items()))
+        unit, amount = budget_of(run.spec)
         for device in {run.device} - {None} or devices:
             keys.add((run.model, device, unit, amount, _is_search(run)))
     trained = {(model, device, search) for model, device, _, amount, search in keys if amount}
@@ -251,7 +252,7 @@ def _settings(runs: tuple[Run, ...]) -> list[Setting]:
             for run in runs
             if (run.model, _is_search(run)) == (model, search)
             and run.device in {device, None}
-            and (run.spec["method"] == "zero_shot" or dict(run.spec["budget"]) == {unit: amount})
+            and (run.spec["method"] == "zero_shot" or budget_of(run.spec) == (unit, amount))
         ]
         trained_on = {run.spec["task"] for run in members if run.spec["method"] != "zero_shot"}
         members = [run for run in members if run.spec["task"] in trained_on or not amount]

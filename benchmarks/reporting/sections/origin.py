@@ -8,7 +8,7 @@ from collections.abc import Container, Iterable, Mapping
 from itertools import product
 from typing import Any
 
-from ...harness.suite import run_id, source_spec, train_arguments
+from ...harness.suite import budget_of, run_id, source_spec, steps_of, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
 from ..measures import COSTS, MISSING, OF_SOURCE, milliseconds, points, seconds
@@ -46,9 +46,9 @@ def runs_section(evidence: Evidence) -> Section:
     """Every run, what was typed for it, and on what it ran."""
     environments = {key: f"E{number}" for number, key in enumerate(_environments(evidence), start=1)}
     explanation = (
-        "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps comes from a "
-        "timing before the run, and is given as it was reckoned; a run whose seconds were over before stopped there, "
-        "which its command does not (of runs that did not keep it, what they did is given). A TRANSFER's source was "
+        "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps is given: what "
+        "the seconds buy by a timing of all methods in turns. (Of runs from before there was one, which a clock "
+        "stopped, it is what they had planned or did.) A TRANSFER's source was "
         "trained without rows that share text with the scored ones. Disturbed: other programs used more than "
         f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table. "
         "Fixed work: see how the numbers are made."
@@ -123,7 +123,7 @@ def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[st
     for spec in wanted:
         run = done.get(run_id(spec))
         label = Variant(spec["method"], spec["init"], spec["quantization"]).label
-        setting = _budget_text(spec["budget"])
+        setting = _budget_text(spec)
         counts = run is not None and run.counts
         entries.append((setting, label, spec["task"], run.state if run else "not run", spec["seed"], counts))
     return entries
@@ -132,7 +132,7 @@ def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[st
 def _key(spec: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a suite and the grid of the runs know an entry by, whatever its seed; zero-shot has no budget."""
     model = spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
-    budget = None if spec["method"] == "zero_shot" else next(iter(spec["budget"].items()))
+    budget = None if spec["method"] == "zero_shot" else budget_of(spec)
     return model, spec["task"], spec["method"], spec["init"], spec["quantization"], budget
 
 
@@ -158,11 +158,11 @@ def command(run: Run) -> str:
     lines, extra = [], []
     source = source_spec(run.spec)
     if source is not None:
-        # how many steps its seconds allowed is not in the store
-        steps = ["--max_steps", "STEPS"] if "seconds" in run.spec["budget"] else []
+        # runs of before there was a pace do not tell how many steps their source had
+        steps = ["--max_steps", "STEPS"] if steps_of(source) is None else []
         lines.append(_line(source, [*steps, "--output_dir", "SOURCE"]))
         extra = ["--prompt_tuning_init_kwargs", json.dumps({"source": "SOURCE"})]
-    if "seconds" in run.spec["budget"] and run.counts:
+    if steps_of(run.spec) is None and run.counts:
         extra += ["--max_steps", str(run.result.get("planned_steps") or run.result["steps"])]
     return " && ".join([*lines, _line(run.spec, [*extra, "--output_dir", "OUTPUT"])])
 
@@ -223,11 +223,11 @@ def _name(run: Run) -> str:
 
 
 def _budget(run: Run) -> str:
-    return _budget_text(run.spec["budget"])
+    return _budget_text(run.spec)
 
 
-def _budget_text(budget: Mapping[str, float]) -> str:
-    unit, amount = next(iter(budget.items()))
+def _budget_text(spec: Mapping[str, Any]) -> str:
+    unit, amount = budget_of(spec)
     return f"{amount:,.10g} {'s' if unit == 'seconds' else unit}"
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from itertools import chain, product
 from statistics import fmean
 
+from ...harness.suite import steps_of
 from ..contrasts import best_variant, mean_score, rivals, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import MIN_SEEDS, UNSET, Evidence, Setting, Variant, flags, kind
@@ -153,9 +154,9 @@ def _score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
 
 
 def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
-    """At equal seconds a disturbed run has seen fewer examples, so its score is marked too."""
+    """Where a clock stopped a disturbed run it has seen fewer examples, so its score is marked too."""
     runs = [run for task in tasks for run in setting.runs(task, variant)]
-    return " †" if setting.unit == "seconds" and any(run.disturbed for run in runs) else ""
+    return " †" if any(run.disturbed and steps_of(run.spec) is None for run in runs) else ""
 
 
 def _costs(setting: Setting, task: str) -> Table:
@@ -176,7 +177,8 @@ def _warnings(setting: Setting) -> list[str]:
 
 def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
     disturbed = sum(run.disturbed for run in counted)
-    marked = ", and their scores, which at equal seconds suffer too, are marked †" if setting.unit == "seconds" else ""
+    by_clock = any(run.disturbed and steps_of(run.spec) is None for run in counted)
+    marked = ", and their scores, which suffer too where a clock stopped them, are marked †" if by_clock else ""
     what = f"{disturbed} of {len(counted)} runs shared the machine with other programs"
     return [f"{what}: their timings are left out{marked}."] if disturbed else []
 
@@ -192,6 +194,12 @@ def _speeds(setting: Setting, counted: Sequence[Run]) -> list[str]:
     if setting.unit != "seconds" or not trained:
         return []
     times = sorted(run.result["train_time_s"] for run in trained)
+    if all(steps_of(run.spec) is not None for run in trained):
+        return [
+            "How many steps the seconds buy was found by timing a step of each method in turns, and is the same "
+            f"whenever a run is done. The runs took {seconds(times[0])} to {seconds(times[-1])}: the machine was not "
+            "always as fast."
+        ]
     known = sorted(run.yardstick_s for run in trained if run.yardstick_s)
     text = (
         f"The runs trained for {seconds(times[0])} to {seconds(times[-1])}: how many steps fit is reckoned from some "

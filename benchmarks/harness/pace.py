@@ -1,0 +1,241 @@
+"""How long a step of each method takes, timed in turns: how many steps a budget of seconds buys.
+
+A virtual machine is faster at one hour and slower at another, and not for every kind of work alike, so what a method
+is given must not depend on when it runs. One process holds a run of every kind of a task and takes a step of each in
+turn:
+
+    python -m benchmarks.harness.pace KINDS.json OUTPUT.json [--data_dir DIR]
+
+The steps that fit are part of a run's spec. What is timed later, for a suite that has grown, is timed beside a kind
+that was there before, and brought to the speed that the machine had then.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import cycle, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .environment import ROOT, code
+from .job import prepare
+from .suite import Spec, source_spec
+
+
+if TYPE_CHECKING:
+    from recipes.train import Job
+
+
+TIMED_STEPS = 12  # of each kind
+WORKER = [sys.executable, "-m", "benchmarks.harness.pace"]
+_NOT_OF_A_STEP = {"learning_rate", "max_eval_samples"}  # flags that change no step's time
+
+
+class PaceError(RuntimeError):
+    """Steps that could not be timed."""
+
+
+def kind_of(spec: Spec) -> Spec:
+    """A run whose steps take as long as those of a spec: no init, seed or learning rate changes them."""
+    arguments = {name: value for name, value in spec["arguments"].items() if name not in _NOT_OF_A_STEP}
+    return {
+        **spec,
+        "init": None,
+        "source": None,
+        "seed": 0,
+        "budget": {"seconds": 1, "steps": 1},
+        "arguments": arguments,
+    }
+
+
+def kind_id(kind: Spec) -> str:
+    """Its name: 16 hexadecimal digits."""
+    return hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def kinds_of(specs: Iterable[Spec]) -> dict[str, Spec]:
+    """What has to be timed for the runs whose budget is seconds, with the sources of a TRANSFER, by name."""
+    wanted = [spec for spec in specs if "seconds" in spec["budget"]]
+    sources = [source for spec in wanted if (source := source_spec(spec)) is not None]
+    kinds = [kind_of(spec) for spec in (*wanted, *sources)]
+    return {kind_id(kind): kind for kind in kinds}
+
+
+def with_steps(specs: Iterable[Spec], step_s: Mapping[str, float | None]) -> list[Spec]:
+    """The runs, with the steps that their seconds buy; those of which nothing was timed are as they were.
+
+    Args:
+        specs: The grid.
+        step_s: Seconds of a step by the name of its kind; None: it failed, and so will the run, in a row of its own.
+    """
+    return [_with_steps(spec, step_s) for spec in specs]
+
+
+def _with_steps(spec: Spec, step_s: Mapping[str, float | None]) -> Spec:
+    source = source_spec(spec)
+    needed = {"steps": spec, **({} if source is None else {"source_steps": source})}
+    names = {name: kind_id(kind_of(of)) for name, of in needed.items()}
+    if "seconds" not in spec["budget"] or not set(names.values()) <= set(step_s):
+        return spec
+    seconds = spec["budget"]["seconds"]
+    steps = {name: max(1, int(seconds / (step_s[kind] or seconds))) for name, kind in names.items()}
+    return {**spec, "budget": {"seconds": seconds, **steps}}
+
+
+def pace_path(results: Path) -> Path:
+    """The file beside a store of runs."""
+    return results.with_suffix(".pace.jsonl")
+
+
+def read_pace(path: Path) -> dict[str, dict[str, Any]]:
+    """What has been timed, by the name of the kind; the first of several counts, since runs were made with it."""
+    rows: dict[str, dict[str, Any]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue  # a kill tore it
+        rows.setdefault(kind_id(row["kind"]), row)
+    return rows
+
+
+def step_seconds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | None]:
+    """Seconds of a step of each kind; None where it failed."""
+    return {name: row["step_s"] for name, row in rows.items()}
+
+
+def measure_pace(specs: Iterable[Spec], path: Path, data_dir: str | None) -> None:
+    """Time the kinds that a grid needs and that a file does not have, task by task, and add them to it.
+
+    Args:
+        specs: The grid.
+        path: The file, one row a kind.
+        data_dir: Where the folders of `spec["data"]` lie.
+
+    Raises:
+        PaceError: The process that takes the steps died.
+    """
+    known = read_pace(path)
+    missing = {name: kind for name, kind in kinds_of(specs).items() if name not in known}
+    for task in dict.fromkeys(kind["task"] for kind in missing.values()):
+        anchor = next((row for row in known.values() if row["step_s"]), None)
+        kinds = [kind for kind in missing.values() if kind["task"] == task]
+        rows = _timed([*kinds, *([anchor["kind"]] if anchor else [])], path.with_suffix(".log"), data_dir)
+        factor = 1.0
+        if anchor is not None:
+            factor = anchor["step_s"] / rows.pop()["step_s"]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("a", encoding="utf-8") as file:
+            for row in rows:
+                row["step_s"] = row["step_s"] and row["step_s"] * factor
+                file.write(json.dumps({**row, "factor": factor}) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        known = read_pace(path)
+
+
+def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None) -> list[dict[str, Any]]:
+    """Take steps in a process of its own."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    given, told = log.with_suffix(".kinds.json"), log.with_suffix(".steps.json")
+    given.write_text(json.dumps(kinds), encoding="utf-8")
+    command = [*WORKER, str(given.resolve()), str(told.resolve())]
+    command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
+    with log.open("w", encoding="utf-8") as file:
+        ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
+    if ran.returncode:
+        raise PaceError(
+            f"the steps of {kinds[0]['task']} could not be timed (exit status {ran.returncode}): see {log}"
+        )
+    rows = json.loads(told.read_text(encoding="utf-8"))
+    given.unlink()
+    told.unlink()
+    return rows
+
+
+def main() -> None:
+    """Time the kinds of one task."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("kinds", type=Path)
+    parser.add_argument("output", type=Path)
+    parser.add_argument("--data_dir")
+    options = parser.parse_args()
+    kinds = json.loads(options.kinds.read_text(encoding="utf-8"))
+    options.output.write_text(json.dumps(time_steps(kinds, options.data_dir)), encoding="utf-8")
+
+
+def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, Any]]:
+    """Steps of several kinds of run, taken in turns.
+
+    Args:
+        kinds: See `kind_of`.
+        data_dir: Where the folders of `spec["data"]` lie.
+
+    Returns:
+        For each kind: itself, the mean seconds of a step (None with an `error` if it failed), each step's, and on
+        what they were taken.
+    """
+    from tempfile import TemporaryDirectory
+
+    from ..machine import machine
+
+    now, rows, clocks, device = code(), [], [], "cpu"
+    with TemporaryDirectory() as folder:
+        for number, kind in enumerate(kinds):
+            row: dict[str, Any] = {"kind": kind, "step_s": None, "steps_s": [], "error": None}
+            rows.append(row)
+            try:
+                job = prepare(kind, Path(folder, str(number)), data_dir)
+                clock = _steps(job)
+                next(clock)  # the first step of all allocates its buffers
+            except (Exception, SystemExit) as error:  # a wrong flag exits
+                row["error"] = f"{type(error).__name__}: {error}"
+            else:
+                clocks.append((row, clock))
+                device = job.trainer.args.device.type
+        for _ in range(TIMED_STEPS):
+            for row, clock in clocks:
+                row["steps_s"].append(next(clock))
+    for row in rows:
+        row["step_s"] = statistics.fmean(row["steps_s"]) if row["steps_s"] else None
+        row |= {**now, "device": device, **machine(device)}
+    return rows
+
+
+def _steps(job: Job) -> Iterator[float]:
+    """Seconds of one step of the optimizer after the other.
+
+    Batches that are grouped by length come longest first, a group at a time; so they are from all over a group.
+    """
+    import torch
+
+    trainer = job.trainer
+    model = trainer.model.train()
+    if trainer.args.activation_checkpointing:
+        model.activation_checkpointing_enable()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=0.0)  # takes its time and changes nothing
+    loader = trainer.get_train_dataloader()
+    group = max(1, min(len(loader) // 4, 50))  # as transformers' LengthGroupedSampler takes them
+    batches = cycle(list(islice(loader, 0, group, -(-group // TIMED_STEPS))))
+    while True:
+        start = time.perf_counter()
+        for batch in islice(batches, trainer.args.gradient_accumulation_steps):
+            trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
+        optimizer.step()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        yield time.perf_counter() - start
+        model.zero_grad()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,200 @@
+"""What a budget of seconds buys: steps of every kind of run, timed in turns."""
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from benchmarks import run
+from benchmarks.harness import execute as execution
+from benchmarks.harness import pace
+from benchmarks.harness.pace import kind_id, kind_of, kinds_of, measure_pace, read_pace, step_seconds, with_steps
+from benchmarks.harness.store import RunStore
+from benchmarks.harness.suite import load_suite, source_spec, train_arguments
+
+
+GRID = {
+    "seeds": [0, 1],
+    "budgets": [{"examples": 8}, {"seconds": 30}],
+    "arguments": {"per_device_train_batch_size": 4},
+    "tasks": {"movie_reviews": {"source": {"task": "plot_or_review", "num_virtual_tokens": 9}}},
+    "runs": [
+        {"method": "zero_shot"},
+        {"method": "prompt_tuning", "init": ["RANDOM", "CLASS_LABELS", "TRANSFER"], "learning_rate": [0.1, 0.2]},
+        {"method": "lora", "quantization": [None, "nf4"]},
+    ],
+}
+
+
+@pytest.fixture
+def suite(tmp_path):
+    def write(**changes):
+        path = tmp_path / "grid.yaml"
+        path.write_text(yaml.safe_dump(GRID | changes))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Puts given seconds in place of a timing: `timed({"lora": 2.0, ...})`; returns the methods of each that was."""
+    asked = []
+
+    def give(seconds):
+        def rows(kinds, log, data_dir):
+            asked.append([(kind["task"], kind["method"], kind["quantization"]) for kind in kinds])
+            return [{"kind": kind, "step_s": seconds[kind["method"]], "error": None} for kind in kinds]
+
+        monkeypatch.setattr(pace, "_timed", rows)
+        return asked
+
+    return give
+
+
+def test_init_seed_and_learning_rate_are_timed_once_and_sources_too(suite):
+    kinds = kinds_of(load_suite(suite())).values()
+    assert sorted((kind["task"], kind["method"], kind["quantization"] or "") for kind in kinds) == [
+        ("movie_reviews", "lora", ""),
+        ("movie_reviews", "lora", "nf4"),
+        ("movie_reviews", "prompt_tuning", ""),
+        ("plot_or_review", "prompt_tuning", ""),
+    ]
+    assert kinds_of(load_suite(suite(budgets=[{"examples": 8}]))) == {}
+
+
+def test_the_steps_that_seconds_buy_are_part_of_the_spec_and_of_its_command(suite):
+    specs = load_suite(suite())
+    step_s = {name: {"lora": 7.0, "prompt_tuning": 4.0}[kind["method"]] for name, kind in kinds_of(specs).items()}
+    step_s[kind_id(kind_of(source_spec(next(s for s in specs if s["source"] and "seconds" in s["budget"]))))] = 3.0
+    found = with_steps(specs, step_s)
+    assert [spec for spec in found if "examples" in spec["budget"]] == [s for s in specs if "examples" in s["budget"]]
+    budgets = {(spec["method"], spec["init"]): spec["budget"] for spec in found if "seconds" in spec["budget"]}
+    assert budgets == {
+        ("lora", None): {"seconds": 30, "steps": 4},
+        ("prompt_tuning", "RANDOM"): {"seconds": 30, "steps": 7},
+        ("prompt_tuning", "CLASS_LABELS"): {"seconds": 30, "steps": 7},
+        ("prompt_tuning", "TRANSFER"): {"seconds": 30, "steps": 7, "source_steps": 10},
+    }
+    transfer = next(spec for spec in found if "source_steps" in spec["budget"])
+    for spec, steps in ((transfer, "7"), (source_spec(transfer), "10")):
+        line = train_arguments(spec, None)
+        assert line[line.index("--max_steps") + 1] == steps
+    assert with_steps(specs, {}) == specs
+
+
+def test_a_kind_that_fails_is_left_to_its_runs(suite):
+    specs = load_suite(suite(runs=[{"method": "full"}]))
+    found = with_steps(specs, dict.fromkeys(kinds_of(specs)))
+    assert {spec["budget"].get("steps") for spec in found if "seconds" in spec["budget"]} == {1}
+
+
+def test_what_is_timed_later_is_brought_to_the_speed_of_before(suite, timed, tmp_path):
+    """The machine is half as fast the second time: LoRA took 2 seconds, and takes 4."""
+    path = tmp_path / "pace.jsonl"
+    tasks = {"movie_reviews": None}
+    asked = timed({"lora": 2.0})
+    measure_pace(load_suite(suite(runs=[{"method": "lora"}], tasks=tasks)), path, None)
+    timed({"lora": 4.0, "full": 10.0})
+    grown = load_suite(suite(runs=[{"method": "lora"}, {"method": "full"}], tasks=tasks))
+    measure_pace(grown, path, None)
+    assert asked[1:] == [[("movie_reviews", "full", None), ("movie_reviews", "lora", None)]]
+    found = {row["kind"]["method"]: row["step_s"] for row in read_pace(path).values()}
+    assert found == {"lora": 2.0, "full": 5.0}
+    measure_pace(grown, path, None)
+    assert len(asked) == 2, "nothing is timed twice"
+
+
+def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp_path):
+    path = tmp_path / "pace.jsonl"
+    timed({"lora": 2.0})
+    specs = load_suite(suite(runs=[{"method": "lora"}]))
+    measure_pace(specs, path, None)
+    whole = path.read_text()
+    path.write_text(whole + whole.replace("2.0", "3.0") + whole[:30])
+    assert list(step_seconds(read_pace(path)).values()) == [2.0]
+    path.write_text(whole[:30] + "\n")
+    measure_pace(specs, path, None)
+    assert list(step_seconds(read_pace(path)).values()) == [2.0]
+
+
+def test_a_grid_times_its_steps_before_its_first_run_and_once(suite, timed, tmp_path, monkeypatch, capsys):
+    results, ran = tmp_path / "runs.jsonl", []
+    asked = timed({"lora": 7.0})
+
+    def execute(spec, *_, **__):
+        ran.append(spec["budget"])
+        return {"status": "failed", "error": "made up", "result": None, "env": None}
+
+    monkeypatch.setattr("benchmarks.harness.local.execute", execute)
+    path = suite(seeds=[0], runs=[{"method": "lora"}])
+    run.main([str(path), "--results", str(results), "--dry_run"])
+    assert asked == []
+    for _ in range(2):
+        run.main([str(path), "--results", str(results)])
+    assert ran == [{"examples": 8}, {"seconds": 30, "steps": 4}]
+    assert len(asked) == 1 and len(RunStore(results).latest()) == 2
+    assert "timing steps of 1 kinds of run in turns" in capsys.readouterr().out
+
+
+def test_a_timing_that_dies_stops_the_grid_with_its_log(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "WORKER", ["python3", "-c", "raise SystemExit('made up')"])
+    monkeypatch.setattr(execution, "WORKER", ["false"])
+    with pytest.raises(SystemExit, match=r"steps of movie_reviews could not be timed \(exit status 1\): see .*\.log"):
+        run.main([str(suite()), "--results", str(tmp_path / "runs.jsonl")])
+    assert (tmp_path / "runs.pace.log").read_text() == "made up\n"
+    assert not (tmp_path / "runs.jsonl").exists()
+
+
+@pytest.mark.parametrize("accumulated", [1, 2])
+def test_the_steps_timed_are_of_batches_from_all_over_a_group(monkeypatch, accumulated):
+    """Grouped by length, the first batches are the longest: here batch i takes 48 - i seconds."""
+    clock, model = [0.0], torch.nn.Linear(1, 1)
+    monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
+
+    def compute_loss(model, batch):
+        clock[0] += 48 - batch
+        return model(torch.ones(1)).sum()
+
+    trainer = SimpleNamespace(
+        model=model,
+        args=SimpleNamespace(gradient_accumulation_steps=accumulated, activation_checkpointing=False),
+        get_train_dataloader=lambda: range(500),
+        compute_loss=compute_loss,
+        _prepare_inputs=lambda batch: batch,
+    )
+    steps = pace._steps(SimpleNamespace(trainer=trainer))
+    times = [next(steps) for _ in range(10)]  # of the batches 0, 5, ..., 45
+    assert sum(times) / 10 == accumulated * (48 - 22.5)
+
+
+@pytest.mark.real
+def test_real_steps_are_timed_in_turns_and_change_nothing(saved_model, movie_reviews, tmp_path, monkeypatch):
+    order, steps = [], pace._steps
+
+    def watched(job):
+        for seconds in steps(job):
+            order.append(job.trainer.model)
+            yield seconds
+
+    monkeypatch.setattr(pace, "_steps", watched)
+    monkeypatch.setattr(pace, "TIMED_STEPS", 3)
+    arguments = {"model_name_or_path": saved_model("llama"), "per_device_train_batch_size": 3, "max_seq_length": 64}
+    specs = [
+        {
+            **{"task": "movie_reviews", "data": None, "method": method, "init": None, "source": None},
+            **{"quantization": None, "task_type": None, "budget": {"seconds": 1}, "seed": 0},
+            "arguments": {**arguments, "max_train_samples": 40, **extra},
+        }
+        for method, extra in (("prompt_tuning", {}), ("lora", {"dataloader_num_workers": -1}), ("full", {}))
+    ]
+    rows = pace.time_steps([kind_of(spec) for spec in specs], None)
+    prompt, failed, full = rows
+    assert len(prompt["steps_s"]) == len(full["steps_s"]) == 3
+    assert prompt["step_s"] == pytest.approx(sum(prompt["steps_s"]) / 3) and prompt["step_s"] > 0
+    assert failed["step_s"] is None and "num_workers" in failed["error"]
+    assert [model is order[0] for model in order[2:]] == [True, False] * 3
+    assert prompt["machine"] and prompt["commit"] and prompt["device"] == "cpu"
+    json.dumps(rows)
