@@ -6,7 +6,6 @@ import ctypes
 import gc
 import os
 import platform
-import time
 from pathlib import Path
 from typing import Any
 
@@ -66,28 +65,6 @@ def _cpu_name() -> str:
     kind = told.get("model name", platform.machine())
     numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told)
     return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
-
-
-def yardsticks_s(device: str) -> list[float]:
-    """Seconds of a fixed piece of work, one layer of multiplications, three times: how fast the machine is now.
-
-    Neighbours on the same host make a virtual machine slower without being seen in its own counters.
-    """
-    import torch
-
-    shapes = [(512, 1024), (1024, 4096), (4096, 1024), (512, 4096), (512, 1024)]
-    rows, down, up, wide, result = (torch.ones(shape, device=device) for shape in shapes)
-    times = []
-    with torch.no_grad():
-        for _ in range(3):
-            start = time.perf_counter()
-            for _ in range(4):  # into the same memory: how a program's allocator is doing is not the machine's speed
-                torch.mm(rows, down, out=wide)
-                torch.mm(torch.nn.functional.silu(wide, inplace=True), up, out=result)
-            if device == "cuda":
-                torch.cuda.synchronize()
-            times.append(time.perf_counter() - start)
-    return times
 
 
 def energy_j() -> float | None:

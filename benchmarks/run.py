@@ -82,10 +82,19 @@ def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace) 
     path = pace_path(store.path)
     missing = set(kinds_of(specs)) - set(read_pace(path))
     if missing and not options.dry_run:
-        print(f"timing steps of {len(missing)} kinds of run in turns, for the budgets of seconds; they go to {path}")
+        print(
+            f"timing steps of {len(missing)} kinds of run in turns, for the budgets of seconds; they go to {path}",
+            flush=True,
+        )
         with store.claim("pace", wait=True):
-            measure_pace(specs, path, options.data_dir)
+            measure_pace(specs, path, options.data_dir, _show_pace)
     return with_steps(specs, step_seconds(read_pace(path)))
+
+
+def _show_pace(row: Any) -> None:
+    kind, step_s = row["kind"], row["step_s"]
+    what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"])))
+    print(f"{what}: {row['error']}" if step_s is None else f"{what}: {step_s:.2f} s a step", flush=True)
 
 
 def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:

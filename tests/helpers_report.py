@@ -248,10 +248,7 @@ class Oracle:
         text = self.score(setting, tasks, row)
         if text is None:
             return "out of memory" if setting == EXAMPLES else "not measured"
-        disturbed = any(
-            r["other_cpu_share"] > 0.1 for task in tasks for r in self.results(setting, task, row).values()
-        )
-        return text + (" †" if setting == SECONDS and disturbed else "")
+        return text
 
     def four(self, setting, row):
         """Score, memory, bytes to store and training, of all tasks."""

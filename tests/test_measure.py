@@ -67,7 +67,7 @@ def test_a_run_is_measured_as_it_was(spec, tmp_path):
     assert result["adapter_bytes"] == adapter.stat().st_size
     assert result["unrelated_loss"] != result["bare_unrelated_loss"]
     assert min(result["inference_time_s"], result["bare_inference_time_s"]) > 0
-    assert 0 <= result["other_cpu_share"] <= 1.5 and 0 < result["yardstick_s"] < 10
+    assert 0 <= result["other_cpu_share"] <= 1.5
     assert env["versions"]["peft"] and len(env["weights_sha256"]) == 64
     assert env["train_rows_sha256"] != env["scored_rows_sha256"]
     json.dumps([result, env], allow_nan=False)

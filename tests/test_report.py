@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from benchmarks.harness.pace import kind_of, pace_path
+from benchmarks.harness.suite import source_spec
 from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
 from benchmarks.reporting.contrasts import random_of
@@ -139,11 +141,10 @@ def test_every_run_is_there_with_its_line_its_machine_and_its_command(report, or
             assert row[6] == (seconds or f"{time:.{1 if time >= 10 else 2}f} s" + ", disturbed" * disturbed)
         else:
             assert row[6] == "not measured" and not re.search(r"\d", row[5])
-        assert row[7] == "not measured"  # the store is from before there was a yardstick
-        assert row[8:10] == [str(event["attempt"]), f"{STORE.name}:{oracle.line[row[0]]}"]
-        assert row[10] == ("E1" if event["env"] else "unknown")
+        assert row[7:9] == [str(event["attempt"]), f"{STORE.name}:{oracle.line[row[0]]}"]
+        assert row[9] == ("E1" if event["env"] else "unknown")
     line = STORE.read_text().splitlines()
-    assert all(json.loads(line[int(row[9].split(":")[1]) - 1])["run_id"] == row[0] for row in rows)
+    assert all(json.loads(line[int(row[8].split(":")[1]) - 1])["run_id"] == row[0] for row in rows)
     commands = {row[0]: row[1].strip("`") for row in found["", "The command behind every run"][1:]}
     assert sorted(commands) == sorted(oracle.latest)
     for run_id, typed in commands.items():
@@ -719,7 +720,7 @@ def test_a_store_that_gives_no_report_is_said_and_nothing_is_written(store, run_
         ({"score": float("inf")}, "score is no finite number (inf)"),
         ({"train_time_s": None}, "train_time_s is no finite number (None)"),
         ({"energy_j": "5"}, "energy_j is no finite number ('5')"),
-        ({"yardstick_s": "0.2"}, "yardstick_s is no finite number ('0.2')"),
+        ({"source_rows": "2"}, "source_rows is no finite number ('2')"),
         ({"correct": "012"}, "correct is not one digit for each of 2 rows"),
         ({"curve": [{"examples": 0, "seconds": None, "score": 0.5}]}, "a point of the curve is not three finite"),
     ],
@@ -805,64 +806,59 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
     assert "Runs are from several machines" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
-@pytest.mark.parametrize(
-    ("yardsticks", "lora", "full"),
-    [
-        ((0.2, 0.4, 0.4), "20.0 s", "30.0 s (2 of 4 runs)"),  # at 0.4 s, the median, LoRA takes 10 x 0.4 / 0.2
-        ((0.1, 0.4, 0.2), "20.0 s", "22.5 s (2 of 4 runs)"),  # at 0.2 s full fine-tuning takes 30 / 2 and 30
-        ((None, 0.4, 0.2), "machine's speed unknown", "33.8 s (2 of 4 runs)"),
-        ((None, None, None), "10.0 s", "30.0 s (2 of 4 runs)"),
-    ],
-)
-def test_times_are_brought_to_one_speed_of_the_machine(store, run_of, tmp_path, yardsticks, lora, full):
-    curve = [{"examples": 0, "seconds": 0.0, "score": 0.5}, {"examples": 80, "seconds": 10.0, "score": 0.5}]
+def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store, run_of, tmp_path):
+    """The machine was three times slower in one run: what it took says nothing about the method."""
+    curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
     events = [
-        run_of("lora", 0, "10", train_time_s=10.0, step_time_s=1.0, tokens_per_s=50.0, curve=curve),
-        run_of("full", 0, "10", train_time_s=30.0),
-        run_of("full", 1, "10", train_time_s=30.0),
+        run_of("lora", 0, "10", steps=20, examples_seen=80, tokens_seen=500, train_time_s=10.0),
+        run_of("lora", 1, "10", steps=20, examples_seen=80, tokens_seen=500, train_time_s=30.0, curve=curve),
+        run_of("prompt_tuning", 0, "10", init="TRANSFER", steps=20, source_time_s=99.0, train_time_s=99.0),
+        run_of("full", 0, "10", train_time_s=5.0),
+        run_of("lora", 0, "10", task="shapes", train_time_s=10.0),
     ]
-    for event, yardstick in zip(events, yardsticks, strict=True):
-        event["result"] |= {} if yardstick is None else {"yardstick_s": yardstick}
-    # neither of these says how fast the machine usually is
-    events.append(run_of("full", 2, "10", yardstick_s=9.0, other_cpu_share=0.5))
-    events.append(run_of("full", 3, "10", yardstick_s=9.0))
-    events[-1]["env"] = {**events[-1]["env"], "machine": "a slower one"}
-    events.append(run_of("lora", 0, "10", task="shapes", train_time_s=10.0))  # nobody measured it on this task
-    main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
+    events[1]["result"]["other_cpu_share"] = 0.5
+    events[2]["spec"] |= {"source": {"task": "shapes"}, "budget": {"examples": 80}}
+    path = store(*events)
+    source = source_spec(events[2]["spec"])
+    paces = [(events[0]["spec"], 0.4), (events[2]["spec"], 0.3), (source, 0.5)]
+    rows = [{"kind": kind_of(spec), "step_s": step_s} for spec, step_s in paces]
+    pace_path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    main(["--results", str(path), "--speed", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     found = tables(text)
     columns, *rows = found[EXAMPLES, f"What it costs: colours, {EXAMPLES}"]
-    assert [row[columns.index("training")] for row in rows] == [lora, full]
-    assert rows[0][columns.index("step")] == {"20.0 s": "2.00 s", "10.0 s": "1.00 s"}.get(lora, lora)
-    assert rows[0][columns.index("tokens a second")] == {"20.0 s": "25", "10.0 s": "50"}.get(lora, lora)
-    assert found[EXAMPLES, f"Numbers of the curves: colours, {EXAMPLES}"][2][2] == lora.removesuffix(" s")
+    names = "training", "training of the source", "step", "tokens a second", "inference time, x bare model"
+    costs = {row[0]: [row[columns.index(name)] for name in names] for row in rows}
+    assert costs["LoRA"][:4] == ["8.00 s", "no source", "0.40 s", "62"]
+    assert costs["LoRA"][4].endswith(" (1 of 2 runs)"), "a ratio that was measured is of runs that had the machine"
+    assert costs["Prompt tuning, TRANSFER"][:3] == ["6.00 s", "10.0 s", "0.30 s"]
+    assert costs["Full fine-tuning"][0] == "not timed in turns"
+    seconds = [
+        row[2] for row in found[EXAMPLES, f"Numbers of the curves: colours, {EXAMPLES}"][1:] if row[0] == "LoRA"
+    ]
+    assert seconds[0] == "0.0" and seconds[-1] == "8.0"
     columns, row = found[EXAMPLES, f"What it costs: shapes, {EXAMPLES}"]
-    assert row[columns.index("training")] == "10.0 s"
-    assert ("The machine was not always as fast" in text) == any(yardsticks)
-    listed = {row[0]: row[6:8] for row in found["", "Runs"][1:]}
-    times = ["10.0 s", "30.0 s", "30.0 s"]
-    for event, time, yardstick in zip(events, times, yardsticks, strict=False):
-        assert listed[event["run_id"]] == [time, f"{1000 * yardstick:.0f} ms" if yardstick else "not measured"]
+    assert row[columns.index("training")] == "10.0 s", "nothing of this task was timed in turns"
+    assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 3 lines, sha256" in text
+    assert [row[6] for row in found["", "Runs"][1:] if row[0] == events[1]["run_id"]] == ["30.0 s, disturbed"]
 
 
-def test_at_equal_seconds_the_seconds_are_those_that_were_set(store, run_of):
-    events = [run_of("lora", seed, "10", train_time_s=30.0, yardstick_s=0.1 * (seed + 1)) for seed in range(2)]
-    for event in events:
-        event["spec"]["budget"] = {"seconds": 30}
-    [setting] = settings_of(store(*events))
-    assert [run.result["train_time_s"] for run in setting.timed("colours", setting.variants[0])] == [30.0, 30.0]
+def test_a_line_over_seconds_has_the_pace_too(store, run_of):
+    curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
+    event = run_of("lora", 0, "10", steps=20, examples_seen=80, curve=curve)
+    path = store(event)
+    pace_path(path).write_text(json.dumps({"kind": kind_of(event["spec"]), "step_s": 0.4}) + "\n")
+    [line] = _lines(settings_of(path)[0], "colours", "seconds")
+    assert line.x == pytest.approx([0.0, 2.0, 8.0])
 
 
-@pytest.mark.parametrize("is_weighed", [True, False])
-def test_at_equal_seconds_it_is_said_how_equal_they_were(store, run_of, is_weighed):
+def test_at_equal_seconds_it_is_said_how_long_the_runs_took(store, run_of):
     events = [run_of("lora", seed, "10", train_time_s=25.0 + seed) for seed in range(3)]
-    for event, yardstick in zip(events, (0.25, 0.375, 0.3), strict=True):
-        event["spec"]["budget"] = {"seconds": 30}
-        event["result"] |= {"yardstick_s": yardstick} if is_weighed else {}
+    for event in events:
+        event["spec"]["budget"] = {"seconds": 30, "steps": 7}
     [setting] = settings_of(store(*events))
     [warning] = _warnings(setting)
-    assert warning.startswith("The runs trained for 25.0 s to 27.0 s: ")
-    assert ("took 250 ms to 375 ms beside them" in warning) == is_weighed
+    assert "is the same whenever a run is done. The runs themselves took 25.0 s to 27.0 s." in warning
 
 
 @pytest.mark.parametrize(
@@ -909,19 +905,12 @@ def test_of_runs_without_a_result_the_last_that_ended_is_told(store, run_of):
     assert (by_method["lora"].state, by_method["lora"].line) == ("timeout", 4)
 
 
-def test_the_command_at_equal_seconds_names_the_steps_that_were_run(oracle):
-    runs = {run.run_id: run for run in read_evidence([STORE]).runs}
-    timed = [key for key, event in oracle.good.items() if "seconds" in event["spec"]["budget"]]
-    assert timed
-    for key in timed:
-        assert f"--max_steps {oracle.good[key]['result']['steps']} " in command(runs[key])
-
-
-def test_the_command_at_equal_seconds_lays_out_the_schedule_that_the_run_had(store, run_of):
-    event = run_of("lora", 0, "10", steps=27, planned_steps=31)
-    event["spec"]["budget"] = {"seconds": 30}
+def test_the_command_at_equal_seconds_names_the_steps_that_they_buy(store, run_of):
+    event = run_of("prompt_tuning", 0, "10", init="TRANSFER", source_time_s=1.0)
+    event["spec"] |= {"budget": {"seconds": 30, "steps": 27, "source_steps": 31}, "source": {"task": "shapes"}}
     [run] = read_evidence([store(event)]).runs
-    assert "--max_steps 31 " in command(run)
+    source, own = command(run).split(" && ")
+    assert "--max_steps 31 " in source and "--max_steps 27 " in own
 
 
 def test_a_store_without_a_usable_run_raises_for_programs_too(store):

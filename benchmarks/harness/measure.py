@@ -69,7 +69,6 @@ class Result(TypedDict):
     unrelated_loss: float | None  # per token of text that the task has nothing to do with
     bare_unrelated_loss: float | None  # the same before training, without an adapter
     energy_j: float | None
-    yardstick_s: float | None  # of a fixed piece of work, the median while training: how fast the machine was
     other_cpu_share: float  # of the machine's CPU time while training, used by other programs
 
 

@@ -20,7 +20,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import cycle, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -112,13 +112,19 @@ def step_seconds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | Non
     return {name: row["step_s"] for name, row in rows.items()}
 
 
-def measure_pace(specs: Iterable[Spec], path: Path, data_dir: str | None) -> None:
+def measure_pace(
+    specs: Iterable[Spec],
+    path: Path,
+    data_dir: str | None,
+    report: Callable[[Mapping[str, Any]], None] = lambda row: None,
+) -> None:
     """Time the kinds that a grid needs and that a file does not have, task by task, and add them to it.
 
     Args:
         specs: The grid.
         path: The file, one row a kind.
         data_dir: Where the folders of `spec["data"]` lie.
+        report: Called with each row.
 
     Raises:
         PaceError: The process that takes the steps died.
@@ -139,6 +145,8 @@ def measure_pace(specs: Iterable[Spec], path: Path, data_dir: str | None) -> Non
                 file.write(json.dumps({**row, "factor": factor}) + "\n")
             file.flush()
             os.fsync(file.fileno())
+        for row in rows:
+            report(row)
         known = read_pace(path)
 
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..machine import busy_s, energy_j, peak, reset_peak, yardsticks_s
+from ..machine import busy_s, energy_j, peak, reset_peak
 
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ class Watch(TrainerCallback):
     Args:
         job: The run.
         score_before: Its main metric before training; None: not scored.
-        source: Of the training before, of the prompt that a TRANSFER starts from: how fast the machine was and what
-            other programs took is told of both.
+        source: Of the training before, of the prompt that a TRANSFER starts from: what other programs took is told of
+            both.
     """
 
     def __init__(self, job: Job, score_before: float | None, source: Watch | None = None) -> None:
@@ -39,8 +39,6 @@ class Watch(TrainerCallback):
         self.energy: float | None = 0.0
         self.others_s, self.elapsed_s = (source.others_s, source.elapsed_s) if source is not None else (0.0, 0.0)
         self.most_memory = self.before = 0
-        # taken between the stretches, where neither time nor memory is measured
-        self.yardsticks = list(source.yardsticks) if source is not None else []
         if score_before is not None:
             self.point(score_before)
 
@@ -57,7 +55,6 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first stretch."""
-        self.yardsticks.extend(yardsticks_s(self.device))
         self.before = reset_peak(self.device)
         self._start()
 
@@ -99,7 +96,6 @@ class Watch(TrainerCallback):
             "peak_memory_bytes": max(0, self.most_memory - self.before),
             "memory_kind": "cuda" if self.device == "cuda" else "rss",
             "energy_j": self.energy if self.steps else 0.0,
-            "yardstick_s": statistics.median(self.yardsticks) if self.yardsticks else None,
             "other_cpu_share": self.others_s / self.elapsed_s if self.elapsed_s else 0.0,
         }
 
@@ -118,4 +114,3 @@ class Watch(TrainerCallback):
             self.energy = None  # nobody tells, or the counter began again
         else:
             self.energy += used - self.energy_mark
-        self.yardsticks.extend(yardsticks_s(self.device))

@@ -12,9 +12,8 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import chain
 from pathlib import Path
-from statistics import median, median_low
+from statistics import median_low
 from typing import Any
 
 from ..harness.suite import budget_of
@@ -137,40 +136,32 @@ class Setting:
         return tuple(run for run in self.cells.get((task, variant), ()) if run.counts)
 
     def timed(self, task: str, variant: Variant) -> tuple[Run, ...]:
-        """Those whose times can be compared: undisturbed, on the machine that ran most, and as at its usual speed.
+        """Those whose seconds of training can be compared.
 
-        A virtual machine is now faster and now slower. Where runs of a task have measured how fast, their times are
-        brought to the same speed, and runs that have not are left out; but not at equal seconds, where the seconds are
-        what was set.
+        A virtual machine is now faster and now slower. Where steps of a task were timed in turns, seconds are those of
+        the steps at that pace, and runs of kinds that were not timed are left out; else they are as measured.
         """
-        runs = [run for run in self.runs(task, variant) if self.is_at_rest(run)]
-        if task not in self._weighed:
-            return tuple(runs)
-        return tuple(run.at_speed(self.yardstick_s) for run in runs if run.yardstick_s or not run.result["steps"])
+        if task in self._paced:
+            return tuple(run.at_pace() for run in self.runs(task, variant) if run.has_pace and run.result["steps"])
+        return self.at_rest(task, variant)
+
+    def at_rest(self, task: str, variant: Variant) -> tuple[Run, ...]:
+        """Those that had the machine that ran most for themselves: what was measured of them is not disturbed."""
+        return tuple(run for run in self.runs(task, variant) if self.is_at_rest(run))
 
     def is_at_rest(self, run: Run) -> bool:
         """Whether it had the machine that ran most of this setting for itself."""
         return not run.disturbed and run.machine == self.machine
 
     @cached_property
-    def yardsticks(self) -> tuple[float, ...]:
-        """Seconds of the same piece of work beside the runs at rest, ascending."""
-        return tuple(sorted(chain.from_iterable(self._weighed.values())))
+    def _paced(self) -> frozenset[str]:
+        """Tasks of which steps were timed in turns."""
+        return frozenset(task for (task, _), runs in self.cells.items() if any(run.has_pace for run in runs))
 
     @property
-    def yardstick_s(self) -> float:
-        """Their median: the machine's usual speed."""
-        return median(self.yardsticks)
-
-    @cached_property
-    def _weighed(self) -> dict[str, list[float]]:
-        """Yardsticks of each task that has any."""
-        found: dict[str, list[float]] = {}
-        for (task, _), runs in self.cells.items() if self.unit == "examples" else ():
-            known = [run.yardstick_s for run in runs if run.counts and self.is_at_rest(run) and run.yardstick_s]
-            if known:
-                found.setdefault(task, []).extend(known)
-        return found
+    def has_pace(self) -> bool:
+        """Whether steps of any of its tasks were timed in turns."""
+        return bool(self._paced)
 
     @cached_property
     def machine(self) -> tuple[str, str]:

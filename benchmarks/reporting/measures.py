@@ -8,6 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from .evidence import Setting, Variant
+from .runs import Run
 from .statistics import Comparison, Interval
 
 
@@ -66,11 +67,6 @@ def size(count: float) -> str:
     return f"{count:.0f} B"
 
 
-def milliseconds(value: float) -> str:
-    """Seconds of something short, in three digits."""
-    return f"{1e3 * value:.3g} ms"
-
-
 def seconds(value: float) -> str:
     """Seconds, three digits or more."""
     return f"{value:,.0f} s" if abs(value) >= 100 else f"{value:.1f} s" if abs(value) >= 10 else f"{value:.2f} s"
@@ -95,7 +91,8 @@ class Measure:
         value: From the result; None where it was not measured.
         show: For people.
         fold: Over seeds and tasks.
-        is_time: Whether other programs on the machine disturb it.
+        is_time: Whether it is of the seconds of training, see `Setting.timed`.
+        of_rest: Whether other programs on the machine disturb it.
         of_training: Whether a run without training has none.
     """
 
@@ -104,6 +101,7 @@ class Measure:
     show: Callable[[float], str]
     fold: Callable[[Sequence[float]], float] = fmean
     is_time: bool = False
+    of_rest: bool = False
     of_training: bool = True
 
 
@@ -143,10 +141,10 @@ MEMORY = Measure("memory with the model", _memory, size, max, of_training=False)
 PARAMETERS = Measure("trainable parameters", entry("trainable_parameters"), whole, max)
 STORED = Measure("bytes to store for a task", entry("adapter_bytes"), size, max, of_training=False)
 INFERENCE = Measure(
-    "inference time, x bare model", _ratio, lambda value: f"{value:.2f}", is_time=True, of_training=False
+    "inference time, x bare model", _ratio, lambda value: f"{value:.2f}", of_rest=True, of_training=False
 )
 FORGETTING = Measure("forgetting (loss on other text)", _forgetting, loss, of_training=False)
-ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J", is_time=True)
+ENERGY = Measure("energy", entry("energy_j"), lambda value: f"{value:,.0f} J", of_rest=True)
 ALL_TIME = Measure("training with its source", _all_seconds, seconds, is_time=True)
 OF_SOURCE = (SOURCE_EXAMPLES, SOURCE_TIME)
 NO_ADAPTER = ("full", "linear_probe", "zero_shot")
@@ -157,11 +155,17 @@ COSTS = (
 
 
 def measured(setting: Setting, task: str, variant: Variant, measure: Measure) -> float | None:
-    """Over the seeds of one entry; times of the runs that can be timed."""
-    runs = setting.timed(task, variant) if measure.is_time else setting.runs(task, variant)
+    """Over the seeds of one entry, of the runs that tell."""
+    runs = _runs_that_tell(setting, task, variant, measure)
     values = [measure.value(run.result) for run in runs if run.result["steps"] or not measure.of_training]
     known = [value for value in values if value is not None]
     return measure.fold(known) if known else None
+
+
+def _runs_that_tell(setting: Setting, task: str, variant: Variant, measure: Measure) -> tuple[Run, ...]:
+    if measure.is_time:
+        return setting.timed(task, variant)
+    return setting.at_rest(task, variant) if measure.of_rest else setting.runs(task, variant)
 
 
 def over_tasks(setting: Setting, variant: Variant, tasks: Sequence[str], measure: Measure) -> float | None:
@@ -177,23 +181,25 @@ def written(setting: Setting, task: str, variant: Variant, measure: Measure) -> 
         return "no adapter"
     value, runs = measured(setting, task, variant, measure), setting.runs(task, variant)
     if value is not None:
-        timed = len(setting.timed(task, variant)) if measure.is_time else len(runs)
+        timed = len(_runs_that_tell(setting, task, variant, measure))
         return measure.show(value) + (f" ({timed} of {len(runs)} runs)" if timed < len(runs) else "")
     if runs and measure.of_training and not any(run.result["steps"] for run in runs):
         return "no training"
     if measure in OF_SOURCE and variant.init != "TRANSFER":
         return "no source"
     has_any = any(measure.value(run.result) is not None for run in runs)
-    return untimed(setting, task, variant) if measure.is_time and has_any else MISSING
+    if not has_any or not (measure.is_time or measure.of_rest):
+        return MISSING
+    return untimed(setting, task, variant, measure.of_rest)
 
 
-def untimed(setting: Setting, task: str, variant: Variant) -> str:
+def untimed(setting: Setting, task: str, variant: Variant, of_rest: bool = False) -> str:
     """Why an entry has no time."""
     runs = setting.runs(task, variant)
-    if not runs or setting.timed(task, variant):
+    if not runs or (setting.at_rest if of_rest else setting.timed)(task, variant):
         return MISSING
     if any(setting.is_at_rest(run) for run in runs):
-        return "machine's speed unknown"
+        return "not timed in turns"
     if all(run.disturbed for run in runs):
         return "disturbed"
     return "disturbed or on another machine" if any(run.disturbed for run in runs) else "on another machine"

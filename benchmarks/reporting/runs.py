@@ -11,7 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ..harness.pace import kind_id, kind_of, pace_path, read_pace, step_seconds
 from ..harness.store import RunStore
+from ..harness.suite import source_spec, steps_of
 
 
 SPEC_KEYS = ("task", "data", "method", "init", "source", "quantization", "task_type", "budget", "seed", "arguments")
@@ -25,8 +27,7 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
-_LATER_NUMBERS = ("yardstick_s", "planned_steps", "source_rows", "source_rows_left_out")  # older stores have none
-_TRAINING_SECONDS = {"train_time_s", "source_time_s", "step_time_s"}
+_LATER_NUMBERS = ("source_rows", "source_rows_left_out")  # older stores have none
 _TOLD = {"started": 0, "ok": 2}  # how much an event tells; that of a run that ended badly: 1
 
 
@@ -52,12 +53,16 @@ class Run:
         event: As it is in the store.
         file, line: Where; lines count from 1.
         problem: Why its result cannot be used although the run ended well; "" if it can.
+        step_s, source_step_s: Seconds of a step of its kind and of its source's, timed in turns with all others;
+            None if that was not done.
     """
 
     event: Mapping[str, Any]
     file: str
     line: int
     problem: str = ""
+    step_s: float | None = None
+    source_step_s: float | None = None
 
     @property
     def run_id(self) -> str:
@@ -112,17 +117,23 @@ class Run:
         return str(self.env.get("machine")), str(self.env.get("capability"))
 
     @property
-    def yardstick_s(self) -> float | None:
-        """Seconds that a fixed piece of work took while it trained; None if that was not measured."""
-        return self.result.get("yardstick_s")
+    def has_pace(self) -> bool:
+        """Whether steps of its kind, and of its source's, were timed in turns."""
+        return self.step_s is not None and (self.spec["source"] is None or self.source_step_s is not None)
 
-    def at_speed(self, yardstick_s: float) -> Run:
-        """The same run, its seconds of training as if the piece of work had taken `yardstick_s`."""
-        factor = yardstick_s / (self.yardstick_s or yardstick_s)
-        scaled = {key: value and value * factor for key, value in self.result.items() if key in _TRAINING_SECONDS}
-        scaled["tokens_per_s"] = self.result["tokens_per_s"] / factor
-        scaled["curve"] = [{**point, "seconds": point["seconds"] * factor} for point in self.result.get("curve") or []]
-        return replace(self, event={**self.event, "result": {**self.result, **scaled}})
+    def at_pace(self) -> Run:
+        """The same run, its seconds those of its steps as they were timed in turns."""
+        result, changed = self.result, {"step_time_s": self.step_s}
+        changed["train_time_s"] = total = result["steps"] * self.step_s
+        changed["tokens_per_s"] = result["tokens_seen"] / total
+        share = {point["examples"]: point["examples"] / result["examples_seen"] for point in result.get("curve") or []}
+        changed["curve"] = [
+            {**point, "seconds": share[point["examples"]] * total} for point in result.get("curve") or []
+        ]
+        source = source_spec(self.spec)
+        if source is not None:
+            changed["source_time_s"] = steps_of(source) * self.source_step_s
+        return replace(self, event={**self.event, "result": {**result, **changed}})
 
     @property
     def disturbed(self) -> bool:
@@ -156,19 +167,30 @@ def _is_number(value: Any) -> bool:
 
 
 def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[Run, ...]]:
-    """Read stores.
+    """Read stores, and the files beside them of steps that were timed in turns.
 
     Of a run that is in several of them the one that counts is taken, else the one that started last.
     """
-    stores, runs = [], {}
+    stores, runs, step_s = [], {}, {}
     for path in map(Path, paths):
         store, found = _read(path)
         stores.append(store)
+        timed = pace_path(path)
+        if timed.is_file():
+            content = timed.read_bytes()
+            stores.append(Store(timed.name, hashlib.sha256(content).hexdigest(), len(content.splitlines()), ()))
+            step_s |= step_seconds(read_pace(timed))
         for run in found:
             known = runs.get(run.run_id)
             if known is None or _rank(run) >= _rank(known):
                 runs[run.run_id] = run
-    return tuple(stores), tuple(runs.values())
+    return tuple(stores), tuple(_with_pace(run, step_s) for run in runs.values())
+
+
+def _with_pace(run: Run, step_s: Mapping[str, float | None]) -> Run:
+    source = source_spec(run.spec)
+    own, of_source = (spec and step_s.get(kind_id(kind_of(spec))) for spec in (run.spec, source))
+    return replace(run, step_s=own, source_step_s=of_source)
 
 
 def _rank(run: Run) -> tuple[bool, str]:

@@ -24,9 +24,9 @@ DEFINITIONS = (
     "the number of comparisons: of twenty that are noise, one looks larger over seeds, and more than one over rows. "
     "The best of several inits is found on the rows that it is then compared on, which favours the method with the "
     "most variants.",
-    "Training: seconds of the steps alone, no scoring, no loading. Memory is above the loaded model, the most of "
-    "any seed: of the process (rss) or of the GPU's allocator (cuda). Memory with the model is their sum; where "
-    "nothing is trained it is the model alone, and scoring needs some more.",
+    "Training: seconds of the steps alone, no scoring, no loading; see pace. Memory is above the loaded model, the "
+    "most of any seed: of the process (rss) or of the GPU's allocator (cuda). Memory with the model is their sum; "
+    "where nothing is trained it is the model alone, and scoring needs some more.",
     "Bytes to store for a task: the adapter's file; the head of a linear probe; the whole model after full "
     "fine-tuning. Storage for several tasks has the model in it once, in the precision that it is used in.",
     "Time to a score: seconds of training, with its source's, at the first point of the curve that is at least as "
@@ -35,9 +35,9 @@ DEFINITIONS = (
     "Times x of another method: of the seeds that both were timed with.",
     "Inference time: one scored batch with the adapter over the same batch without it.",
     "Forgetting: the loss per token on text that the task has nothing to do with, adapter on, minus the bare model's.",
-    "Fixed work: the time of the same matrix multiplications in every run, between the stretches of its training. At "
-    "equal examples a run's seconds of training are divided by its own and multiplied by the median of the setting's "
-    "undisturbed runs; of a task where only some runs have measured it, the others have no times.",
+    "Pace: the mean seconds of a step of each method and task, a step of each taken in turn in one process. Where it "
+    "was taken a run's seconds of training are its steps at this pace, and runs of kinds that were not timed have "
+    "none; else they are as measured, of undisturbed runs on the machine that ran most.",
     f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time during training.",
 )
 

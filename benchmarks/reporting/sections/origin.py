@@ -8,10 +8,10 @@ from collections.abc import Container, Iterable, Mapping
 from itertools import product
 from typing import Any
 
-from ...harness.suite import budget_of, run_id, source_spec, steps_of, train_arguments
+from ...harness.suite import budget_of, run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
-from ..measures import COSTS, MISSING, OF_SOURCE, milliseconds, points, seconds
+from ..measures import COSTS, MISSING, OF_SOURCE, points, seconds
 from ..runs import DEFAULT_MODEL, DISTURBED, Run
 from .engine import SpeedRow
 
@@ -47,11 +47,10 @@ def runs_section(evidence: Evidence) -> Section:
     environments = {key: f"E{number}" for number, key in enumerate(_environments(evidence), start=1)}
     explanation = (
         "DATA_DIR is the folder that the suite's data lie in. At equal seconds the number of steps is given: what "
-        "the seconds buy by a timing of all methods in turns. (Of runs from before there was one, which a clock "
-        "stopped, it is what they had planned or did.) A TRANSFER's source was "
+        "the seconds buy by a timing of all methods in turns. A TRANSFER's source was "
         "trained without rows that share text with the scored ones. Disturbed: other programs used more than "
-        f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; its timings are in no other table. "
-        "Fixed work: see how the numbers are made."
+        f"{100 * DISTURBED:.0f} % of the machine's CPU time while the run trained; inference and energy are not "
+        "taken from it."
     )
     runs = Table(
         "Runs",
@@ -63,7 +62,6 @@ def runs_section(evidence: Evidence) -> Section:
             "budget",
             "score",
             "training",
-            "fixed work",
             "attempt",
             "line",
             "environment",
@@ -92,8 +90,7 @@ def _run_texts(run: Run) -> list[str]:
         time = seconds(run.result["train_time_s"]) if run.result["steps"] else "no training"
     time += ", disturbed" if run.disturbed else ""
     what = [run.run_id, _name(run), run.spec["task"], str(run.seed), _budget(run), score, time]
-    yardstick = milliseconds(run.yardstick_s) if run.yardstick_s else MISSING
-    return [*what, yardstick, str(run.event["attempt"]), _where(run)]
+    return [*what, str(run.event["attempt"]), _where(run)]
 
 
 def gaps_section(evidence: Evidence, wanted: list[Mapping[str, Any]] | None) -> Section:
@@ -158,12 +155,8 @@ def command(run: Run) -> str:
     lines, extra = [], []
     source = source_spec(run.spec)
     if source is not None:
-        # runs of before there was a pace do not tell how many steps their source had
-        steps = ["--max_steps", "STEPS"] if steps_of(source) is None else []
-        lines.append(_line(source, [*steps, "--output_dir", "SOURCE"]))
+        lines.append(_line(source, ["--output_dir", "SOURCE"]))
         extra = ["--prompt_tuning_init_kwargs", json.dumps({"source": "SOURCE"})]
-    if steps_of(run.spec) is None and run.counts:
-        extra += ["--max_steps", str(run.result.get("planned_steps") or run.result["steps"])]
     return " && ".join([*lines, _line(run.spec, [*extra, "--output_dir", "OUTPUT"])])
 
 

@@ -7,7 +7,6 @@ from collections.abc import Sequence
 from itertools import chain, product
 from statistics import fmean
 
-from ...harness.suite import steps_of
 from ..contrasts import best_variant, mean_score, rivals, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
 from ..evidence import MIN_SEEDS, UNSET, Evidence, Setting, Variant, flags, kind
@@ -19,7 +18,6 @@ from ..measures import (
     OF_SOURCE,
     in_points,
     measured,
-    milliseconds,
     p_values,
     seconds,
     whole,
@@ -150,13 +148,7 @@ def _score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
     if score is None:
         states = {run.state for task in tasks for run in setting.cells.get((task, variant), ()) if not run.counts}
         return ", ".join(sorted(states)) or MISSING
-    return score_text(setting, variant, score) + _mark(setting, variant, tasks)
-
-
-def _mark(setting: Setting, variant: Variant, tasks: Sequence[str]) -> str:
-    """Where a clock stopped a disturbed run it has seen fewer examples, so its score is marked too."""
-    runs = [run for task in tasks for run in setting.runs(task, variant)]
-    return " †" if any(run.disturbed and steps_of(run.spec) is None for run in runs) else ""
+    return score_text(setting, variant, score)
 
 
 def _costs(setting: Setting, task: str) -> Table:
@@ -177,43 +169,24 @@ def _warnings(setting: Setting) -> list[str]:
 
 def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
     disturbed = sum(run.disturbed for run in counted)
-    by_clock = any(run.disturbed and steps_of(run.spec) is None for run in counted)
-    marked = ", and their scores, which suffer too where a clock stopped them, are marked †" if by_clock else ""
     what = f"{disturbed} of {len(counted)} runs shared the machine with other programs"
-    return [f"{what}: their timings are left out{marked}."] if disturbed else []
+    return [f"{what}: their timings are left out."] if disturbed else []
 
 
 def _speeds(setting: Setting, counted: Sequence[Run]) -> list[str]:
-    if setting.unit == "examples" and setting.yardsticks:
-        return [
-            f"The machine was not always as fast: the same piece of work took {_span(setting.yardsticks)} beside the "
-            f"runs. Seconds of training are given as for {milliseconds(setting.yardstick_s)}, the median; as they "
-            "were they stand with every run. Runs that did not measure it have no times here if others of a task did."
-        ]
-    trained = [run for run in counted if run.result["steps"]]
-    if setting.unit != "seconds" or not trained:
-        return []
-    times = sorted(run.result["train_time_s"] for run in trained)
-    if all(steps_of(run.spec) is not None for run in trained):
-        return [
-            "How many steps the seconds buy was found by timing a step of each method in turns, and is the same "
-            f"whenever a run is done. The runs took {seconds(times[0])} to {seconds(times[-1])}: the machine was not "
-            "always as fast."
-        ]
-    known = sorted(run.yardstick_s for run in trained if run.yardstick_s)
-    text = (
-        f"The runs trained for {seconds(times[0])} to {seconds(times[-1])}: how many steps fit is reckoned from some "
-        "that are timed before."
-    )
-    if known:
-        text += (
-            f" The same piece of work took {_span(known)} beside them: how fast the machine was decides scores too."
+    texts = []
+    if setting.has_pace:
+        texts.append(
+            "A machine is not always as fast. So a step of each method was timed in turns with the others, and "
+            "seconds of training are the run's steps at that pace; as they were they stand with every run."
         )
-    return [text]
-
-
-def _span(ascending: Sequence[float]) -> str:
-    return f"{milliseconds(ascending[0])} to {milliseconds(ascending[-1])}"
+    trained = sorted(run.result["train_time_s"] for run in counted if run.result["steps"])
+    if setting.unit == "seconds" and trained:
+        texts.append(
+            "How many steps the seconds buy comes from that pace, and is the same whenever a run is done. The runs "
+            f"themselves took {seconds(trained[0])} to {seconds(trained[-1])}."
+        )
+    return texts
 
 
 def _sources(counted: Sequence[Run]) -> list[str]:
