@@ -160,21 +160,25 @@ def test_the_steps_timed_are_of_batches_from_all_over_a_group(monkeypatch, accum
 
     trainer = SimpleNamespace(
         model=model,
-        args=SimpleNamespace(gradient_accumulation_steps=accumulated, activation_checkpointing=False),
+        args=SimpleNamespace(
+            gradient_accumulation_steps=accumulated, activation_checkpointing=False, max_grad_norm=1.0
+        ),
+        create_optimizer=lambda: torch.optim.SGD(model.parameters(), lr=0.0),
         get_train_dataloader=lambda: range(500),
         compute_loss=compute_loss,
         _prepare_inputs=lambda batch: batch,
     )
     steps = pace._steps(SimpleNamespace(trainer=trainer))
-    times = [next(steps) for _ in range(10)]  # of the batches 0, 5, ..., 45
-    assert sum(times) / 10 == accumulated * (48 - 22.5)
+    times = [next(steps) for _ in range(25)]  # of the batches 0, 2, ..., 48
+    assert sum(times) / 25 == accumulated * (48 - 24)
 
 
 @pytest.mark.real
 def test_real_steps_are_timed_in_turns_and_change_nothing(saved_model, movie_reviews, tmp_path, monkeypatch):
-    order, steps = [], pace._steps
+    order, weights, steps = [], [], pace._steps
 
     def watched(job):
+        weights.append({name: value.clone() for name, value in job.trainer.model.state_dict().items()})
         for seconds in steps(job):
             order.append(job.trainer.model)
             yield seconds
@@ -196,5 +200,7 @@ def test_real_steps_are_timed_in_turns_and_change_nothing(saved_model, movie_rev
     assert prompt["step_s"] == pytest.approx(sum(prompt["steps_s"]) / 3) and prompt["step_s"] > 0
     assert failed["step_s"] is None and "num_workers" in failed["error"]
     assert [model is order[0] for model in order[2:]] == [True, False] * 3
+    for model, was in zip(order[:2], (weights[0], weights[2]), strict=True):
+        assert all(torch.equal(model.state_dict()[name], before) for name, before in was.items())
     assert prompt["machine"] and prompt["commit"] and prompt["device"] == "cpu"
     json.dumps(rows)

@@ -839,6 +839,11 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     assert seconds[0] == "0.0" and seconds[-1] == "8.0"
     columns, row = found[EXAMPLES, f"What it costs: shapes, {EXAMPLES}"]
     assert row[columns.index("training")] == "10.0 s", "nothing of this task was timed in turns"
+    hours = "times are means (as measured: the machine may have been slower at one hour than at another)."
+    assert hours not in text
+    pace_path(path).unlink()
+    main(["--results", str(path), "--speed", "--output", str(tmp_path / "without")])
+    assert hours in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
     assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 3 lines, sha256" in text
     assert [row[6] for row in found["", "Runs"][1:] if row[0] == events[1]["run_id"]] == ["30.0 s, disturbed"]
 

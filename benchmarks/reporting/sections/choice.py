@@ -87,10 +87,11 @@ def _batches(setting: Setting) -> str:
         values = {run.spec["arguments"].get(name) for run in runs if run.result["steps"]}
         return " or ".join(map(str, sorted(values - {None}))) or "the recipe's default"
 
+    hours = "" if setting.has_pace else " (as measured: the machine may have been slower at one hour than at another)"
     return (
         f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
         f"{given('max_seq_length')} tokens a row. Memory is the model and its training, the most of any "
-        "task and seed, as the bytes to store are; times are means."
+        f"task and seed, as the bytes to store are; times are means{hours}."
     )
 
 
