@@ -46,13 +46,16 @@ def main(arguments: list[str]) -> None:
 
 def show(advice: Advice) -> None:
     """Print one setting's answer, and one line for each method."""
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     console = Console()
-    table = Table("method", "score", "memory", f"storage, {_tasks(advice.needs.count)}", "training", "so")
+    columns = ("method", "score", "memory", f"storage, {_tasks(advice.needs.count)}", "training", "so")
+    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # a terminal has 80 columns
     for column in table.columns:
         column.overflow = "fold"
+    table.columns[-1].min_width = 28
     for candidate in advice.candidates:
         is_pick = advice.pick is not None and candidate.variant == advice.pick.variant
         so = "the pick" if is_pick else candidate.excluded
