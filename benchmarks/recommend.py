@@ -55,7 +55,6 @@ def show(advice: Advice) -> None:
     table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # a terminal has 80 columns
     for column in table.columns:
         column.overflow = "fold"
-    table.columns[-1].min_width = 28
     for candidate in advice.candidates:
         is_pick = advice.pick is not None and candidate.variant == advice.pick.variant
         so = "the pick" if is_pick else candidate.excluded
