@@ -115,7 +115,7 @@ def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp
     whole = path.read_text()
     path.write_text(whole + whole.replace("2.0", "3.0") + whole[:30])
     assert list(step_seconds(read_pace(path)).values()) == [2.0]
-    path.write_text(whole[:30] + "\n")
+    path.write_text(whole[:30])
     measure_pace(specs, path, None)
     assert list(step_seconds(read_pace(path)).values()) == [2.0]
 

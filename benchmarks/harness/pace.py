@@ -139,7 +139,9 @@ def measure_pace(
         if anchor is not None:
             factor = anchor["step_s"] / rows.pop()["step_s"]
         path.parent.mkdir(parents=True, exist_ok=True)
+        is_torn = path.is_file() and not path.read_text(encoding="utf-8").endswith("\n")
         with path.open("a", encoding="utf-8") as file:
+            file.write("\n" if is_torn else "")  # a kill tore the last line; it must not take this one with it
             for row in rows:
                 row["step_s"] = row["step_s"] and row["step_s"] * factor
                 file.write(json.dumps({**row, "factor": factor}) + "\n")
@@ -155,7 +157,7 @@ def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None) -> list[dict[
     log.parent.mkdir(parents=True, exist_ok=True)
     given, told = log.with_suffix(".kinds.json"), log.with_suffix(".steps.json")
     given.write_text(json.dumps(kinds), encoding="utf-8")
-    command = [*WORKER, str(given.resolve()), str(told.resolve())]
+    command = [*WORKER, str(given.resolve()), str(told.resolve()), "--parent", str(os.getpid())]
     command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
     with log.open("w", encoding="utf-8") as file:
         ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
@@ -171,11 +173,15 @@ def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None) -> list[dict[
 
 def main() -> None:
     """Time the kinds of one task."""
+    from .measure import die_with
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("kinds", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--data_dir")
+    parser.add_argument("--parent", type=int, help="the process that waits for it, and without which it ends")
     options = parser.parse_args()
+    die_with(options.parent or os.getppid())
     kinds = json.loads(options.kinds.read_text(encoding="utf-8"))
     options.output.write_text(json.dumps(time_steps(kinds, options.data_dir)), encoding="utf-8")
 

@@ -126,9 +126,9 @@ class Run:
         result, changed = self.result, {"step_time_s": self.step_s}
         changed["train_time_s"] = total = result["steps"] * self.step_s
         changed["tokens_per_s"] = result["tokens_seen"] / total
-        share = {point["examples"]: point["examples"] / result["examples_seen"] for point in result.get("curve") or []}
         changed["curve"] = [
-            {**point, "seconds": share[point["examples"]] * total} for point in result.get("curve") or []
+            {**point, "seconds": total * point["examples"] / result["examples_seen"]}
+            for point in result.get("curve") or []
         ]
         source = source_spec(self.spec)
         if source is not None:
