@@ -107,6 +107,18 @@ def test_what_is_timed_later_is_brought_to_the_speed_of_before(suite, timed, tmp
     assert len(asked) == 2, "nothing is timed twice"
 
 
+def test_later_timings_need_the_kind_that_they_are_brought_to(suite, timed, tmp_path):
+    path = tmp_path / "pace.jsonl"
+    timed({"lora": 2.0})
+    measure_pace(load_suite(suite(runs=[{"method": "lora"}])), path, None)
+    before = path.read_text()
+    timed({"lora": None, "full": 10.0})
+    wanted = "of movie_reviews could not be timed: lora on movie_reviews, beside which they are, failed with None; "
+    with pytest.raises(pace.PaceError, match=wanted):
+        measure_pace(load_suite(suite(runs=[{"method": "full"}])), path, None)
+    assert path.read_text() == before
+
+
 def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp_path):
     path = tmp_path / "pace.jsonl"
     timed({"lora": 2.0})

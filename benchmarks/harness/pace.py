@@ -127,7 +127,7 @@ def measure_pace(
         report: Called with each row.
 
     Raises:
-        PaceError: The process that takes the steps died.
+        PaceError: The process that takes the steps died, or the kind that others are brought to failed.
     """
     known = read_pace(path)
     missing = {name: kind for name, kind in kinds_of(specs).items() if name not in known}
@@ -137,7 +137,13 @@ def measure_pace(
         rows = _timed([*kinds, *([anchor["kind"]] if anchor else [])], path.with_suffix(".log"), data_dir)
         factor = 1.0
         if anchor is not None:
-            factor = anchor["step_s"] / rows.pop()["step_s"]
+            again = rows.pop()
+            if not again["step_s"]:
+                raise PaceError(
+                    f"the steps of {task} could not be timed: {anchor['kind']['method']} on {anchor['kind']['task']}, "
+                    f"beside which they are, failed with {again['error']}; see {path.with_suffix('.log')}"
+                )
+            factor = anchor["step_s"] / again["step_s"]
         path.parent.mkdir(parents=True, exist_ok=True)
         is_torn = path.is_file() and not path.read_text(encoding="utf-8").endswith("\n")
         with path.open("a", encoding="utf-8") as file:
