@@ -29,6 +29,8 @@ from .suite import Spec
 if TYPE_CHECKING:
     from recipes.train import Job
 
+    from .watch import Watch
+
 
 CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
@@ -113,11 +115,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     """
     from transformers import set_seed
 
-    from peft_prompt_ext.recipe.trainer import task_metrics
-    from recipes import train as recipe
-
     from ..machine import touch
-    from .environment import FILE, code, environment
+    from .environment import FILE, code
     from .watch import Watch
 
     now = code()  # as it was when the run began, whatever is checked out meanwhile
@@ -127,9 +126,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
-    rows, train_rows = _scored(job)[1], job.splits.get("train")
-    revision = getattr(trainer.model.config, "_commit_hash", None)
-    env = now | environment(job.record["model_name_or_path"], revision, trainer.args.device.type, rows, train_rows)
+    env = now | _environment(job)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), _unrelated_loss(job, bare=True)
@@ -137,15 +134,11 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     set_seed(spec["seed"])
     watch = Watch(job, before.on_curve, source and source.watch)
     if trainer.args.do_train:
-        trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
-        encoded, shown = (split.select(_curve_rows(len(split))) for split in _scored(job))
-        trainer.eval_dataset, trainer.compute_metrics = encoded, task_metrics(trainer.family, shown)
-        trainer.add_callback(watch)
-        recipe.train(trainer, None)
-        trainer.remove_callback(watch)
+        _train(job, watch)
         after = _score(job)
         watch.point(after.on_curve)
     with_adapter, bare = _inference_times(job)
+    scored = len(_scored(job)[1])
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if trainer.args.do_train else 0
     result: Result = {
         "main_metric": trainer.family.task.main_metric,
@@ -154,9 +147,9 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "metrics_all": _metrics(after.metrics),
         "loss": after.metrics["eval_loss"],
         "correct": after.correct,
-        "eval_samples": len(rows),
+        "eval_samples": scored,
         "curve": watch.curve,
-        "curve_samples": len(_curve_rows(len(rows))),
+        "curve_samples": len(_curve_rows(scored)),
         **watch.totals(),
         "source_time_s": source and source.watch.train_time_s,
         "source_rows": source and source.watch.examples,
@@ -177,6 +170,29 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     if infinite:
         raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
     return result, env
+
+
+def _environment(job: Job) -> dict[str, Any]:
+    from .environment import environment
+
+    model, device = job.trainer.model, job.trainer.args.device.type
+    revision = getattr(model.config, "_commit_hash", None)
+    rows = _scored(job)[1]
+    return environment(job.record["model_name_or_path"], revision, device, rows, job.splits.get("train"))
+
+
+def _train(job: Job, watch: Watch) -> None:
+    """Train, with scores on the curve's rows on the way."""
+    from peft_prompt_ext.recipe.trainer import task_metrics
+    from recipes import train as recipe
+
+    trainer = job.trainer
+    trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
+    encoded, shown = (split.select(_curve_rows(len(split))) for split in _scored(job))
+    trainer.eval_dataset, trainer.compute_metrics = encoded, task_metrics(trainer.family, shown)
+    trainer.add_callback(watch)
+    recipe.train(trainer, None)
+    trainer.remove_callback(watch)
 
 
 def _main_key(job: Job) -> str:
