@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 
+THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_")  # OMP_WAIT_POLICY=passive made small operations a third slower
+
+
 def touch(model: Any) -> None:
     """Read every weight: those that are still on the disk alone would count as memory of the first step."""
     import torch
@@ -48,14 +51,20 @@ def _status_bytes(name: str) -> int:
 
 
 def machine(device: str) -> dict[str, Any]:
-    """Versions and machine of a row."""
+    """Versions and machine of a row, and what the threads of PyTorch depend on."""
     import peft
     import torch
     import transformers
 
     name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
-    return {"machine": name, "capability": torch.backends.cpu.get_cpu_capability(), "versions": versions}
+    return {
+        "machine": name,
+        "capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "thread_variables": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(THREAD_VARIABLES)},
+        "versions": versions,
+    }
 
 
 def _cpu_name() -> str:

@@ -197,6 +197,7 @@ def test_real_steps_are_timed_in_turns_and_change_nothing(saved_model, movie_rev
 
     monkeypatch.setattr(pace, "_steps", watched)
     monkeypatch.setattr(pace, "TIMED_STEPS", 3)
+    monkeypatch.setenv("OMP_WAIT_POLICY", "passive")
     arguments = {"model_name_or_path": saved_model("llama"), "per_device_train_batch_size": 3, "max_seq_length": 64}
     specs = [
         {
@@ -215,4 +216,5 @@ def test_real_steps_are_timed_in_turns_and_change_nothing(saved_model, movie_rev
     for model, was in zip(order[:2], (weights[0], weights[2]), strict=True):
         assert all(torch.equal(model.state_dict()[name], before) for name, before in was.items())
     assert prompt["machine"] and prompt["commit"] and prompt["device"] == "cpu"
+    assert prompt["threads"] == torch.get_num_threads() and prompt["thread_variables"]["OMP_WAIT_POLICY"] == "passive"
     json.dumps(rows)

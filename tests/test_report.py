@@ -806,6 +806,12 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
     assert "Runs are from several machines" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def pace_row(spec, step_s):
+    env = {"machine": "made up for the tests", "capability": "none", "commit": "abc", "dirty": True, "threads": 2}
+    env["thread_variables"] = {"OMP_WAIT_POLICY": "passive"}
+    return {"kind": kind_of(spec), "step_s": step_s, "steps_s": [step_s], "factor": 1.0, "error": None, **env}
+
+
 def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store, run_of, tmp_path):
     """The machine was three times slower in one run: what it took says nothing about the method."""
     curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
@@ -821,8 +827,10 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     path = store(*events)
     source = source_spec(events[2]["spec"])
     paces = [(events[0]["spec"], 0.4), (events[2]["spec"], 0.3), (source, 0.5)]
-    rows = [{"kind": kind_of(spec), "step_s": step_s} for spec, step_s in paces]
-    pace_path(path).write_text("".join(json.dumps(row) + "\n" for row in rows))
+    rows = [pace_row(spec, step_s) for spec, step_s in paces]
+    rows[1] |= {"steps_s": [0.1, 0.2], "factor": 2.0}
+    failed = pace_row(events[3]["spec"], None) | {"steps_s": [], "error": "ValueError: made up"}
+    pace_path(path).write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rows, failed]))
     main(["--results", str(path), "--speed", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     found = tables(text)
@@ -844,7 +852,14 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     pace_path(path).unlink()
     main(["--results", str(path), "--speed", "--output", str(tmp_path / "without")])
     assert hours in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
-    assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 3 lines, sha256" in text
+    assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 5 lines, sha256" in text
+    on = "made up for the tests, none, 2 threads, OMP_WAIT_POLICY=passive", "abc with changes"
+    assert found["", "Steps timed in turns"][1:] == [
+        ["LoRA", "colours", "0.40 s", "1", "1.000", *on, "runs.pace.jsonl:1"],
+        ["Prompt tuning", "colours", "0.30 ± 1.27 s", "2", "2.000", *on, "runs.pace.jsonl:3"],  # t(1) = 12.7
+        ["Prompt tuning", "shapes", "0.50 s", "1", "1.000", *on, "runs.pace.jsonl:4"],
+        ["Full fine-tuning", "colours", "failed: ValueError: made up", "0", "1.000", *on, "runs.pace.jsonl:5"],
+    ]
     assert [row[6] for row in found["", "Runs"][1:] if row[0] == events[1]["run_id"]] == ["30.0 s, disturbed"]
 
 
@@ -852,7 +867,7 @@ def test_a_line_over_seconds_has_the_pace_too(store, run_of):
     curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
     event = run_of("lora", 0, "10", steps=20, examples_seen=80, curve=curve)
     path = store(event)
-    pace_path(path).write_text(json.dumps({"kind": kind_of(event["spec"]), "step_s": 0.4}) + "\n")
+    pace_path(path).write_text(json.dumps(pace_row(event["spec"], 0.4)) + "\n")
     [line] = _lines(settings_of(path)[0], "colours", "seconds")
     assert line.x == pytest.approx([0.0, 2.0, 8.0])
 

@@ -96,14 +96,18 @@ def pace_path(results: Path) -> Path:
 
 
 def read_pace(path: Path) -> dict[str, dict[str, Any]]:
-    """What has been timed, by the name of the kind; the first of several counts, since runs were made with it."""
+    """What has been timed, by the name of the kind, and the number of its line.
+
+    The first of several of one kind counts, since runs were made with it.
+    """
     rows: dict[str, dict[str, Any]] = {}
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+    lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+    for number, line in enumerate(lines, start=1):
         try:
             row = json.loads(line)
         except ValueError:
             continue  # a kill tore it
-        rows.setdefault(kind_id(row["kind"]), row)
+        rows.setdefault(kind_id(row["kind"]), {**row, "line": number})
     return rows
 
 

@@ -17,7 +17,7 @@ from statistics import median_low
 from typing import Any
 
 from ..harness.suite import budget_of
-from .runs import EvidenceError, Run, Store, read_stores
+from .runs import EvidenceError, Pace, Run, Store, read_stores
 
 
 METHODS = {
@@ -192,6 +192,7 @@ class Evidence:
     stores: tuple[Store, ...]
     runs: tuple[Run, ...]
     settings: tuple[Setting, ...]
+    paces: tuple[Pace, ...]
 
 
 def read_evidence(paths: Iterable[str | Path]) -> Evidence:
@@ -201,7 +202,7 @@ def read_evidence(paths: Iterable[str | Path]) -> Evidence:
         EvidenceError: A file is missing, or there is no run that counts.
         StoreError: A file is no store, or from a newer version.
     """
-    stores, runs = read_stores(paths)
+    stores, runs, paces = read_stores(paths)
     if not stores:
         raise EvidenceError("There is nothing to report: no results file was given, and the project has none.")
     names = ", ".join(store.name for store in stores)
@@ -211,7 +212,7 @@ def read_evidence(paths: Iterable[str | Path]) -> Evidence:
         states = ", ".join(f"{count} {state}" for state, count in Counter(run.state for run in runs).items())
         raise EvidenceError(f"There is nothing to report: no run of {names} ended well ({states}).")
     ordered = tuple(sorted(runs, key=_order))
-    return Evidence(stores, ordered, tuple(_settings(ordered)))
+    return Evidence(stores, ordered, tuple(_settings(ordered)), paces)
 
 
 def _number(text: str) -> float:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..harness.pace import kind_id, kind_of, pace_path, read_pace, step_seconds
+from ..harness.pace import kind_id, kind_of, pace_path, read_pace
 from ..harness.store import RunStore
 from ..harness.suite import source_spec, steps_of
 
@@ -43,6 +43,20 @@ class Store:
     sha256: str
     lines: int
     torn: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Steps of a kind of run that were timed in turns with those of others, and where they stand.
+
+    Attributes:
+        row: As it is in the file, see `harness.pace`.
+        file, line: Where; lines count from 1.
+    """
+
+    row: Mapping[str, Any]
+    file: str
+    line: int
 
 
 @dataclass(frozen=True)
@@ -166,12 +180,12 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[Run, ...]]:
+def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[Run, ...], tuple[Pace, ...]]:
     """Read stores, and the files beside them of steps that were timed in turns.
 
     Of a run that is in several of them the one that counts is taken, else the one that started last.
     """
-    stores, runs, step_s = [], {}, {}
+    stores, runs, paces = [], {}, {}
     for path in map(Path, paths):
         store, found = _read(path)
         stores.append(store)
@@ -179,12 +193,13 @@ def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[R
         if timed.is_file():
             content = timed.read_bytes()
             stores.append(Store(timed.name, hashlib.sha256(content).hexdigest(), len(content.splitlines()), ()))
-            step_s |= step_seconds(read_pace(timed))
+            paces |= {name: Pace(row, timed.name, row["line"]) for name, row in read_pace(timed).items()}
         for run in found:
             known = runs.get(run.run_id)
             if known is None or _rank(run) >= _rank(known):
                 runs[run.run_id] = run
-    return tuple(stores), tuple(_with_pace(run, step_s) for run in runs.values())
+    step_s = {name: pace.row["step_s"] for name, pace in paces.items()}
+    return tuple(stores), tuple(_with_pace(run, step_s) for run in runs.values()), tuple(paces.values())
 
 
 def _with_pace(run: Run, step_s: Mapping[str, float | None]) -> Run:

@@ -12,7 +12,8 @@ from ...harness.suite import budget_of, run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
 from ..measures import COSTS, MISSING, OF_SOURCE, points, seconds
-from ..runs import DEFAULT_MODEL, DISTURBED, Run
+from ..runs import DEFAULT_MODEL, DISTURBED, Pace, Run
+from ..statistics import interval
 from .engine import SpeedRow
 
 
@@ -79,8 +80,32 @@ def runs_section(evidence: Evidence) -> Section:
         ("name", "device", "machine", "Python", "packages", "commit"),
         [cells([name, *_environment_texts(json.loads(key))]) for key, name in environments.items()],
     )
-    blocks: list[Block] = [Text(explanation), runs, commands, machines, _hashes(evidence)]
+    blocks: list[Block] = [Text(explanation), runs, commands, machines, *_paces(evidence), _hashes(evidence)]
     return Section("runs", "Every run, its line and its command", blocks)
+
+
+def _paces(evidence: Evidence) -> list[Block]:
+    """The steps that were timed in turns."""
+    if not evidence.paces:
+        return []
+    explanation = (
+        "The pace: seconds of a step of each kind of run, ± 95 % over the steps, whose batches differ in length. Each "
+        "task is a timing of its own, in which one kind of an earlier one is timed again; the factor brings that one "
+        "to its first time, and is in the seconds."
+    )
+    rows = [_pace_texts(pace) for pace in evidence.paces]
+    columns = ("method", "task", "a step", "steps", "factor", "machine", "commit", "line")
+    return [Text(explanation), Table("Steps timed in turns", columns, list(map(cells, rows)))]
+
+
+def _pace_texts(pace: Pace) -> list[str]:
+    row, kind = pace.row, pace.row["kind"]
+    step, times, factor = f"failed: {row['error']}", row["steps_s"], row["factor"]
+    if times:
+        half = interval([factor * time for time in times]).half
+        step = f"{row['step_s']:.2f}" + (" s" if half is None else f" ± {half:.2f} s")
+    what = [Variant(kind["method"], None, kind["quantization"]).label, kind["task"], step, str(len(times))]
+    return [*what, f"{factor:.3f}", _machine_text(row), _commit_text(row), f"{pace.file}:{pace.line}"]
 
 
 def _run_texts(run: Run) -> list[str]:
@@ -197,7 +222,10 @@ def _hashes(evidence: Evidence) -> Table:
 
 
 def _environment(run: Run) -> str:
-    keys = ("device", "machine", "capability", "python", "versions", "commit", "dirty")
+    keys = (
+        *("device", "machine", "capability", "threads", "thread_variables"),
+        *("python", "versions", "commit", "dirty"),
+    )
     return json.dumps({key: run.env.get(key) for key in keys}, sort_keys=True) if run.env else ""
 
 
@@ -207,8 +235,18 @@ def _environments(evidence: Evidence) -> Iterable[str]:
 
 def _environment_texts(env: Mapping[str, Any]) -> list[str]:
     packages = ", ".join(f"{name} {version}" for name, version in (env["versions"] or {}).items() if version)
-    commit = f"{env['commit'] or 'unknown'}{' with changes' if env['dirty'] else ''}"
-    return [str(env["device"]), f"{env['machine']}, {env['capability']}", str(env["python"]), packages, commit]
+    return [str(env["device"]), _machine_text(env), str(env["python"]), packages, _commit_text(env)]
+
+
+def _machine_text(env: Mapping[str, Any]) -> str:
+    """With the threads, which older rows do not tell."""
+    told = [str(env["machine"]), str(env["capability"])]
+    told += [f"{env['threads']} threads"] if env.get("threads") else []
+    return ", ".join([*told, *(f"{name}={value}" for name, value in (env.get("thread_variables") or {}).items())])
+
+
+def _commit_text(env: Mapping[str, Any]) -> str:
+    return f"{env['commit'] or 'unknown'}{' with changes' if env['dirty'] else ''}"
 
 
 def _name(run: Run) -> str:
