@@ -97,8 +97,8 @@ def _sentence(advice: Advice) -> str:
         f"{size(pick.storage_bytes(advice.needs.count))} of storage for {_tasks(advice.needs.count)}",
         f"{seconds(pick.time_s)} of training a task" if pick.time_s else time,
     ]
-    if pick.comparison is not None:
-        costs.append(f"{in_points(pick.comparison.difference)} against the best mean")
+    behind = pick.comparison and in_points(pick.comparison.difference)
+    costs.append(f"{behind} against the best mean" if behind else "the best mean")
     thin = f" The evidence is too thin, fewer than {MIN_SEEDS} seeds: a hint, no advice." if advice.is_thin else ""
     instead = f" The {advice.instead}." if advice.instead else ""
     return f"Pick {pick.variant.label}: {', '.join(costs)}.{instead}{thin}"

@@ -320,7 +320,7 @@ class Oracle:
                 elif is_found:
                     both = verdict == "larger than the noise"
                     alone = "" if both else f", says the test over {'rows' if 'rows' in verdict else 'seeds'} alone"
-                    so = f"worse than {best} by {x100(-middle)} points{alone}"
+                    so = f"{x100(-middle)} points below the best mean{alone}"
                 line += [self.points(setting, TASKS, row, best), p(over_seeds), p(over_rows), so]
             evidence.append(line)
         found[setting, "The evidence: every method against the highest mean, and the p of both tests"] = evidence

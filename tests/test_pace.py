@@ -11,7 +11,7 @@ from benchmarks import run
 from benchmarks.harness import execute as execution
 from benchmarks.harness import pace
 from benchmarks.harness.pace import kind_id, kind_of, kinds_of, measure_pace, read_pace, step_seconds, with_steps
-from benchmarks.harness.store import RunStore
+from benchmarks.harness.store import RunStore, StoreError
 from benchmarks.harness.suite import load_suite, source_spec, train_arguments
 
 
@@ -130,6 +130,14 @@ def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp
     path.write_text(whole[:30])
     measure_pace(specs, path, None)
     assert list(step_seconds(read_pace(path)).values()) == [2.0]
+
+
+@pytest.mark.parametrize("line", ["[1]", '{"kind": {}}'])
+def test_a_row_that_is_none_is_said(tmp_path, line):
+    path = tmp_path / "pace.jsonl"
+    path.write_text(f"{line}\n")
+    with pytest.raises(StoreError, match=r"pace.jsonl, line 1 is not what a step was timed at: .*Delete that line."):
+        read_pace(path)
 
 
 def test_a_grid_times_its_steps_before_its_first_run_and_once(suite, timed, tmp_path, monkeypatch, capsys):

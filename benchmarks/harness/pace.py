@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 from .environment import ROOT, code
 from .job import prepare
+from .store import StoreError
 from .suite import Spec, source_spec
 
 
@@ -99,6 +100,9 @@ def read_pace(path: Path) -> dict[str, dict[str, Any]]:
     """What has been timed, by the name of the kind, and the number of its line.
 
     The first of several of one kind counts, since runs were made with it.
+
+    Raises:
+        StoreError: A line is JSON, and no row of such a file.
     """
     rows: dict[str, dict[str, Any]] = {}
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
@@ -107,6 +111,10 @@ def read_pace(path: Path) -> dict[str, dict[str, Any]]:
             row = json.loads(line)
         except ValueError:
             continue  # a kill tore it
+        if not isinstance(row, dict) or not {"kind", "step_s"} <= set(row):
+            raise StoreError(
+                f"{path}, line {number} is not what a step was timed at: {line[:60]!r}. Delete that line."
+            )
         rows.setdefault(kind_id(row["kind"]), {**row, "line": number})
     return rows
 

@@ -191,7 +191,7 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
     elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
         behind = signed(-comparison.difference.mean).lstrip("+")
         alone = "" if comparison.is_larger_than_noise else f", says the test over {comparison.found_over} alone"
-        excluded = f"worse than {best.variant.label} by {behind} points{alone}"
+        excluded = f"{behind} points below the best mean{alone}"
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 
@@ -221,8 +221,9 @@ def _why_not(candidate: Candidate, costs: Sequence[str], dearer: Mapping[Variant
         return f"no higher mean, {'within the noise' if is_sure else 'on thin evidence'}"
     if cost is None:
         return "as good within the noise and as cheap, but no higher mean"
+    as_good = "the best mean" if candidate.comparison is None else "as good within the noise"
     as_cheap = "" if cost == costs[0] else f" and {AS_CHEAP[costs[0]]}"
-    return f"as good within the noise{as_cheap}, but costs more: {_cost_text(candidate, cost)}"
+    return f"{as_good}{as_cheap}, but costs more: {_cost_text(candidate, cost)}"
 
 
 def _cost_text(candidate: Candidate, cost: str) -> str:
