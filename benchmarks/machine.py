@@ -6,6 +6,8 @@ import ctypes
 import gc
 import os
 import platform
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +31,8 @@ def reset_peak(device: str) -> int:
 
         torch.cuda.reset_peak_memory_stats()
         return torch.cuda.memory_allocated()
+    if sys.platform != "linux":
+        raise RuntimeError(f"memory without a GPU is measured on Linux only; this is {sys.platform}")
     ctypes.CDLL(None).malloc_trim(0)  # freed memory that the allocator keeps would be used again unseen
     Path("/proc/self/clear_refs").write_text("5")
     return _status_bytes("VmRSS")
@@ -47,7 +51,7 @@ def _status_bytes(name: str) -> int:
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(name + ":"):
             return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}: memory is measured on Linux only")
+    raise RuntimeError(f"/proc/self/status has no {name}")
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -97,7 +101,29 @@ def energy_j() -> float | None:
         return None
 
 
-def busy_s() -> float:
+class OtherPrograms:
+    """What programs besides this one use of the machine's CPU time, from `start` to `stop`, and again."""
+
+    def __init__(self) -> None:
+        self._used_s = self._elapsed_s = 0.0
+
+    def start(self) -> None:
+        """Look from now on."""
+        self._busy, self._own, self._since = _busy_s(), time.process_time(), time.perf_counter()
+
+    def stop(self) -> None:
+        """Look no more, and add what was seen."""
+        own = time.process_time() - self._own
+        self._used_s += max(0.0, _busy_s() - self._busy - own) / (os.cpu_count() or 1)
+        self._elapsed_s += time.perf_counter() - self._since
+
+    @property
+    def share(self) -> float:
+        """From 0 to 1, of all stretches so far."""
+        return self._used_s / self._elapsed_s if self._elapsed_s else 0.0
+
+
+def _busy_s() -> float:
     """CPU seconds that all programs of this machine have used since it started, over all cores."""
     fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
     user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])

@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> None:
         specs, time_limit_s = load_suites(options.suite)
         latest = store.latest()
         _check_data(specs, options.data_dir)
-        specs = _with_steps(specs, store, options)
+        specs = _with_steps(specs, store, options, time_limit_s)
     except (SuiteError, StoreError, PaceError) as error:
         raise SystemExit(f"error: {error}") from None
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
@@ -37,7 +37,7 @@ def main(arguments: list[str]) -> None:
     if not options.dry_run:
         try:
             _run(left, store, options, time_limit_s)
-        except ImportError as error:  # Ray is an extra
+        except (ImportError, SuiteError) as error:  # Ray is an extra, and a cluster may be too small
             raise SystemExit(f"error: {error}") from None
     events = store.latest()
     show([(spec, events.get(run_id(spec))) for spec in specs])
@@ -75,26 +75,34 @@ def _check_data(specs: list[Any], data_dir: str | None) -> None:
             raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
 
 
-def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace) -> list[Any]:
+def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> list[Any]:
     """The grid, with the steps that seconds buy; what nobody has timed so far is timed here and now."""
-    from .harness.pace import kinds_of, measure_pace, pace_path, read_pace, step_seconds, with_steps
+    from .harness.pace import kinds_of, measure_pace, missing_kinds, pace_path, read_pace, step_seconds, with_steps
+    from .harness.suite import SuiteError
 
-    path = pace_path(store.path)
-    missing = set(kinds_of(specs)) - set(read_pace(path))
-    if missing and not options.dry_run:
-        print(
-            f"timing steps of {len(missing)} kinds of run in turns, for the budgets of seconds; they go to {path}",
-            flush=True,
+    if kinds_of(specs) and options.executor != "local":
+        raise SuiteError(
+            "a budget of seconds is timed on this machine, and the nodes of a cluster are others: "
+            "give budgets of examples, or --executor local"
         )
+    path, again = pace_path(store.path), options.rerun != "never"
+    if missing_kinds(specs, path, again) and not options.dry_run:
         with store.claim("pace", wait=True):
-            measure_pace(specs, path, options.data_dir, _show_pace)
+            missing = missing_kinds(specs, path, again)  # another process may have timed them meanwhile
+            print(f"timing {len(missing)} kinds of run in turns, for the budgets of seconds: {path}", flush=True)
+            measure_pace(missing, path, options.data_dir, time_limit_s, _show_pace)
     return with_steps(specs, step_seconds(read_pace(path)))
 
 
 def _show_pace(row: Any) -> None:
+    from .reporting.runs import DISTURBED
+
     kind, step_s = row["kind"], row["step_s"]
     what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"])))
     print(f"{what}: {row['error']}" if step_s is None else f"{what}: {step_s:.2f} s a step", flush=True)
+    if row["other_cpu_share"] > DISTURBED:
+        share = f"{100 * row['other_cpu_share']:.0f} %"
+        print(f"  other programs used {share} of the CPU meanwhile: stop them, delete that row and start again")
 
 
 def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:

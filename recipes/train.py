@@ -103,7 +103,10 @@ class DataArguments:
         default=None,
         metadata={"help": "Score on this many rows kept out of train, to choose settings without the validation rows"},
     )
-    sample_seed: int = field(default=0, metadata={"help": "Seed of the sampling, apart from the training's"})
+    sample_seed: int = field(
+        default=0,
+        metadata={"help": "Seed of the sampling of train; --max_eval_samples draws the same rows with every one"},
+    )
 
 
 @dataclass
@@ -424,7 +427,7 @@ def load_splits(task: Task, data_args: DataArguments, args: TrainingArguments) -
         splits["train"] = sample(rows, data_args.max_train_samples, data_args.sample_seed)
     for split in scored:
         rows = load(task, split, data_args, args)
-        splits[split] = sample_to_score(task, rows, data_args.max_eval_samples, data_args.sample_seed)
+        splits[split] = sample_to_score(task, rows, data_args.max_eval_samples, seed=0)
     if args.do_predict:
         for split in ["test"] if data_args.test_file else unlabelled(task.splits):
             rows = load(task, split, data_args, args)

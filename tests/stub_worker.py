@@ -16,6 +16,8 @@ def main():
     what = spec["task_type"]
     with Path(os.environ["STUB_LOG"]).open("a") as file:
         file.write(f"{folder.name} {os.getpid()}\n")
+    (folder / "run").mkdir(exist_ok=True)
+    (folder / "run" / "weights.safetensors").write_text("many")
     time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
     if what == "crash":
         (folder / FILE).write_text(json.dumps({"machine": "the stub's"}))

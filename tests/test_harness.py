@@ -24,7 +24,7 @@ FORK = multiprocessing.get_context("fork")  # a new interpreter would import for
 
 @pytest.fixture
 def suite(tmp_path):
-    def write(kinds=(None,), seeds=3, time_limit_s=60, name="grid"):
+    def write(kinds=(None,), seeds=3, time_limit_s=60, name="grid", method="lora"):
         path = tmp_path / f"{name}.yaml"
         grid = {
             "seeds": list(range(seeds)),
@@ -32,7 +32,7 @@ def suite(tmp_path):
             "time_limit_s": time_limit_s,
             "arguments": {"per_device_train_batch_size": 4},
             "tasks": {"movie_reviews": None, "plot_or_review": None},
-            "runs": [{"method": "lora", "task_type": list(kinds)}],
+            "runs": [{"method": method, "task_type": list(kinds)}],
         }
         path.write_text(yaml.safe_dump(grid))
         return path
@@ -83,6 +83,16 @@ def test_each_way_to_end_is_a_row_with_its_reason(suite, stub, tmp_path, capsys)
     assert ends[1][0] == "out_of_memory" and "signal 9" in ends[1][1]
     assert ends[2] == ("timeout", "not done after 3 s")
     assert ends[3] == ("ok", None)
+
+
+@pytest.mark.parametrize(("method", "kept"), [("lora", True), ("full", False)])
+def test_a_whole_model_is_not_kept_however_its_run_ends(suite, stub, tmp_path, method, kept):
+    path = suite(["crash", "hang", None], seeds=1, time_limit_s=3, method=method)
+    run.main([str(path), "--results", str(tmp_path / "runs.jsonl")])
+    assert len(stub()) == 6
+    assert [(folder / "run" / "weights.safetensors").exists() for folder in (tmp_path / "runs.runs").iterdir()] == [
+        kept
+    ] * 6
 
 
 @pytest.mark.parametrize(("rerun", "again"), [("never", 0), ("failed", 2), ("always", 4)])
@@ -193,6 +203,22 @@ def test_a_kill_between_the_store_and_the_outcomes_end_does_not_make_an_old_outc
         (tmp_path / "runs.runs" / run_id(spec) / "outcome.json").write_text(json.dumps({"status": "failed"}))
     run.main([str(path), "--results", str(results), "--rerun", "always"])
     assert len(stub()) == 4 and [event["status"] for event in RunStore(results).latest().values()] == ["ok"] * 2
+
+
+def test_a_kill_in_a_later_attempt_does_not_make_the_outcome_of_an_earlier_one_its_own(suite, stub, tmp_path):
+    path, results = suite(["crash"], seeds=1), tmp_path / "runs.jsonl"
+    run.main([str(path), "--results", str(results)])
+    store = RunStore(results)
+    for event in store.latest().values():
+        store.append({**event, "attempt": 2, "status": "started"})
+        (tmp_path / "runs.runs" / event["run_id"] / "outcome.json").write_text(json.dumps({"status": "ok"}))
+    run.main([str(path), "--results", str(results)])
+    assert len(stub()) == 4 and [event["status"] for event in store.latest().values()] == ["failed"] * 2
+
+
+def test_results_that_are_a_folder_are_said(suite, stub, tmp_path):
+    with pytest.raises(SystemExit, match=f"{tmp_path} is a folder: name a file"):
+        run.main([str(suite()), "--results", str(tmp_path)])
 
 
 def test_ray_that_is_not_installed_is_one_clear_error(suite, tmp_path, monkeypatch):

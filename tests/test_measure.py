@@ -94,6 +94,7 @@ def test_a_curve_is_scored_on_some_of_the_rows(spec, tmp_path, monkeypatch):
     result, _ = measure(spec(), tmp_path, None)
     assert result["curve_samples"] == 5 and len(result["correct"]) == 17
     assert {point["score"] * 5 % 1 for point in result["curve"]} == {0.0}
+    assert 9 / 17 <= result["majority"] < 1 and result["majority"] * 17 % 1 == pytest.approx(0.0, abs=1e-9)
     assert result["score"] * 17 % 1 == pytest.approx(0.0, abs=1e-9)
 
 
@@ -117,7 +118,6 @@ def test_other_methods(spec, tmp_path, method):
         assert result["score"] == result["score_before"] and len(result["curve"]) == 1
     else:
         assert result["adapter_bytes"] > 4 * result["trainable_parameters"]
-        assert (list(tmp_path.rglob("*.safetensors")) == []) is (method == "full"), "a whole model is not kept"
 
 
 def test_a_head_on_a_frozen_encoder(spec, tmp_path):
@@ -223,7 +223,6 @@ def test_a_number_that_is_not_finite_is_a_failure_with_a_hint(spec, tmp_path, mo
     monkeypatch.setattr(measuring, "_unrelated_loss", lambda job, bare: math.nan)
     with pytest.raises(ValueError, match=r"unrelated_loss.*not finite.*lower learning_rate"):
         measure(spec("full"), tmp_path, None)
-    assert list(tmp_path.rglob("*.safetensors")) == [], "a whole model is not kept"
 
 
 def test_a_run_from_the_command_line_is_an_event_and_its_failure_too(spec, tmp_path):

@@ -10,7 +10,17 @@ import yaml
 from benchmarks import run
 from benchmarks.harness import execute as execution
 from benchmarks.harness import pace
-from benchmarks.harness.pace import kind_id, kind_of, kinds_of, measure_pace, read_pace, step_seconds, with_steps
+from benchmarks.harness.job import prepare
+from benchmarks.harness.pace import (
+    kind_id,
+    kind_of,
+    kinds_of,
+    measure_pace,
+    missing_kinds,
+    read_pace,
+    step_seconds,
+    with_steps,
+)
 from benchmarks.harness.store import RunStore, StoreError
 from benchmarks.harness.suite import load_suite, source_spec, train_arguments
 
@@ -26,6 +36,9 @@ GRID = {
         {"method": "lora", "quantization": [None, "nf4"]},
     ],
 }
+
+
+ROW = {"error": None, "other_cpu_share": 0.0}
 
 
 @pytest.fixture
@@ -44,14 +57,18 @@ def timed(monkeypatch):
     asked = []
 
     def give(seconds):
-        def rows(kinds, log, data_dir):
+        def rows(kinds, log, data_dir, time_limit_s):
             asked.append([(kind["task"], kind["method"], kind["quantization"]) for kind in kinds])
-            return [{"kind": kind, "step_s": seconds[kind["method"]], "error": None} for kind in kinds]
+            return [{**ROW, "kind": kind, "step_s": seconds[kind["method"]]} for kind in kinds]
 
         monkeypatch.setattr(pace, "_timed", rows)
         return asked
 
     return give
+
+
+def measure(specs, path):
+    measure_pace(missing_kinds(specs, path), path, None, 60.0)
 
 
 def test_init_seed_and_learning_rate_are_timed_once_and_sources_too(suite):
@@ -82,13 +99,25 @@ def test_the_steps_that_seconds_buy_are_part_of_the_spec_and_of_its_command(suit
     for spec, steps in ((transfer, "7"), (source_spec(transfer), "10")):
         line = train_arguments(spec, None)
         assert line[line.index("--max_steps") + 1] == steps
+        assert line[line.index("--max_train_samples") + 1] == str(4 * int(steps))  # whole groups of all lengths
+        assert line[line.index("--sample_seed") + 1] == str(spec["seed"])
     assert with_steps(specs, {}) == specs
 
 
-def test_a_kind_that_fails_is_left_to_its_runs(suite):
-    specs = load_suite(suite(runs=[{"method": "full"}]))
-    found = with_steps(specs, dict.fromkeys(kinds_of(specs)))
-    assert {spec["budget"].get("steps") for spec in found if "seconds" in spec["budget"]} == {1}
+def test_runs_of_a_kind_that_fails_do_not_train_and_a_rerun_times_it_again(suite, timed, tmp_path):
+    specs, path = load_suite(suite(runs=[{"method": "full"}])), tmp_path / "pace.jsonl"
+    timed({"full": None})
+    measure(specs, path)
+    found = with_steps(specs, step_seconds(read_pace(path)))
+    assert found == specs
+    with pytest.raises(ValueError, match="how many steps the seconds buy is not known"):
+        prepare(next(spec for spec in found if "seconds" in spec["budget"]), tmp_path, None)
+    assert missing_kinds(specs, path) == []
+    timed({"full": 10.0})
+    measure_pace(missing_kinds(specs, path, again=True), path, None, 60.0)
+    found = with_steps(specs, step_seconds(read_pace(path)))
+    assert {spec["budget"].get("steps") for spec in found if "seconds" in spec["budget"]} == {3}
+    assert missing_kinds(specs, path, again=True) == []
 
 
 def test_what_is_timed_later_is_brought_to_the_speed_of_before(suite, timed, tmp_path):
@@ -96,26 +125,26 @@ def test_what_is_timed_later_is_brought_to_the_speed_of_before(suite, timed, tmp
     path = tmp_path / "pace.jsonl"
     tasks = {"movie_reviews": None}
     asked = timed({"lora": 2.0})
-    measure_pace(load_suite(suite(runs=[{"method": "lora"}], tasks=tasks)), path, None)
+    measure(load_suite(suite(runs=[{"method": "lora"}], tasks=tasks)), path)
     timed({"lora": 4.0, "full": 10.0})
     grown = load_suite(suite(runs=[{"method": "lora"}, {"method": "full"}], tasks=tasks))
-    measure_pace(grown, path, None)
+    measure(grown, path)
     assert asked[1:] == [[("movie_reviews", "full", None), ("movie_reviews", "lora", None)]]
     found = {row["kind"]["method"]: row["step_s"] for row in read_pace(path).values()}
     assert found == {"lora": 2.0, "full": 5.0}
-    measure_pace(grown, path, None)
+    measure(grown, path)
     assert len(asked) == 2, "nothing is timed twice"
 
 
 def test_later_timings_need_the_kind_that_they_are_brought_to(suite, timed, tmp_path):
     path = tmp_path / "pace.jsonl"
     timed({"lora": 2.0})
-    measure_pace(load_suite(suite(runs=[{"method": "lora"}])), path, None)
+    measure(load_suite(suite(runs=[{"method": "lora"}])), path)
     before = path.read_text()
     timed({"lora": None, "full": 10.0})
     wanted = "of movie_reviews could not be timed: lora on movie_reviews, beside which they are, failed with None; "
     with pytest.raises(pace.PaceError, match=wanted):
-        measure_pace(load_suite(suite(runs=[{"method": "full"}])), path, None)
+        measure(load_suite(suite(runs=[{"method": "full"}])), path)
     assert path.read_text() == before
 
 
@@ -123,12 +152,12 @@ def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp
     path = tmp_path / "pace.jsonl"
     timed({"lora": 2.0})
     specs = load_suite(suite(runs=[{"method": "lora"}]))
-    measure_pace(specs, path, None)
+    measure(specs, path)
     whole = path.read_text()
     path.write_text(whole + whole.replace("2.0", "3.0") + whole[:30])
     assert list(step_seconds(read_pace(path)).values()) == [2.0]
     path.write_text(whole[:30])
-    measure_pace(specs, path, None)
+    measure(specs, path)
     assert list(step_seconds(read_pace(path)).values()) == [2.0]
 
 
@@ -156,7 +185,13 @@ def test_a_grid_times_its_steps_before_its_first_run_and_once(suite, timed, tmp_
         run.main([str(path), "--results", str(results)])
     assert ran == [{"examples": 8}, {"seconds": 30, "steps": 4}]
     assert len(asked) == 1 and len(RunStore(results).latest()) == 2
-    assert "timing steps of 1 kinds of run in turns" in capsys.readouterr().out
+    assert "timing 1 kinds of run in turns" in capsys.readouterr().out
+
+
+def test_a_cluster_is_not_timed_by_the_machine_that_starts_its_grid(suite, tmp_path):
+    arguments = [str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--executor", "ray"]
+    with pytest.raises(SystemExit, match=r"a budget of seconds is timed on this machine, .* give budgets of examples"):
+        run.main(arguments)
 
 
 def test_a_timing_that_dies_stops_the_grid_with_its_log(suite, tmp_path, monkeypatch):
@@ -168,29 +203,38 @@ def test_a_timing_that_dies_stops_the_grid_with_its_log(suite, tmp_path, monkeyp
     assert not (tmp_path / "runs.jsonl").exists()
 
 
+def test_a_timing_that_hangs_is_ended(suite, tmp_path, monkeypatch):
+    monkeypatch.setattr(pace, "WORKER", ["python3", "-c", "import time; time.sleep(60)"])
+    path = suite(seeds=[0], runs=[{"method": "lora"}], time_limit_s=0.5)
+    with pytest.raises(SystemExit, match=r"steps of movie_reviews could not be timed \(not done after 0.5 s\): see"):
+        run.main([str(path), "--results", str(tmp_path / "runs.jsonl")])
+
+
 @pytest.mark.parametrize("accumulated", [1, 2])
-def test_the_steps_timed_are_of_batches_from_all_over_a_group(monkeypatch, accumulated):
-    """Grouped by length, the first batches are the longest: here batch i takes 48 - i seconds."""
+def test_every_batch_of_the_run_is_timed_once(monkeypatch, accumulated):
+    """Grouped by length, the first batches are the longest: here batch i takes 36 - i seconds."""
     clock, model = [0.0], torch.nn.Linear(1, 1)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
 
     def compute_loss(model, batch):
-        clock[0] += 48 - batch
+        clock[0] += 36 - batch
         return model(torch.ones(1)).sum()
 
     trainer = SimpleNamespace(
         model=model,
+        accelerator=SimpleNamespace(prepare_model=lambda model: model),
         args=SimpleNamespace(
             gradient_accumulation_steps=accumulated, activation_checkpointing=False, max_grad_norm=1.0
         ),
         create_optimizer=lambda: torch.optim.SGD(model.parameters(), lr=0.0),
-        get_train_dataloader=lambda: range(500),
+        get_train_dataloader=lambda: range(pace.TIMED_STEPS),
         compute_loss=compute_loss,
         _prepare_inputs=lambda batch: batch,
     )
     steps = pace._steps(SimpleNamespace(trainer=trainer))
-    times = [next(steps) for _ in range(25)]  # of the batches 0, 2, ..., 48
-    assert sum(times) / 25 == accumulated * (48 - 24)
+    next(steps)  # as `time_steps` does
+    times = [next(steps) for _ in range(pace.TIMED_STEPS)]
+    assert sum(times) / len(times) == accumulated * 37 / 2
 
 
 @pytest.mark.real

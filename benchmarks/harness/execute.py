@@ -13,6 +13,7 @@ from .environment import FILE, ROOT
 from .suite import Spec, run_id
 
 
+WHOLE_MODELS = {"full", "linear_probe"}
 WORKER = [sys.executable, "-m", "benchmarks.harness.measure"]
 
 
@@ -34,7 +35,7 @@ def execute(
         data_dir: Where the folders of `spec["data"]` lie.
         time_limit_s: Then it is ended.
         worker: The command of the process, WORKER by default.
-        is_known: Whether the store says how the last attempt ended; its outcome may still lie on this machine.
+        is_known: Whether the store says how an attempt ended; its outcome may still lie on this machine.
 
     Returns:
         `status`, `error`, `result` and `env` of the run's event.
@@ -50,6 +51,9 @@ def execute(
         command = [*(worker or WORKER), str(folder / "spec.json"), str(folder), "--parent", str(os.getpid())]
         command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
         failure = _wait(command, folder / "log.txt", time_limit_s)
+        if spec["method"] in WHOLE_MODELS:  # hundreds of megabytes of every run would fill the disk
+            for path in folder.rglob("*.safetensors"):
+                path.unlink()
         if not outcome.is_file():
             return {"result": None, "env": _environment(folder), **failure}
     ended = json.loads(outcome.read_text(encoding="utf-8"))

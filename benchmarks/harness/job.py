@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from .suite import Spec, train_arguments
+from .suite import Spec, steps_of, train_arguments
 
 
 if TYPE_CHECKING:
@@ -22,7 +22,12 @@ def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str]
         folder: Where it writes what it trains.
         data_dir: Where the folders of `spec["data"]` lie.
         extra: More flags of `recipes/train.py`.
+
+    Raises:
+        ValueError: Nobody knows how many steps its seconds buy, for timing a step failed.
     """
+    if spec["method"] != "zero_shot" and steps_of(spec) is None:
+        raise ValueError("how many steps the seconds buy is not known: timing one failed, see the .pace.jsonl file")
     from recipes import train as recipe
 
     fixed = ["--output_dir", str(folder), "--save_strategy", "no", "--disable_tqdm", "true", "--do_eval", "true"]

@@ -63,8 +63,7 @@ def _attempt(
 ) -> Event:
     started = begin(spec, last)
     store.append(started)
-    is_known = last is not None and last["status"] != "started"
-    ended = end(started, execute(spec, runs, data_dir, time_limit_s, is_known=is_known))
+    ended = end(started, execute(spec, runs, data_dir, time_limit_s, is_known=store.has_ended(run_id(spec))))
     store.append(ended)
     forget(spec, runs)
     return ended

@@ -16,6 +16,7 @@ import signal
 import statistics
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -36,7 +37,6 @@ CURVE_POINTS = 3  # scores taken while a run trains
 CURVE_SAMPLES = 128  # rows of such a score: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
 UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
-WHOLE_MODELS = {"full", "linear_probe"}
 
 
 class Result(TypedDict):
@@ -49,6 +49,7 @@ class Result(TypedDict):
     loss: float  # on the scored rows, after training
     correct: str | None  # "1" or "0" for each scored row, in the same order for every run of a task
     eval_samples: int
+    majority: float | None  # share of the scored rows that have the most common label; None for a regression
     examples_seen: int
     tokens_seen: int  # of the rows trained on, pads and prompt not counted
     curve: list[dict[str, float]]  # examples, seconds of training alone, score on the curve's rows
@@ -148,6 +149,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "loss": after.metrics["eval_loss"],
         "correct": after.correct,
         "eval_samples": scored,
+        "majority": _majority(job),
         "curve": watch.curve,
         "curve_samples": len(_curve_rows(scored)),
         **watch.totals(),
@@ -163,9 +165,6 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "unrelated_loss": _unrelated_loss(job, bare=False) if trainer.args.do_train else bare_loss,
         "bare_unrelated_loss": bare_loss,
     }
-    if spec["method"] in WHOLE_MODELS:  # hundreds of megabytes of every run would fill the disk
-        for path in folder.rglob("*.safetensors"):
-            path.unlink()
     infinite = [name for name, value in _numbers(result) if not math.isfinite(value)]
     if infinite:
         raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
@@ -203,6 +202,13 @@ def _scored(job: Job) -> tuple[Any, Any]:
     """Encoded rows and rows of the first validation split."""
     split = job.trainer.family.task.validation[0]
     return job.encoded[split], job.splits[split]
+
+
+def _majority(job: Job) -> float | None:
+    if job.trainer.family.task.is_regression:
+        return None
+    labels = Counter(map(str, _scored(job)[0]["target"]))
+    return max(labels.values()) / labels.total()
 
 
 def _curve_rows(count: int) -> list[int]:
@@ -292,7 +298,7 @@ def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
 
 
 def _unrelated_loss(job: Job, bare: bool) -> float | None:
-    """Loss per token on plot summaries, which no task is scored on; None without a language model's head."""
+    """Loss per token on plot summaries, on which only plot_or_review trains; None without a language model's head."""
     import pandas
     import torch
 

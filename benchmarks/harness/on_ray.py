@@ -6,15 +6,16 @@ The project and its packages have to be installed on every node at the same path
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 from . import execute as execution
 from .environment import ROOT
 from .local import Report, begin, end, ended_since
 from .store import RunStore, wanted
-from .suite import Spec, run_id
+from .suite import Spec, SuiteError, run_id
 
 
 TRIES = 3  # more than one node may die
@@ -50,6 +51,7 @@ def run_on_ray(
 
     Raises:
         ImportError: Ray is not installed.
+        SuiteError: No node of the cluster has what a run holds.
     """
     try:
         import ray
@@ -58,6 +60,7 @@ def run_on_ray(
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
+    _check_nodes(ray.nodes(), {"CPU": num_cpus, "GPU": num_gpus})
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=TRIES)(execution.execute)
     before, data_dir = store.latest(), data_dir and str(Path(data_dir).resolve())  # a worker has its own folder
     with ExitStack() as claims:
@@ -71,7 +74,7 @@ def run_on_ray(
                     continue
                 started = begin(spec, event)
                 store.append(started)
-                is_known = event is not None and event["status"] != "started"
+                is_known = store.has_ended(run_id(spec))
                 arguments = spec, runs.resolve(), data_dir, time_limit_s, execution.WORKER, is_known
                 under_way[remote.remote(*arguments)] = started
         while under_way:
@@ -87,3 +90,14 @@ def run_on_ray(
             store.append(event)
             execution.forget(started["spec"], runs)
             report(started["spec"], event)
+
+
+def _check_nodes(nodes: Iterable[Mapping[str, Any]], wanted: Mapping[str, float]) -> None:
+    """Ray would wait for such a node for ever."""
+    found = [node["Resources"] for node in nodes if node["Alive"]]
+    if not any(all(of_node.get(name, 0) >= count for name, count in wanted.items()) for of_node in found):
+        have = "; ".join(", ".join(f"{of_node.get(name, 0):g} {name}" for name in wanted) for of_node in found)
+        raise SuiteError(
+            f"a run holds {', '.join(f'{count:g} {name}' for name, count in wanted.items())}, and no node of the "
+            f"cluster has that much (they have {have}): give --cpus_per_run and --gpus_per_run"
+        )

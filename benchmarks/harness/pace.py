@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from recipes.train import Job
 
 
-TIMED_STEPS = 36  # of each kind: one step differs from the next by a quarter
+TIMED_STEPS = 36  # of each kind, over as many batches: one differs from the next by a quarter
 WORKER = [sys.executable, "-m", "benchmarks.harness.pace"]
 _NOT_OF_A_STEP = {"learning_rate", "max_eval_samples"}  # flags that change no step's time
 
@@ -52,7 +52,7 @@ def kind_of(spec: Spec) -> Spec:
         "init": None,
         "source": None,
         "seed": 0,
-        "budget": {"seconds": 1, "steps": 1},
+        "budget": {"seconds": 1, "steps": TIMED_STEPS},
         "arguments": arguments,
     }
 
@@ -75,7 +75,7 @@ def with_steps(specs: Iterable[Spec], step_s: Mapping[str, float | None]) -> lis
 
     Args:
         specs: The grid.
-        step_s: Seconds of a step by the name of its kind; None: it failed, and so will the run, in a row of its own.
+        step_s: Seconds of a step by the name of its kind; None: its timing failed.
     """
     return [_with_steps(spec, step_s) for spec in specs]
 
@@ -84,11 +84,11 @@ def _with_steps(spec: Spec, step_s: Mapping[str, float | None]) -> Spec:
     source = source_spec(spec)
     needed = {"steps": spec, **({} if source is None else {"source_steps": source})}
     names = {name: kind_id(kind_of(of)) for name, of in needed.items()}
-    if "seconds" not in spec["budget"] or not set(names.values()) <= set(step_s):
+    timed = {name: step_s.get(kind) for name, kind in names.items()}
+    if "seconds" not in spec["budget"] or None in timed.values():
         return spec
     seconds = spec["budget"]["seconds"]
-    steps = {name: max(1, int(seconds / (step_s[kind] or seconds))) for name, kind in names.items()}
-    return {**spec, "budget": {"seconds": seconds, **steps}}
+    return {**spec, "budget": {"seconds": seconds, **{name: max(1, int(seconds / s)) for name, s in timed.items()}}}
 
 
 def pace_path(results: Path) -> Path:
@@ -99,7 +99,7 @@ def pace_path(results: Path) -> Path:
 def read_pace(path: Path) -> dict[str, dict[str, Any]]:
     """What has been timed, by the name of the kind, and the number of its line.
 
-    The first of several of one kind counts, since runs were made with it.
+    The first of several of one kind that was timed counts, since runs were made with it.
 
     Raises:
         StoreError: A line is JSON, and no row of such a file.
@@ -115,7 +115,9 @@ def read_pace(path: Path) -> dict[str, dict[str, Any]]:
             raise StoreError(
                 f"{path}, line {number} is not what a step was timed at: {line[:60]!r}. Delete that line."
             )
-        rows.setdefault(kind_id(row["kind"]), {**row, "line": number})
+        name = kind_id(row["kind"])
+        if name not in rows or rows[name]["step_s"] is None:
+            rows[name] = {**row, "line": number}
     return rows
 
 
@@ -125,28 +127,30 @@ def step_seconds(rows: Mapping[str, Mapping[str, Any]]) -> dict[str, float | Non
 
 
 def measure_pace(
-    specs: Iterable[Spec],
+    kinds: Iterable[Spec],
     path: Path,
     data_dir: str | None,
+    time_limit_s: float,
     report: Callable[[Mapping[str, Any]], None] = lambda row: None,
 ) -> None:
-    """Time the kinds that a grid needs and that a file does not have, task by task, and add them to it.
+    """Time kinds of run, task by task, and add them to a file.
 
     Args:
-        specs: The grid.
+        kinds: See `missing_kinds`.
         path: The file, one row a kind.
         data_dir: Where the folders of `spec["data"]` lie.
+        time_limit_s: For each kind; a process that takes longer is ended.
         report: Called with each row.
 
     Raises:
-        PaceError: The process that takes the steps died, or the kind that others are brought to failed.
+        PaceError: The process that takes the steps died or took too long, or the kind that others are brought to
+            failed.
     """
-    known = read_pace(path)
-    missing = {name: kind for name, kind in kinds_of(specs).items() if name not in known}
-    for task in dict.fromkeys(kind["task"] for kind in missing.values()):
-        anchor = next((row for row in known.values() if row["step_s"]), None)
-        kinds = [kind for kind in missing.values() if kind["task"] == task]
-        rows = _timed([*kinds, *([anchor["kind"]] if anchor else [])], path.with_suffix(".log"), data_dir)
+    missing = list(kinds)
+    for task in dict.fromkeys(kind["task"] for kind in missing):
+        anchor = next((row for row in read_pace(path).values() if row["step_s"]), None)
+        side_by_side = [kind for kind in missing if kind["task"] == task] + ([anchor["kind"]] if anchor else [])
+        rows = _timed(side_by_side, path.with_suffix(".log"), data_dir, time_limit_s * len(side_by_side))
         factor = 1.0
         if anchor is not None:
             again = rows.pop()
@@ -167,10 +171,22 @@ def measure_pace(
             os.fsync(file.fileno())
         for row in rows:
             report(row)
-        known = read_pace(path)
 
 
-def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None) -> list[dict[str, Any]]:
+def missing_kinds(specs: Iterable[Spec], path: Path, again: bool = False) -> list[Spec]:
+    """What has to be timed for a grid, and is not in a file.
+
+    Args:
+        specs: The grid.
+        path: The file.
+        again: Whether kinds count as missing whose timing failed.
+    """
+    known = read_pace(path)
+    done = {name for name, row in known.items() if row["step_s"] is not None or not again}
+    return [kind for name, kind in kinds_of(specs).items() if name not in done]
+
+
+def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None, time_limit_s: float) -> list[dict[str, Any]]:
     """Take steps in a process of its own."""
     log.parent.mkdir(parents=True, exist_ok=True)
     given, told = log.with_suffix(".kinds.json"), log.with_suffix(".steps.json")
@@ -178,11 +194,14 @@ def _timed(kinds: Sequence[Spec], log: Path, data_dir: str | None) -> list[dict[
     command = [*WORKER, str(given.resolve()), str(told.resolve()), "--parent", str(os.getpid())]
     command += ["--data_dir", str(Path(data_dir).resolve())] if data_dir is not None else []
     with log.open("w", encoding="utf-8") as file:
-        ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT)
-    if ran.returncode:
-        raise PaceError(
-            f"the steps of {kinds[0]['task']} could not be timed (exit status {ran.returncode}): see {log}"
-        )
+        try:
+            ran = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT, cwd=ROOT, timeout=time_limit_s)
+        except subprocess.TimeoutExpired:
+            why = f"not done after {time_limit_s:g} s"
+        else:
+            why = f"exit status {ran.returncode}" if ran.returncode else ""
+    if why:
+        raise PaceError(f"the steps of {kinds[0]['task']} could not be timed ({why}): see {log}")
     rows = json.loads(told.read_text(encoding="utf-8"))
     given.unlink()
     told.unlink()
@@ -212,12 +231,12 @@ def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, An
         data_dir: Where the folders of `spec["data"]` lie.
 
     Returns:
-        For each kind: itself, the mean seconds of a step (None with an `error` if it failed), each step's, and on
-        what they were taken.
+        For each kind: itself, the mean seconds of a step (None with an `error` if it failed), each step's, the share
+        of the machine's CPU time that other programs used meanwhile, and on what they were taken.
     """
     from tempfile import TemporaryDirectory
 
-    from ..machine import machine
+    from ..machine import OtherPrograms, machine
 
     now, rows, clocks, device = code(), [], [], "cpu"
     with TemporaryDirectory() as folder:
@@ -233,32 +252,30 @@ def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, An
             else:
                 clocks.append((row, clock))
                 device = job.trainer.args.device.type
+        others = OtherPrograms()
+        others.start()
         for _ in range(TIMED_STEPS):
             for row, clock in clocks:
                 row["steps_s"].append(next(clock))
+        others.stop()
     for row in rows:
         row["step_s"] = statistics.fmean(row["steps_s"]) if row["steps_s"] else None
-        row |= {**now, "device": device, **machine(device)}
+        row |= {"other_cpu_share": others.share, **now, "device": device, **machine(device)}
     return rows
 
 
 def _steps(job: Job) -> Iterator[float]:
-    """Seconds of one step of the optimizer after the other.
-
-    Batches that are grouped by length come longest first, a group at a time; so they are from all over a group.
-    """
+    """Seconds of one step of the optimizer after the other, over and over the batches of the run."""
     import torch
 
     trainer = job.trainer
-    model = trainer.model.train()
+    model = trainer.accelerator.prepare_model(trainer.model.train())  # bf16 and fp16 are there
     if trainer.args.activation_checkpointing:
         model.activation_checkpointing_enable()
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer.args.learning_rate = 0.0
     optimizer = trainer.create_optimizer()  # the run's own: takes its time and changes nothing
-    loader = trainer.get_train_dataloader()
-    group = max(1, min(len(loader) // 4, 50))  # as transformers' LengthGroupedSampler takes them
-    batches = cycle(list(islice(loader, 0, group, -(-group // TIMED_STEPS))))
+    batches = cycle(list(trainer.get_train_dataloader()))
     while True:
         start = time.perf_counter()
         for batch in islice(batches, trainer.args.gradient_accumulation_steps):

@@ -62,6 +62,7 @@ class RunStore:
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
+        self._told: set[int] = set()  # torn lines
 
     def append(self, event: Event) -> None:
         """Write one event whole, behind all others, and see it onto the disk.
@@ -88,8 +89,10 @@ class RunStore:
         """Read every whole line; a torn one is left out and said.
 
         Raises:
-            StoreError: The file is from a newer version, or a line is no event.
+            StoreError: It is no file, or from a newer version, or a line is no event.
         """
+        if self.path.is_dir():
+            raise StoreError(f"{self.path} is a folder: name a file, it need not exist.")
         if not self.path.is_file():
             return []
         events = []
@@ -102,6 +105,10 @@ class RunStore:
     def latest(self) -> dict[str, Event]:
         """The newest event of each run, by run id, in the order of their first."""
         return {event["run_id"]: event for event in self.events()}
+
+    def has_ended(self, run_id: str) -> bool:
+        """Whether any attempt of a run came to an end, however the newest one stands."""
+        return any(event["run_id"] == run_id and event["status"] != "started" for event in self.events())
 
     @contextmanager
     def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
@@ -129,7 +136,9 @@ class RunStore:
         try:
             event = json.loads(line)
         except ValueError:
-            logger.warning("%s is not whole (a kill or a full disk tore it) and is left out.", where)
+            if number not in self._told:  # a store is read before and after every run
+                logger.warning("%s is not whole (a kill or a full disk tore it) and is left out.", where)
+            self._told.add(number)
             return None
         version = event.get("schema_version") if isinstance(event, dict) else None
         if not isinstance(version, int):

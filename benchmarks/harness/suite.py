@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields
 from itertools import product
@@ -53,7 +54,8 @@ class Spec(TypedDict):
     source: dict[str, Any] | None  # task and data that the prompt of the init TRANSFER is trained on before
     quantization: str | None
     task_type: str | None  # None: what the checkpoint is made for
-    budget: dict[str, float]  # {"examples": rows}, or {"seconds": s, "steps": n}: see pace.py; "source_steps" as well
+    # {"examples": rows}, or {"seconds": s, "steps": n} and "source_steps", see pace.py; the rows are then drawn
+    budget: dict[str, float]
     seed: int
     arguments: dict[str, Any]  # further flags of recipes/train.py
 
@@ -112,6 +114,10 @@ def train_arguments(spec: Spec, data_dir: str | Path | None) -> list[str]:
     flags |= {flag: spec[name] for name, flag in _SPEC_FLAGS.items() if spec[name] is not None}  # type: ignore[literal-required]
     if spec["method"] != "zero_shot" and (steps := steps_of(spec)) is not None:
         flags["max_steps"] = steps
+        if "seconds" in spec["budget"]:
+            # grouped by length, a group's longest rows come first: those of a short run are of whole groups only if
+            # they are all that it has
+            flags |= {"max_train_samples": steps * batch_size(spec), "sample_seed": spec["seed"]}
     flags |= {name: value for name, value in spec["arguments"].items() if value is not None}
     line: list[str] = []
     for name, value in flags.items():
@@ -236,8 +242,12 @@ def _check_kinds(suite: Mapping[str, Any]) -> None:
     for budget in [*suite["budgets"], *(one for run in suite["runs"] for one in run.get("budgets") or [])]:
         _check_mapping("a budget", budget)
     limit = suite.get("time_limit_s", TIME_LIMIT_S)
-    if isinstance(limit, bool) or not isinstance(limit, int | float) or limit <= 0:
+    if not _is_number(limit) or limit <= 0:
         raise ValueError(f"time_limit_s: wanted a number of seconds, got {limit!r}")
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _check_mapping(what: str, value: Any) -> None:
@@ -272,7 +282,7 @@ def _check(spec: Spec) -> None:
 def _check_budget(spec: Spec) -> None:
     budget = spec["budget"]
     amount = next(iter(budget.values()), None)
-    if len(budget) != 1 or set(budget) - set(BUDGETS) or not isinstance(amount, int | float):
+    if len(budget) != 1 or set(budget) - set(BUDGETS) or not _is_number(amount):
         raise ValueError(f"a budget is {{examples: N}} or {{seconds: S}}, got {budget}")
     if spec["method"] == "zero_shot":
         return

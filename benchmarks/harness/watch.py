@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import statistics
 import time
 from typing import TYPE_CHECKING, Any
@@ -10,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..machine import busy_s, energy_j, peak, reset_peak
+from ..machine import OtherPrograms, energy_j, peak, reset_peak
 
 
 if TYPE_CHECKING:
@@ -37,7 +36,7 @@ class Watch(TrainerCallback):
         self.step_times: list[float] = []
         self.steps = self.tokens = 0
         self.energy: float | None = 0.0
-        self.others_s, self.elapsed_s = (source.others_s, source.elapsed_s) if source is not None else (0.0, 0.0)
+        self.others = OtherPrograms() if source is None else source.others
         self.most_memory = self.before = 0
         if score_before is not None:
             self.point(score_before)
@@ -96,19 +95,17 @@ class Watch(TrainerCallback):
             "peak_memory_bytes": max(0, self.most_memory - self.before),
             "memory_kind": "cuda" if self.device == "cuda" else "rss",
             "energy_j": self.energy if self.steps else 0.0,
-            "other_cpu_share": self.others_s / self.elapsed_s if self.elapsed_s else 0.0,
+            "other_cpu_share": self.others.share,
         }
 
     def _start(self) -> None:
         self.energy_mark = energy_j()
-        self.busy_mark, self.own_mark, self.start = busy_s(), time.process_time(), time.perf_counter()
-        self.mark = self.start
+        self.others.start()
+        self.mark = time.perf_counter()
 
     def _stop(self) -> None:
         self.most_memory = max(self.most_memory, peak(self.device))
-        elapsed, own = time.perf_counter() - self.start, time.process_time() - self.own_mark
-        self.others_s += max(0.0, busy_s() - self.busy_mark - own) / (os.cpu_count() or 1)
-        self.elapsed_s += elapsed
+        self.others.stop()
         used = energy_j()
         if used is None or self.energy_mark is None or self.energy is None or used < self.energy_mark:
             self.energy = None  # nobody tells, or the counter began again
