@@ -1,6 +1,6 @@
 """Which method to pick for what you have, by the rule and the runs of the report.
 
-python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.8
+python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ def _costs(advice: Advice, candidate: Candidate) -> list[str]:
 def _sentence(advice: Advice) -> str:
     """The pick and what it costs."""
     from .reporting.contrasts import score_text
-    from .reporting.evidence import MIN_SEEDS
     from .reporting.measures import in_points, seconds, size
+    from .reporting.statistics import MIN_SEEDS
 
     pick = advice.pick
     if pick is None:

@@ -273,28 +273,34 @@ class Oracle:
         best = max(sure, key=known.get)
         equal = [row for row in sure if row == best or not self.compared(setting, TASKS, row, best)[5]]
         picks = {"the highest score, whatever it costs": best}
+        buts = {next(iter(picks)): {row: "no higher mean" for row in equal if row != best}}
         for reader, cost in (
             ("time is short", "all_time"),
             ("memory is short", "memory"),
             ("many tasks, storage is short", "stored"),
         ):
-            near = equal
+            near, but = equal, {}
             for name in dict.fromkeys([cost, "all_time", "memory", "stored"]):
                 if (name, setting) != ("all_time", SECONDS):
                     least = min(self.cost(setting, TASKS, row, name) for row in near)
-                    near = [row for row in near if self.cost(setting, TASKS, row, name) <= 1.1 * least]
+                    show, what = {
+                        "all_time": (secs, "of training"),
+                        "memory": (size, "of memory"),
+                        "stored": (size, "to store for a task"),
+                    }[name]
+                    costs = {row: self.cost(setting, TASKS, row, name) for row in near}
+                    but |= {row: f"{show(c)} {what}" for row, c in costs.items() if c > 1.1 * least}
+                    near = [row for row in near if row not in but]
             if (cost, setting) != ("all_time", SECONDS):
                 picks[reader] = max(near, key=known.get)
+                buts[reader] = but | {row: "no higher mean" for row in near if row != picks[reader]}
         caption = "What to pick (colours, shapes; the score is the mean of the tasks' main metrics x 100)"
-        found = {
-            (setting, caption): [
-                [
-                    *(reader, row, *self.four(setting, row)),
-                    "the highest mean" if row == best else self.points(setting, TASKS, row, best),
-                ]
-                for reader, row in picks.items()
-            ]
-        }
+        told = {}
+        for reader, row in picks.items():
+            behind = "the highest mean" if row == best else self.points(setting, TASKS, row, best)
+            others = "; ".join(f"{other} ({buts[reader][other]})" for other in rows if other in buts[reader])
+            told.setdefault((row, *self.four(setting, row), behind, others or "nothing"), []).append(reader)
+        found = {(setting, caption): [["; ".join(readers), *line] for line, readers in told.items()]}
         asked = []
         others = ["LoRA", "Full fine-tuning", "Linear probe", "Zero-shot"]
         for other in [row for row in others if row in rows]:
@@ -314,12 +320,12 @@ class Oracle:
                 line += ["", "", "", f"no usable run of shapes ({state})"]
             else:
                 middle, _, over_seeds, over_rows, verdict, is_found = self.compared(setting, TASKS, row, best)
-                so = "no higher mean, within the noise"
+                so = "as good within the noise, but no higher mean"
                 if row not in sure:
                     so = f"too thin: {len(self.seeds(setting, TASKS, row))} of the 3 seeds wanted"
                 elif is_found:
                     both = verdict == "larger than the noise"
-                    alone = "" if both else f", says the test over {'rows' if 'rows' in verdict else 'seeds'} alone"
+                    alone = "" if both else f", by the test over {'rows' if 'rows' in verdict else 'seeds'} alone"
                     so = f"{x100(-middle)} points below the best mean{alone}"
                 line += [self.points(setting, TASKS, row, best), p(over_seeds), p(over_rows), so]
             evidence.append(line)
@@ -330,15 +336,25 @@ class Oracle:
         ratios = []
         for name in ("all_time", "memory", "stored"):
             if second == "Zero-shot" and name != "memory":
-                ratios.append("against nothing")
+                ratios.append("-")
                 continue
             ratio = self.cost(setting, tasks, first, name) / self.cost(setting, tasks, second, name)
             if name == "all_time":
                 ratio = self.time_ratio(setting, tasks, first, second)
-            text = f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.3f} x" if ratio >= 0.001 else "less than 0.001 x"
+            few = f"1/{1 / ratio:,.0f}"
+            text = (
+                few
+                if ratio < 0.001
+                else f"{ratio:.0f} x"
+                if ratio >= 10
+                else f"{ratio:.2f} x"
+                if ratio >= 0.1
+                else f"{ratio:.2g} x"
+            )
             ratios.append(text)
         verdict = self.compared(setting, tasks, first, second)[4]
-        return [first, second, ", ".join(tasks), self.points(setting, tasks, first, second), verdict, *ratios]
+        by_task = [f"{task} {signed(self.compared(setting, [task], first, second)[0])}" for task in tasks]
+        return [first, second, ", ".join(by_task), self.points(setting, tasks, first, second), verdict, *ratios]
 
     def time_ratio(self, setting, tasks, first, second):
         """Of the seeds that both were timed with on every task."""
@@ -381,7 +397,6 @@ class Oracle:
             text("stored", size, False),
             "no adapter" if row in NO_ADAPTER else text("inference", lambda value: f"{value:.2f}", False, True),
             "not measured" if loss is None else f"{loss:+.3f}",
-            "no training" if untrained else "not measured",
         ]
 
     def curves(self, setting, task, rows):
@@ -392,7 +407,8 @@ class Oracle:
             for stop in range(5 if curves and row != "Zero-shot" else 0):
                 scores = [curve[stop]["score"] for curve in curves]
                 examples = mean([curve[stop]["examples"] for curve in curves])
-                seconds = mean([curve[stop]["seconds"] for curve in timed])
+                source = mean([r["source_time_s"] or 0 for r in self.results(setting, task, row, timed=True).values()])
+                seconds = source + mean([curve[stop]["seconds"] for curve in timed])
                 three = [x100(mean(scores)), x100(min(scores)), x100(max(scores))]
                 lines.append([row, f"{examples:,.0f}", f"{seconds:.1f}", *three])
         return lines

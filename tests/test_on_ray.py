@@ -10,7 +10,7 @@ import yaml
 from benchmarks.harness.local import begin
 from benchmarks.harness.on_ray import run_on_ray
 from benchmarks.harness.store import RunStore
-from benchmarks.harness.suite import load_suite, run_id
+from benchmarks.harness.suite import SuiteError, load_suite, run_id
 
 
 STUB = Path(__file__).parent / "stub_worker.py"
@@ -49,6 +49,11 @@ def test_a_grid_finishes_whole_though_a_node_dies(cluster, tmp_path, monkeypatch
     path.write_text(yaml.safe_dump(grid))
     monkeypatch.setattr(execution, "WORKER", [sys.executable, str(STUB)])
     specs, killed = load_suite(path), []
+    with pytest.raises(
+        SuiteError, match=r"holds 1 CPU, 1 GPU, and no node .* \(they have 1 CPU, 0 GPU; 1 CPU, 0 GPU\)"
+    ):
+        run_on_ray(specs, store, tmp_path / "runs", None, 60, "never", print, num_cpus=1, num_gpus=1)
+    assert store.events() == []
 
     def report(spec, event):
         if not killed:

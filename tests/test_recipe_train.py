@@ -418,6 +418,27 @@ def test_samples_and_shots_are_as_many_as_asked(train, tmp_path):
     assert "| training rows | 4 |" in (tmp_path / "shots" / "README.md").read_text()
 
 
+def test_scores_of_other_samples_of_train_are_of_the_same_rows(recipe, movie_reviews, tmp_path):
+    def rows(sample_seed):
+        line = [
+            "--task_name",
+            "movie_reviews",
+            "--do_train",
+            "true",
+            "--do_eval",
+            "true",
+            "--output_dir",
+            str(tmp_path),
+        ]
+        line += ["--max_train_samples", "20", "--max_eval_samples", "20", "--sample_seed", str(sample_seed)]
+        _, data_args, _, args = recipe.parse(line)
+        splits = recipe.load_splits(recipe.find_task(data_args), data_args, args)
+        return {name: split["text"] for name, split in splits.items()}
+
+    first, second = rows(0), rows(1)
+    assert first["validation"] == second["validation"] and first["train"] != second["train"]
+
+
 def test_rows_held_out_of_train_are_scored_and_not_trained_on(train, tmp_path, recipe, monkeypatch):
     seen = {}
     check = recipe.load_splits

@@ -124,7 +124,7 @@ def test_only_the_tasks_that_are_asked_for_count(setting):
 def test_what_any_test_finds_worse_is_not_called_as_good(setting):
     """LoRA is 1.4 points better on shapes than 4 bits; its seeds alone tell it from TRANSFER, and that is enough."""
     found = reasons(advise(setting, Needs(first="memory"), ["shapes"]))
-    assert found["LoRA"] == "5.6 points below the best mean, says the test over seeds alone"
+    assert found["LoRA"] == "5.6 points below the best mean, by the test over seeds alone"
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_where_not_all_times_were_measured_the_next_cost_decides(changed_store, 
     instead = "time was not measured for all, so memory decides"
     assert reasons(advice)[BEST] == f"the best mean, but costs more: 850.0 MB of memory ({instead})"
     picks = next(block for block in choice_section(evidence).blocks if isinstance(block, Table))
-    assert [row[1].text for row in picks.rows if row[0].text == f"time is short ({instead})"] == [FOUR_BITS]
+    assert [row[1].text for row in picks.rows if row[0].text.startswith(f"time is short ({instead})")] == [FOUR_BITS]
     main(["--results", str(path)])
     assert f" The {instead}." in capsys.readouterr().out
 

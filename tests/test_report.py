@@ -15,6 +15,7 @@ from benchmarks.harness.pace import kind_of, pace_path
 from benchmarks.harness.suite import source_spec
 from benchmarks.report import main
 from benchmarks.reporting.advice import Needs, advise
+from benchmarks.reporting.comparisons import compare
 from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
 from benchmarks.reporting.measures import ENERGY, INFERENCE, SOURCE_EXAMPLES, TIME, written
@@ -22,7 +23,7 @@ from benchmarks.reporting.runs import EvidenceError
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
 from benchmarks.reporting.sections.scores import _warnings, leaders
-from benchmarks.reporting.statistics import compare, interval, row_test, seed_test
+from benchmarks.reporting.statistics import interval, row_test, seed_test
 from tests.helpers_report import EXAMPLES, SECONDS, Oracle, label
 
 
@@ -242,13 +243,49 @@ def test_a_task_joins_the_mean_once_most_methods_have_their_seeds(store, run_of,
     [setting] = settings_of(store(*events))
     assert setting.common == ("colours",)
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
-    left_out = "Not in it, since too few methods or seeds were run: shapes."
+    left_out = "Not in the mean, since too few methods or seeds were run: shapes."
     assert left_out in (tmp_path / "report.md").read_text(encoding="utf-8")
     events.append(run_of("lora", 2, "10", task="shapes"))
     [setting] = settings_of(store(*events))
     assert setting.common == ("colours", "shapes")
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
-    assert "Not in it" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert "Not in the mean" not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
+def test_a_task_on_which_nothing_was_learnt_is_in_no_mean(store, run_of, tmp_path):
+    """Of 20 rows 11 have one label; LoRA's mean there is above that, by less than its interval."""
+    level = {"colours": 0.5, "shapes": 0.55}
+    right = {"colours": (15, 15, 15), "shapes": (11, 11, 14)}
+    events = [
+        run_of(method, seed, "1" * count + "0" * (20 - count), task=task, majority=level[task])
+        for task, counts in right.items()
+        for method in ("lora", "full")
+        for seed, count in enumerate(counts)
+    ]
+    untrained = run_of("zero_shot", 0, "1" * 18 + "00", task="shapes", majority=0.55)
+    untrained["spec"]["budget"] = {"examples": 0}
+    path = store(*events, untrained)
+    [setting] = settings_of(path)
+    assert (setting.at_chance, setting.common) == (("shapes",), ("colours",))
+    main(["--results", str(path), "--speed", "--output", str(tmp_path)])
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    said = "since no method is above always giving the most common label there: shapes (55.0)."
+    assert f"Not in the mean, {said}" in text
+    scores = tables(text)[EXAMPLES, f"Scores: {EXAMPLES} (accuracy)"]
+    assert scores[-1] == ["Always the most common label", "50.0", "55.0"]
+    assert scores[0] == ["method", "colours", "shapes"]
+    alone = store(*(event for event in events if event["spec"]["task"] == "shapes"))
+    assert settings_of(alone)[0].common == ("shapes",), "a mean of nothing would be no help"
+    main(["--results", str(alone), "--speed", "--output", str(tmp_path)])
+    assert f"In the mean for want of others, {said}" in (tmp_path / "report.md").read_text(encoding="utf-8")
+    for event in events:
+        event["result"]["main_metric"] = "f1"
+    assert settings_of(store(*events))[0].at_chance == (), "another metric is not compared with a share of rows"
+
+
+def test_how_few_rows_were_scored_is_said(store, run_of):
+    [setting] = settings_of(store(*(run_of("lora", seed, "1110" * 25) for seed in range(3))))
+    assert "of the best score that adds ± colours 8.5 (100 rows)." in _warnings(setting)[0]  # 1.96 sqrt(.75 .25 / 100)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +332,9 @@ def test_sentences_hold_the_numbers_of_the_tables(report, oracle):
         lead = f"the lead of {leader} over {rival} ({sentence(leader, rival, tasks, setting)}; p: seeds {p}, rows {q})"
         assert f"- {name}: {nobody}{lead} is {verdict}." in text
     assert "- 1 of 49 runs shared the machine with other programs: their timings are left out." in text
-    assert f"{len(oracle.good)} runs with a result, 1 failed, 1 not ended, 3 out of memory, 1 timeout" in text
+    searched = sum("held_out_samples" in event["spec"]["arguments"] for event in oracle.good.values())
+    runs = f"{len(oracle.good) - searched} runs with a result and {searched} of a search for hyper-parameters"
+    assert f"{runs}, 1 failed, 1 not ended, 3 out of memory, 1 timeout" in text
 
 
 def test_bold_is_what_leads_another_kind_beyond_the_noise_and_cannot_be_told_from_the_best(report, oracle):
@@ -430,7 +469,7 @@ def test_the_best_init_that_needs_no_other_task_is_named_too(store, run_of, tmp_
     loras = [run_of("lora", seed, "1" * (15 + seed % 2) + "0" * (25 - seed % 2)) for seed in range(3)]
     [text] = best_inits(*events, *loras)
     assert re.match(
-        r"The best init is TRANSFER: \+50\.0 points .*RANDOM, .*another task before \(shapes for col", text
+        r"The best init is TRANSFER: \+50\.0 points .*RANDOM, .*first trained on another task \(shapes for col", text
     )
     assert "The best init without another task is TEXT: +25.0 points" in text
     asked = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"][1:]
@@ -447,7 +486,7 @@ def test_what_a_transfer_saw_besides_is_said(store, run_of, tmp_path):
     for event, count in zip(events, (377, 380), strict=False):
         event["result"] |= {"source_rows": 560, "source_rows_left_out": count}
     [setting] = settings_of(store(*events))
-    assert _warnings(setting) == [
+    assert _warnings(setting)[1:] == [
         "TRANSFER has been trained on rows of another task too: shapes for colours. Those that share text with the "
         "scored rows were left out (shapes for colours: 377 or 380). In 1 of its 3 runs nobody looked whether any do."
     ]
@@ -476,9 +515,9 @@ def test_tasks_that_few_methods_were_run_on_are_not_kept_from_who_asks(store, ru
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
     asked = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"][1:]
     assert [(row[0], row[1], row[2], row[3].split()[0]) for row in asked] == [
-        ("Prompt tuning, TEXT", "LoRA", "colours", "+25.0"),
-        ("Prompt tuning, CLASS_LABELS", "LoRA", "colours, shapes", "-27.5"),
-        ("Prompt tuning, TEXT", "Full fine-tuning", "colours", "+52.5"),
+        ("Prompt tuning, TEXT", "LoRA", "colours +25.0", "+25.0"),
+        ("Prompt tuning, CLASS_LABELS", "LoRA", "colours +12.5, shapes -67.5", "-27.5"),
+        ("Prompt tuning, TEXT", "Full fine-tuning", "colours +52.5", "+52.5"),
     ]
 
 
@@ -488,7 +527,9 @@ def test_the_ratio_of_times_is_of_seeds_that_both_were_timed_with(store, run_of,
     events[2]["result"]["other_cpu_share"] = 0.5
     main(["--results", str(store(*events)), "--speed", "--output", str(tmp_path)])
     columns, row = tables((tmp_path / "report.md").read_text(encoding="utf-8"))[EXAMPLES, "What people ask first"]
-    assert row[columns.index("training with its source")] == "0.50 x"  # 15 against 30, not against the mean of all, 40
+    assert (
+        row[columns.index("training with its source, ratio")] == "0.50 x"
+    )  # 15 against 30, not against the mean of all, 40
 
 
 def test_a_method_that_was_run_with_another_budget_alone_is_named(store, run_of, tmp_path):
@@ -558,10 +599,12 @@ def test_which_tried_rate_the_comparison_uses_and_what_was_not_searched_for(stor
     used, other = run_of("lora", 0, "10"), run_of("full", 0, "10")
     used["spec"]["arguments"] = {**used["spec"]["arguments"], "learning_rate": 0.003}
     main(["--results", str(store(*tried, used, other)), "--speed", "--output", str(tmp_path)])
+    said = "Chosen on colours with 1 seed, and used for colours. One standard error of a score is up to 35.4 points"
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     [rows] = [rows for (_, caption), rows in tables(text).items() if caption.startswith("Scores while searching")]
     assert [row[-2:] for row in rows] == [["loss", "in the comparison"], ["0.500", ""], ["0.400", "yes"]]
     assert "In the comparison, but not searched for: Full fine-tuning." in text
+    assert said in text and "Of 1 learning rates taken 1 are the lowest or the highest that was tried" in text
 
 
 def test_the_row_test_of_several_tasks_counts_each_task_the_same(store, run_of):
@@ -623,7 +666,8 @@ def test_pictures_show_the_numbers_of_their_table(oracle):
             curves = [r["curve"] for r in found.values()]
             for stop in range(5):
                 scores = [curve[stop]["score"] for curve in curves]
-                assert line.x[stop] == pytest.approx(np.mean([curve[stop][axis] for curve in curves]))
+                source = np.mean([r["source_time_s"] or 0.0 for r in found.values()]) if axis == "seconds" else 0.0
+                assert line.x[stop] == pytest.approx(source + np.mean([curve[stop][axis] for curve in curves]))
                 drawn = line.mean[stop], line.low[stop], line.high[stop]
                 assert drawn == pytest.approx((np.mean(scores), min(scores), max(scores)))
 
@@ -808,15 +852,15 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
 
 def pace_row(spec, step_s):
     env = {"machine": "made up for the tests", "capability": "none", "commit": "abc", "dirty": True, "threads": 2}
-    env["thread_variables"] = {"OMP_WAIT_POLICY": "passive"}
+    env |= {"thread_variables": {"OMP_WAIT_POLICY": "passive"}, "other_cpu_share": 0.12}
     return {"kind": kind_of(spec), "step_s": step_s, "steps_s": [step_s], "factor": 1.0, "error": None, **env}
 
 
 def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store, run_of, tmp_path):
     """The machine was three times slower in one run: what it took says nothing about the method."""
-    curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
+    curve = [{"examples": n, "seconds": s, "score": 0.5} for n, s in ((0, 0.0), (20, 15.0), (80, 30.0))]
     events = [
-        run_of("lora", 0, "10", steps=20, examples_seen=80, tokens_seen=500, train_time_s=10.0),
+        run_of("lora", 0, "10", steps=20, examples_seen=80, tokens_seen=500, train_time_s=30.0, curve=curve),
         run_of("lora", 1, "10", steps=20, examples_seen=80, tokens_seen=500, train_time_s=30.0, curve=curve),
         run_of("prompt_tuning", 0, "10", init="TRANSFER", steps=20, source_time_s=99.0, train_time_s=99.0),
         run_of("full", 0, "10", train_time_s=5.0),
@@ -847,29 +891,62 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     assert seconds[0] == "0.0" and seconds[-1] == "8.0"
     columns, row = found[EXAMPLES, f"What it costs: shapes, {EXAMPLES}"]
     assert row[columns.index("training")] == "10.0 s", "nothing of this task was timed in turns"
-    hours = "times are means (as measured: the machine may have been slower at one hour than at another)."
+    hours = "seconds their means (as measured: the machine may have been slower at one hour than at another)."
     assert hours not in text
     pace_path(path).unlink()
     main(["--results", str(path), "--speed", "--output", str(tmp_path / "without")])
     assert hours in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
     assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 5 lines, sha256" in text
+    others = "12 % of the CPU"
     on = "made up for the tests, none, 2 threads, OMP_WAIT_POLICY=passive", "abc with changes"
     assert found["", "Steps timed in turns"][1:] == [
-        ["LoRA", "colours", "0.40 s", "1", "1.000", *on, "runs.pace.jsonl:1"],
-        ["Prompt tuning", "colours", "0.30 ± 1.27 s", "2", "2.000", *on, "runs.pace.jsonl:3"],  # t(1) = 12.7
-        ["Prompt tuning", "shapes", "0.50 s", "1", "1.000", *on, "runs.pace.jsonl:4"],
-        ["Full fine-tuning", "colours", "failed: ValueError: made up", "0", "1.000", *on, "runs.pace.jsonl:5"],
+        ["LoRA", "colours", "0.40 s", "1", "1.000", others, *on, "runs.pace.jsonl:1"],
+        ["Prompt tuning", "colours", "0.30 ± 1.27 s", "2", "2.000", others, *on, "runs.pace.jsonl:3"],  # t(1) = 12.7
+        ["Prompt tuning", "shapes", "0.50 s", "1", "1.000", others, *on, "runs.pace.jsonl:4"],
+        ["Full fine-tuning", "colours", "failed: ValueError: made up", "0", "1.000", others, *on, "runs.pace.jsonl:5"],
     ]
     assert [row[6] for row in found["", "Runs"][1:] if row[0] == events[1]["run_id"]] == ["30.0 s, disturbed"]
 
 
 def test_a_line_over_seconds_has_the_pace_too(store, run_of):
-    curve = [{"examples": n, "seconds": 3.0 * n, "score": 0.5} for n in (0, 20, 80)]
-    event = run_of("lora", 0, "10", steps=20, examples_seen=80, curve=curve)
+    """Half of the time went into the first quarter of the examples, whose batches were the longest."""
+    curve = [{"examples": n, "seconds": s, "score": 0.5} for n, s in ((0, 0.0), (20, 15.0), (80, 30.0))]
+    event = run_of("lora", 0, "10", steps=20, examples_seen=80, train_time_s=30.0, curve=curve)
     path = store(event)
     pace_path(path).write_text(json.dumps(pace_row(event["spec"], 0.4)) + "\n")
     [line] = _lines(settings_of(path)[0], "colours", "seconds")
-    assert line.x == pytest.approx([0.0, 2.0, 8.0])
+    assert line.x == pytest.approx([0.0, 4.0, 8.0])
+
+
+def test_a_line_over_seconds_begins_with_the_training_of_the_source(store, run_of):
+    curve = [{"examples": n, "seconds": float(n), "score": 0.5} for n in (0, 20)]
+    event = run_of("prompt_tuning", 0, "10", init="TRANSFER", train_time_s=20.0, source_time_s=12.0, curve=curve)
+    event["spec"]["source"] = {"task": "shapes"}
+    [setting] = settings_of(store(event))
+    assert _lines(setting, "colours", "seconds")[0].x == [12.0, 32.0]
+    assert _lines(setting, "colours", "examples")[0].x == [0, 20]
+
+
+def test_the_pace_of_one_store_says_nothing_of_anothers(store, run_of):
+    of_laptop, of_server = run_of("lora", 0, "10", steps=20), run_of("lora", 1, "10", steps=20)
+    paths = [store(of_laptop, name="laptop.jsonl"), store(of_server, name="server.jsonl")]
+    for path, step_s in zip(paths, (2.0, 0.5), strict=True):
+        pace_path(path).write_text(json.dumps(pace_row(of_laptop["spec"], step_s)) + "\n")
+    [setting] = settings_of(*paths)
+    [variant] = setting.variants
+    assert [run.result["train_time_s"] for run in setting.timed("colours", variant)] == [40.0, 10.0]
+
+
+def test_a_run_that_was_given_other_steps_for_its_seconds_does_not_count(store, run_of):
+    """The pace was taken again: what ran before it bought something else."""
+    events = [run_of("lora", seed, "10", steps=steps) for seed, steps in ((0, 75), (1, 70))]
+    for event in events:
+        event["spec"]["budget"] = {"seconds": 30, "steps": event["result"]["steps"]}
+    path = store(*events)
+    pace_path(path).write_text(json.dumps(pace_row(events[0]["spec"], 0.4)) + "\n")
+    right, other = read_evidence([path]).runs
+    assert right.counts and not other.counts and other.state == "unusable result"
+    assert "'steps': 70}, and 30 seconds are {'seconds': 30, 'steps': 75} by the pace" in other.problem
 
 
 def test_at_equal_seconds_it_is_said_how_long_the_runs_took(store, run_of):
@@ -877,7 +954,7 @@ def test_at_equal_seconds_it_is_said_how_long_the_runs_took(store, run_of):
     for event in events:
         event["spec"]["budget"] = {"seconds": 30, "steps": 7}
     [setting] = settings_of(store(*events))
-    [warning] = _warnings(setting)
+    _, warning = _warnings(setting)
     assert "is the same whenever a run is done. The runs themselves took 25.0 s to 27.0 s." in warning
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .comparisons import Comparison, common_seeds, compare
 from .contrasts import mean_score
-from .evidence import MIN_SEEDS, Setting, Variant
+from .evidence import Setting, Variant
 from .measures import ALL_TIME, MEMORY, STORED, WEIGHTS, over_tasks, points, seconds, signed, size
-from .statistics import Comparison, Interval, common_seeds, compare
+from .statistics import MIN_SEEDS, Interval
 
 
 COSTS = ("time", "memory", "storage")
@@ -66,6 +67,7 @@ class Candidate:
         time_s: One task's training, with its source's; None if none can be compared.
         comparison: With the best of those that fit; None for itself.
         excluded: Why it is not picked, or "".
+        but: The last part of that, where it is as good as the pick within the noise; else "".
     """
 
     variant: Variant
@@ -77,6 +79,7 @@ class Candidate:
     time_s: float | None
     comparison: Comparison | None = None
     excluded: str = ""
+    but: str = ""
 
     def storage_bytes(self, count: int) -> float:
         """For `count` tasks. Full fine-tuning keeps a whole model for each, the others one for all."""
@@ -137,9 +140,7 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     final = [
         candidate
         if candidate.excluded or candidate.variant == pick.variant
-        else replace(
-            candidate, excluded=_why_not(candidate, costs, dearer, bool(sure)) + (f" ({instead})" if instead else "")
-        )
+        else _outdone(candidate, costs, dearer, bool(sure), f" ({instead})" if instead else "")
         for candidate in judged
     ]
     return Advice(setting, tasks, needs, pick, tuple(final), not sure, instead)
@@ -190,7 +191,7 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
         excluded = f"not comparable with {best.variant.label}: {comparison.why_not}"
     elif not excluded and comparison is not None and comparison.is_found and comparison.difference.mean < 0:
         behind = signed(-comparison.difference.mean).lstrip("+")
-        alone = "" if comparison.is_larger_than_noise else f", says the test over {comparison.found_over} alone"
+        alone = "" if comparison.is_larger_than_noise else f", by the test over {comparison.found_over} alone"
         excluded = f"{behind} points below the best mean{alone}"
     return replace(candidate, comparison=comparison, excluded=excluded)
 
@@ -214,16 +215,21 @@ def _cheapest(candidates: Sequence[Candidate], costs: Sequence[str]) -> tuple[Ca
     return max(candidates, key=lambda candidate: candidate.score.mean), dearer
 
 
-def _why_not(candidate: Candidate, costs: Sequence[str], dearer: Mapping[Variant, str], is_sure: bool) -> str:
-    """Why something else is picked although it would do."""
+def _outdone(
+    candidate: Candidate, costs: Sequence[str], dearer: Mapping[Variant, str], is_sure: bool, instead: str
+) -> Candidate:
+    """Say why something else is picked although it would do."""
+    if not is_sure:
+        return replace(candidate, excluded="no higher mean, on thin evidence")
     cost = dearer.get(candidate.variant)
-    if not costs:
-        return f"no higher mean, {'within the noise' if is_sure else 'on thin evidence'}"
-    if cost is None:
-        return "as good within the noise and as cheap, but no higher mean"
     as_good = "the best mean" if candidate.comparison is None else "as good within the noise"
-    as_cheap = "" if cost == costs[0] else f" and {AS_CHEAP[costs[0]]}"
-    return f"{as_good}{as_cheap}, but costs more: {_cost_text(candidate, cost)}"
+    as_cheap = " and as cheap" if costs else ""
+    but = "no higher mean"
+    if cost is not None:
+        as_cheap = "" if cost == costs[0] else f" and {AS_CHEAP[costs[0]]}"
+        but = _cost_text(candidate, cost)
+    excluded = f"{as_good}{as_cheap}, but {'costs more: ' if cost is not None else ''}{but}{instead}"
+    return replace(candidate, excluded=excluded, but=but)
 
 
 def _cost_text(candidate: Candidate, cost: str) -> str:

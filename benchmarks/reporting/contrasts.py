@@ -6,9 +6,10 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from .evidence import MIN_SEEDS, Setting, Variant
+from .comparisons import by_seed, common_seeds, compare, seed_scores
+from .evidence import Setting, Variant
 from .measures import ALL_TIME, MEMORY, MISSING, NO_TIMES, STORED, Measure, over_tasks, plus_minus, signed_interval
-from .statistics import Interval, by_seed, common_seeds, compare, interval, seed_scores
+from .statistics import MIN_SEEDS, Interval, interval
 
 
 def mean_score(setting: Setting, variant: Variant, tasks: Sequence[str]) -> Interval | None:
@@ -74,6 +75,8 @@ def widest_pair(
 ) -> tuple[Variant, Variant, tuple[str, ...]] | None:
     """One that is wanted and one of a method that share most tasks with enough seeds, and these tasks.
 
+    Tasks at chance say nothing.
+
     Of several the one with the highest mean, then its highest rival.
     """
     pairs = []
@@ -81,7 +84,8 @@ def widest_pair(
         for second in setting.variants:
             if second.method == method and second.quantization is None:
                 both = (first, second)
-                tasks = tuple(t for t in setting.tasks if len(common_seeds(setting, both, [t])) >= MIN_SEEDS)
+                known = [task for task in setting.tasks if task not in setting.at_chance]
+                tasks = tuple(task for task in known if len(common_seeds(setting, both, [task])) >= MIN_SEEDS)
                 if tasks and len(common_seeds(setting, both, tasks)) >= MIN_SEEDS:
                     pairs.append((*both, tasks))
 
@@ -120,7 +124,7 @@ def versus(setting: Setting, first: Variant, second: Variant, tasks: Sequence[st
 
 def _ratio(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str], measure: Measure) -> str:
     if second.method == "zero_shot" and measure is not MEMORY:
-        return "against nothing"
+        return "-"
     values = [over_tasks(setting, variant, tasks, measure) for variant in (first, second)]
     if measure.is_time:
         pairs = _pairs(setting, first, second, tasks, measure)
@@ -130,7 +134,9 @@ def _ratio(setting: Setting, first: Variant, second: Variant, tasks: Sequence[st
     if None in values or not values[1]:
         return MISSING
     ratio = values[0] / values[1]
-    return f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.3f} x" if ratio >= 0.001 else "less than 0.001 x"
+    if ratio < 0.001:
+        return f"1/{1 / ratio:,.0f}"
+    return f"{ratio:.0f} x" if ratio >= 10 else f"{ratio:.2f} x" if ratio >= 0.1 else f"{ratio:.2g} x"
 
 
 def paired_difference(

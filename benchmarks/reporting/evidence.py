@@ -18,6 +18,7 @@ from typing import Any
 
 from ..harness.suite import budget_of
 from .runs import EvidenceError, Pace, Run, Store, read_stores
+from .statistics import MIN_SEEDS, interval
 
 
 METHODS = {
@@ -29,7 +30,6 @@ METHODS = {
 }
 INITS = ("RANDOM", "SAMPLE_VOCAB", "CLASS_LABELS", "TEXT", "TRANSFER")
 UNSET = "default"
-MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
 SCORED_ON = ("data", "held_out_samples", "max_eval_samples", "sample_seed")  # decide which rows are scored
 
 
@@ -101,11 +101,34 @@ class Setting:
         """The tasks that means are taken over: those that more than half of the variants were run on.
 
         Those with fewer than `MIN_SEEDS` seeds of most variants, as while a grid is still growing, only if all have
-        fewer.
+        fewer; those at chance only if all are.
         """
         run_on = Counter(task for task, _ in self.cells)
         often = tuple(task for task in self.tasks if 2 * run_on[task] > len(self.variants)) or self.tasks
-        return tuple(task for task in often if self._seeds_of(task) >= MIN_SEEDS) or often
+        enough = tuple(task for task in often if self._seeds_of(task) >= MIN_SEEDS) or often
+        return tuple(task for task in enough if task not in self.at_chance) or enough
+
+    @cached_property
+    def at_chance(self) -> tuple[str, ...]:
+        """Tasks on which no method's interval is above `majority`: what methods differ by there is noise."""
+        return tuple(
+            task
+            for task in self.tasks
+            if (level := self.majority(task)) is not None
+            and not any(self._is_above(task, variant, level) for variant in self.variants)
+        )
+
+    def _is_above(self, task: str, variant: Variant, level: float) -> bool:
+        scores = [run.result["score"] for run in self.runs(task, variant)]
+        return (
+            bool(scores) and variant.method != "zero_shot" and (s := interval(scores)).mean - (s.half or 0.0) > level
+        )
+
+    def majority(self, task: str) -> float | None:
+        """Accuracy of always giving the most common label; None where another metric is the main one, or unknown."""
+        results = [run.result for variant in self.variants for run in self.runs(task, variant)]
+        known = [result["majority"] for result in results if result.get("majority") is not None]
+        return known[0] if known and {result["main_metric"] for result in results} == {"accuracy"} else None
 
     def _seeds_of(self, task: str) -> int:
         """How many most of what was trained on a task has; what is ahead or fails does not decide."""

@@ -16,8 +16,8 @@ import matplotlib
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
-from .evidence import MIN_SEEDS, Variant
-from .statistics import Interval
+from .evidence import Variant
+from .statistics import MIN_SEEDS, Interval
 
 
 TEXT, GRID = "#010203", "#040506"  # stand for the page's own

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import Any
 
+from .comparisons import Comparison
 from .evidence import Setting, Variant
 from .runs import Run
-from .statistics import Comparison, Interval
+from .statistics import Interval
 
 
 MISSING = "not measured"

@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ..harness.pace import kind_id, kind_of, pace_path, read_pace
+from ..harness.pace import kind_id, kind_of, pace_path, read_pace, step_seconds, with_steps
 from ..harness.store import RunStore
-from ..harness.suite import source_spec, steps_of
+from ..harness.suite import budget_of, source_spec, steps_of
 
 
 SPEC_KEYS = ("task", "data", "method", "init", "source", "quantization", "task_type", "budget", "seed", "arguments")
@@ -27,7 +27,7 @@ _NUMBERS_OR_NULL = (
     *("source_time_s", "inference_time_s", "bare_inference_time_s", "unrelated_loss", "bare_unrelated_loss"),
     *("energy_j", "other_cpu_share"),
 )
-_LATER_NUMBERS = ("source_rows", "source_rows_left_out")  # older stores have none
+_LATER_NUMBERS = ("source_rows", "source_rows_left_out", "majority")  # older stores have none
 _TOLD = {"started": 0, "ok": 2}  # how much an event tells; that of a run that ended badly: 1
 
 
@@ -141,7 +141,7 @@ class Run:
         changed["train_time_s"] = total = result["steps"] * self.step_s
         changed["tokens_per_s"] = result["tokens_seen"] / total
         changed["curve"] = [
-            {**point, "seconds": total * point["examples"] / result["examples_seen"]}
+            {**point, "seconds": total * point["seconds"] / result["train_time_s"]}
             for point in result.get("curve") or []
         ]
         source = source_spec(self.spec)
@@ -185,7 +185,7 @@ def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[R
 
     Of a run that is in several of them the one that counts is taken, else the one that started last.
     """
-    stores, runs, paces = [], {}, {}
+    stores, runs, paces = [], {}, []
     for path in map(Path, paths):
         store, found = _read(path)
         stores.append(store)
@@ -193,19 +193,25 @@ def read_stores(paths: Iterable[str | Path]) -> tuple[tuple[Store, ...], tuple[R
         if timed.is_file():
             content = timed.read_bytes()
             stores.append(Store(timed.name, hashlib.sha256(content).hexdigest(), len(content.splitlines()), ()))
-            paces |= {name: Pace(row, timed.name, row["line"]) for name, row in read_pace(timed).items()}
-        for run in found:
+        of_file = read_pace(timed)
+        paces += [Pace(row, timed.name, row["line"]) for row in of_file.values()]
+        for run in (_with_pace(run, step_seconds(of_file)) for run in found):
             known = runs.get(run.run_id)
             if known is None or _rank(run) >= _rank(known):
                 runs[run.run_id] = run
-    step_s = {name: pace.row["step_s"] for name, pace in paces.items()}
-    return tuple(stores), tuple(_with_pace(run, step_s) for run in runs.values()), tuple(paces.values())
+    return tuple(stores), tuple(runs.values()), tuple(paces)
 
 
 def _with_pace(run: Run, step_s: Mapping[str, float | None]) -> Run:
+    """With the steps that were timed for its store; what was given others for its seconds does not count."""
     source = source_spec(run.spec)
     own, of_source = (spec and step_s.get(kind_id(kind_of(spec))) for spec in (run.spec, source))
-    return replace(run, step_s=own, source_step_s=of_source)
+    unit, amount = budget_of(run.spec)
+    wanted = with_steps([{**run.spec, "budget": {unit: amount}}], step_s)[0]["budget"]
+    problem = run.problem
+    if run.counts and "steps" in wanted and wanted != run.spec["budget"]:
+        problem = f"its budget is {run.spec['budget']}, and {amount:g} seconds are {wanted} by the pace"
+    return replace(run, step_s=own, source_step_s=of_source, problem=problem)
 
 
 def _rank(run: Run) -> tuple[bool, str]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ..advice import NO_COST, READERS, RULE, Advice, Candidate, advise
+from ..comparisons import compare
 from ..contrasts import (
     RATIOS,
     best_of_method,
@@ -17,24 +18,47 @@ from ..contrasts import (
     widest_pair,
 )
 from ..document import Block, Cell, Heading, Section, Table, Text, cells
-from ..evidence import MIN_SEEDS, Evidence, Setting, Variant, kind
-from ..measures import MISSING, in_points, p_value, seconds, signed_interval, size
-from ..statistics import compare
+from ..evidence import Evidence, Setting, Variant, kind
+from ..measures import (
+    BEFORE,
+    MISSING,
+    in_points,
+    over_tasks,
+    p_value,
+    points,
+    seconds,
+    signed,
+    signed_interval,
+    size,
+)
+from ..statistics import MIN_SEEDS
 
 
 HIGHEST = "the highest mean"
+TESTS = (
+    "Two tests tell methods apart. Over seeds: would models of other seeds differ in the same way? Over rows: would "
+    "these models on other rows? A difference is larger than the noise if both say so (p < 0.05), not clear if one "
+    "does, and within the noise if neither does. nf4: the model's weights are in 4 bits."
+)
+LEFT_OUT = (
+    "The advice leaves out what either test finds worse. Nothing is corrected for the number of methods: of ten that "
+    "are as good as the best, one may well be left out by chance."
+)
+
+
+COLUMNS = ("score", "memory", "to store for a task", "training of a task", "against the highest mean (95 %)")
 
 
 def choice_section(evidence: Evidence) -> Section:
     """What to pick in each setting, with the evidence line by line."""
-    blocks: list[Block] = []
+    blocks: list[Block] = [Text(TESTS)]
     settings = [setting for setting in evidence.settings if setting.has_results and not setting.is_search]
     for setting in settings:
         elsewhere = {variant for other in settings if other.model == setting.model for variant in other.variants}
         blocks += [Heading(setting.title), *_of_setting(setting, elsewhere)]
     ask = (
         "For your own memory, storage, number of tasks and least score: python -m benchmarks recommend --memory 8GB "
-        "--tasks 50 --storage 1GB --least_score 0.8"
+        "--tasks 50 --storage 1GB --least_score 0.7"
     )
     return Section("choice", "Which method to pick", [*blocks, Text(ask), Text(f"The rule: {RULE}")])
 
@@ -51,29 +75,37 @@ def _of_setting(setting: Setting, elsewhere: Iterable[Variant]) -> list[Block]:
         blocks.append(
             Text(f"The evidence is too thin for advice: fewer than {MIN_SEEDS} seeds. What follows is a hint.")
         )
+        answers = dict([next(iter(answers.items()))])  # the others would only say the same
     picks = Table(
         f"What to pick ({tasks}; the score is the mean of the tasks' main metrics x 100)",
-        ("if", "pick", "score", "memory", "to store for a task", "training of a task", "minus the best"),
-        [
-            cells(
-                [
-                    f"{reader} ({answer.instead})" if answer.instead else reader,
-                    Cell(answer.pick.variant.label, is_bold=True),
-                    *_costs(setting, answer.pick),
-                    signed_interval(answer.pick.comparison.difference) if answer.pick.comparison else HIGHEST,
-                ]
-            )
-            for reader, answer in answers.items()
-        ],
+        ("if", "pick", *COLUMNS, "as good within the noise, but"),
+        _picks(setting, answers),
     )
     about = Text(_batches(setting) + _left_out(setting, elsewhere))
-    return [*blocks, picks, about, *_questions(setting), _evidence_table(first)]
+    return [*blocks, picks, about, *_questions(setting), _evidence_table(first), Text(LEFT_OUT)]
+
+
+def _picks(setting: Setting, answers: Mapping[str, Advice]) -> list[list[Cell]]:
+    """A line for each answer; what readers of several kinds are told is there once."""
+    readers: dict[tuple[str, ...], list[str]] = {}
+    for reader, answer in answers.items():
+        pick = answer.pick
+        behind = signed_interval(pick.comparison.difference) if pick.comparison else HIGHEST
+        others = "; ".join(f"{other.variant.label} ({other.but})" for other in answer.candidates if other.but)
+        line = pick.variant.label, *_costs(setting, pick), behind, others or "nothing"
+        readers.setdefault(line, []).append(f"{reader} ({answer.instead})" if answer.instead else reader)
+    return [cells(["; ".join(who), Cell(label, is_bold=True), *others]) for (label, *others), who in readers.items()]
 
 
 def _left_out(setting: Setting, elsewhere: Iterable[Variant]) -> str:
     """What the picks do not rest on: tasks, and methods that were run with another budget."""
     tasks = [task for task in setting.tasks if task not in setting.common]
-    text = f" Not in it, since too few methods or seeds were run: {', '.join(tasks)}." if tasks else ""
+    few = [task for task in tasks if task not in setting.at_chance]
+    text = f" Not in the mean, since too few methods or seeds were run: {', '.join(few)}." if few else ""
+    chance = [f"{task} ({points(setting.majority(task))})" for task in setting.at_chance]
+    if chance:
+        where = "Not in the mean" if set(setting.at_chance) <= set(tasks) else "In the mean for want of others"
+        text += f" {where}, since no method is above always giving the most common label there: {', '.join(chance)}."
     missing = sorted(set(map(kind, elsewhere)) - set(map(kind, setting.variants)), key=lambda variant: variant.order)
     names = "; ".join(variant.label for variant in missing)
     return text + (f" Not run with this budget, so not among them: {names}." if missing else "")
@@ -90,8 +122,8 @@ def _batches(setting: Setting) -> str:
     hours = "" if setting.has_pace else " (as measured: the machine may have been slower at one hour than at another)"
     return (
         f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
-        f"{given('max_seq_length')} tokens a row. Memory is the model and its training, the most of any "
-        f"task and seed, as the bytes to store are; times are means{hours}."
+        f"{given('max_seq_length')} tokens a row. Memory (the model and its training) and bytes are the largest of "
+        f"the tasks and seeds, seconds their means{hours}."
     )
 
 
@@ -129,12 +161,15 @@ def _questions(setting: Setting) -> list[Block]:
                 pairs.append(widest)  # else tasks that few methods were run on, and lost, would not be seen
             rows += [_question(setting, *pair) for pair in pairs]
     rows += [_question(setting, quantized, full, tasks) for quantized, full in quantized_pairs(setting)]
-    columns = ("method", "against", "tasks", "points", "so", *(measure.title for measure in RATIOS))
+    ratios = (f"{measure.title}, ratio" for measure in RATIOS)
+    columns = ("method", "against", "by task", "score difference (95 %)", "verdict", *ratios)
     return [*blocks, *([Table("What people ask first", columns, list(map(cells, rows)))] if rows else [])]
 
 
 def _question(setting: Setting, first: Variant, second: Variant, tasks: Sequence[str]) -> list[str]:
-    return [first.label, second.label, ", ".join(tasks), *versus(setting, first, second, tasks)]
+    of_tasks = {task: compare(setting, first, second, [task]) for task in tasks}
+    texts = [task if c is None else f"{task} {signed(c.difference.mean)}" for task, c in of_tasks.items()]
+    return [first.label, second.label, ", ".join(texts), *versus(setting, first, second, tasks)]
 
 
 def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
@@ -147,7 +182,11 @@ def _best_init(setting: Setting, prompt: Variant) -> list[Block]:
         alone = best_variant(setting, setting.common, _is_of_one_task)
         runs = [run for task in setting.common for run in setting.runs(task, prompt)]
         sources = dict.fromkeys(f"{run.spec['source']['task']} for {run.spec['task']}" for run in runs)
-        texts.append(f"It has been trained on another task before ({', '.join(sources)}), with as much again.")
+        before = over_tasks(setting, prompt, setting.common, BEFORE)
+        texts.append(
+            f"It was first trained on another task ({', '.join(sources)}) with the same budget, which is in its "
+            f"seconds; with that alone, and nothing of the task itself, it scores {points(before)}."
+        )
         if alone is not None:
             texts.append(_init_text(setting, alone, base, _is_of_one_task, " without another task"))
     return [Text(" ".join(filter(None, texts)))]
@@ -193,6 +232,5 @@ def _evidence_table(advice: Advice) -> Table:
             tests = [HIGHEST, "", ""]
         verdict = candidate.excluded or "the pick for the highest score"
         rows.append(cells([candidate.variant.label, *_costs(advice.setting, candidate), *tests, verdict]))
-    columns = ("method", "score", "memory", "to store for a task", "training of a task", "minus the best")
     caption = "The evidence: every method against the highest mean, and the p of both tests"
-    return Table(caption, (*columns, "p over seeds", "p over rows", "so"), rows)
+    return Table(caption, ("method", *COLUMNS, "p over seeds", "p over rows", "verdict"), rows)

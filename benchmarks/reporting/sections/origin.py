@@ -94,7 +94,7 @@ def _paces(evidence: Evidence) -> list[Block]:
         "to its first time, and is in the seconds."
     )
     rows = [_pace_texts(pace) for pace in evidence.paces]
-    columns = ("method", "task", "a step", "steps", "factor", "machine", "commit", "line")
+    columns = ("method", "task", "a step", "steps", "factor", "other programs", "machine", "commit", "line")
     return [Text(explanation), Table("Steps timed in turns", columns, list(map(cells, rows)))]
 
 
@@ -105,7 +105,8 @@ def _pace_texts(pace: Pace) -> list[str]:
         half = interval([factor * time for time in times]).half
         step = f"{row['step_s']:.2f}" + (" s" if half is None else f" ± {half:.2f} s")
     what = [Variant(kind["method"], None, kind["quantization"]).label, kind["task"], step, str(len(times))]
-    return [*what, f"{factor:.3f}", _machine_text(row), _commit_text(row), f"{pace.file}:{pace.line}"]
+    others = MISSING if row.get("other_cpu_share") is None else f"{100 * row['other_cpu_share']:.0f} % of the CPU"
+    return [*what, f"{factor:.3f}", others, _machine_text(row), _commit_text(row), f"{pace.file}:{pace.line}"]
 
 
 def _run_texts(run: Run) -> list[str]:

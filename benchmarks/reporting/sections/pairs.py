@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from ..comparisons import compare
 from ..contrasts import best_variant, paired_difference, quantized_pairs, random_of, too_thin
 from ..document import Block, Figure, Heading, Section, Table, Text, cells
-from ..evidence import MIN_SEEDS, Evidence, Setting, Variant
+from ..evidence import Evidence, Setting, Variant
 from ..figures import draw_differences
 from ..measures import (
     MISSING,
@@ -22,7 +23,7 @@ from ..measures import (
     signed_interval,
     size,
 )
-from ..statistics import compare
+from ..statistics import MIN_SEEDS
 from .pictures import figure_id
 
 

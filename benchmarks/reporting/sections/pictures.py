@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from statistics import fmean
 
 from ..contrasts import best_of_method, mean_score, score_text
@@ -30,9 +30,10 @@ def curves_section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Text(
             f"The points of a line are scored on the same {counts} of the task's rows, the tables on all of them: "
-            "the two may differ. Lines are means over seeds; bands reach from the lowest to the highest seed. Seconds "
-            "are of training alone, and a line over seconds is of the runs that were timed. Dashed lines with open "
-            "markers are 4-bit; the dotted line is the model before any training."
+            f"{_point_error(known - {None})}Lines are means over seeds; bands reach from the lowest to the highest "
+            "seed. Seconds are of training alone, a TRANSFER's source before it included, and a line over seconds is "
+            "of the runs that were timed. Dashed lines with open markers are 4-bit; the dotted line is the model "
+            "before any training."
         )
     ]
     for setting in evidence.settings:
@@ -40,6 +41,12 @@ def curves_section(evidence: Evidence) -> Section:
             found = [block for task in setting.tasks for block in _curves(setting, task)]
             blocks += [Heading(setting.title), *found] if found else []
     return Section("curves", "Learning curves", blocks)
+
+
+def _point_error(counts: Iterable[int]) -> str:
+    """How far a point may be from the score on all rows."""
+    errors = [100 * 0.5 / count**0.5 for count in counts]
+    return f"one standard error of a point is up to {max(errors):.0f} points of score. " if errors else ""
 
 
 def costs_section(evidence: Evidence) -> Section:
@@ -60,7 +67,9 @@ def costs_section(evidence: Evidence) -> Section:
 def _curves(setting: Setting, task: str) -> list[Block]:
     lines = {axis: _lines(setting, task, axis) for axis in AXES}
     prompts = [line.variant for line in lines["examples"] if _is_plain_prompt(line.variant)]
-    best = best_of_method(setting, "prompt_tuning", setting.common) or (prompts or [None])[0]
+    best = best_of_method(setting, "prompt_tuning", setting.common)
+    if best not in prompts:  # not run on this task
+        best = best_of_method(setting, "prompt_tuning", [task])
     methods = [v for v in setting.variants if v == best or not _is_plain_prompt(v)]
     wanted = [("methods", axis, methods) for axis in (AXES if setting.unit == "examples" else ["seconds"])]
     if len(prompts) > 1:
@@ -98,8 +107,18 @@ def _lines(setting: Setting, task: str, axis: str) -> list[Line]:
 
 
 def curve(runs: Sequence[Run]) -> list[list[dict[str, float]]]:
-    """The points of all runs that were scored at the same stop: the first, the second, ..., the last."""
-    curves = [run.result["curve"] for run in runs if run.result["curve"]]
+    """The points of all runs that were scored at the same stop: the first, the second, ..., the last.
+
+    The training of a TRANSFER's source comes before the first.
+    """
+    curves = [
+        [
+            {**point, "seconds": (run.result["source_time_s"] or 0.0) + point["seconds"]}
+            for point in run.result["curve"]
+        ]
+        for run in runs
+        if run.result["curve"]
+    ]
     if not curves:
         return []
     count = min(map(len, curves))

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import chain, product
 from statistics import fmean
 
+from ..comparisons import compare
 from ..contrasts import best_variant, mean_score, rivals, score_text, too_thin
 from ..document import Block, Bullets, Cell, Heading, Section, Table, Text, cells
-from ..evidence import MIN_SEEDS, UNSET, Evidence, Setting, Variant, flags, kind
+from ..evidence import UNSET, Evidence, Setting, Variant, flags, kind
 from ..measures import (
     COSTS,
+    ENERGY,
     INFERENCE,
     MISSING,
     NO_ADAPTER,
@@ -19,12 +22,13 @@ from ..measures import (
     in_points,
     measured,
     p_values,
+    points,
     seconds,
     whole,
     written,
 )
 from ..runs import Run
-from ..statistics import compare
+from ..statistics import MIN_SEEDS
 
 
 def scores_section(evidence: Evidence) -> Section:
@@ -62,7 +66,29 @@ def search_section(evidence: Evidence) -> Section | None:
         missing = sorted({kind(variant) for variant, _ in used} - searched, key=lambda variant: variant.order)
         names = "; ".join(variant.label for variant in missing)
         blocks += [Text(f"In the comparison, but not searched for: {names}.")] if missing else []
+        blocks += [Text(_how_sure(setting, used))]
     return Section("search", "How hyper-parameters were chosen", blocks)
+
+
+def _how_sure(setting: Setting, used: Sequence[tuple[Variant, Run]]) -> str:
+    """What a search of so few runs cannot tell."""
+    rates: dict[Variant, list[float]] = {}
+    for variant in setting.variants:
+        rate = dict(variant.extras).get("learning_rate")
+        if rate is not None:
+            rates.setdefault(kind(variant), []).append(float(rate))
+    taken = {of: {float(flags(run)["learning_rate"]) for v, run in used if kind(v) == of} for of in rates}
+    chosen = [of for of, tried in rates.items() if taken[of] & set(tried)]
+    edges = sum(bool(taken[of] & {min(rates[of]), max(rates[of])}) for of in chosen)
+    tasks = sorted({run.spec["task"] for _, run in used})
+    runs = [run for task in setting.tasks for variant in setting.variants for run in setting.runs(task, variant)]
+    error = max((r["score"] * (1 - r["score"]) / r["eval_samples"]) ** 0.5 for r in (run.result for run in runs))
+    seeds = f"{len(setting.seeds)} seed{'s' * (len(setting.seeds) > 1)}"
+    return (
+        f"Chosen on {', '.join(setting.tasks)} with {seeds}, and used for {', '.join(tasks)}. One standard error of a "
+        f"score is up to {points(error)} points: lesser differences are noise. Of {len(chosen)} learning rates taken "
+        f"{edges} are the lowest or the highest that was tried: a better one may lie outside."
+    )
 
 
 def _search_table(setting: Setting, used: Sequence[tuple[Variant, Run]]) -> Table:
@@ -86,7 +112,17 @@ def _scores(setting: Setting) -> list[Block]:
         bold |= {(tasks, variant) for variant in winners}
         notes.append(note)
     notes += _warnings(setting)
-    return [_score_table(setting, bold, f"Scores: {setting.title}"), Bullets(notes)]
+    table = _score_table(setting, bold, f"Scores: {setting.title}")
+    return [replace(table, rows=[*table.rows, *_majority_row(setting)]), Bullets(notes)]
+
+
+def _majority_row(setting: Setting) -> list[list[Cell]]:
+    """What a method has to be above to have learnt anything; nothing where it is not known."""
+    levels = [[setting.majority(task) for task in tasks] for tasks in setting.columns.values()]
+    if all(level is None for of_column in levels for level in of_column):
+        return []
+    texts = [MISSING if None in of_column else points(fmean(of_column)) for of_column in levels]
+    return [cells(["Always the most common label", *texts])]
 
 
 def leaders(setting: Setting, name: str, tasks: Sequence[str]) -> tuple[list[Variant], str]:
@@ -155,6 +191,8 @@ def _costs(setting: Setting, task: str) -> Table:
     tried = [variant for variant in setting.variants if (task, variant) in setting.cells]
     has_source = any(variant.init == "TRANSFER" for variant in tried)
     costs = [cost for cost in COSTS if cost not in OF_SOURCE or has_source]
+    if all(measured(setting, task, variant, ENERGY) is None for variant in tried):
+        costs.remove(ENERGY)  # "what was not measured" says so, where no run at all has it
     rows = [[variant.label, *(written(setting, task, variant, cost) for cost in costs)] for variant in tried]
     columns = ("method", *(cost.title for cost in costs))
     return Table(f"What it costs: {task}, {setting.title}", columns, list(map(cells, rows)))
@@ -164,7 +202,24 @@ def _warnings(setting: Setting) -> list[str]:
     """What makes numbers of this setting less comparable than they look."""
     counted = [run for runs in setting.cells.values() for run in runs if run.counts]
     about = _disturbances(setting, counted), _speeds(setting, counted), _sources(counted), _machines(setting, counted)
-    return [*chain.from_iterable(about), *_inference_noise(setting), *_hashes(setting)]
+    return [*_few_rows(setting), *chain.from_iterable(about), *_inference_noise(setting), *_hashes(setting)]
+
+
+def _few_rows(setting: Setting) -> list[str]:
+    """What ± does not know, where the metric is a share of rows."""
+    widths = {}
+    for task in setting.tasks:
+        best = best_variant(setting, [task])
+        runs = setting.runs(task, best) if best is not None else ()
+        if runs and {run.result["main_metric"] for run in runs} == {"accuracy"}:
+            score, rows = fmean(run.result["score"] for run in runs), runs[0].result["eval_samples"]
+            widths[task] = f"{task} {points(1.96 * (score * (1 - score) / rows) ** 0.5)} ({rows} rows)"
+    if not widths:
+        return []
+    return [
+        "± is over the seeds. How few rows were scored is not in it: of the best score that adds ± "
+        f"{', '.join(widths.values())}. It moves all methods alike, so differences feel less of it: see p over rows."
+    ]
 
 
 def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
@@ -236,7 +291,8 @@ def _hashes(setting: Setting) -> list[str]:
     warnings = []
     for task in setting.tasks:
         runs = [run for variant in setting.variants for run in setting.runs(task, variant)]
-        for what in ("weights_sha256", "scored_rows_sha256", "train_rows_sha256"):
+        drawn = () if setting.unit == "seconds" else ("train_rows_sha256",)  # as many as the seconds buy
+        for what in ("weights_sha256", "scored_rows_sha256", *drawn):
             if len({run.env.get(what) for run in runs} - {None}) > 1:
                 warnings.append(f"{task}: not all runs have the same {what}.")
     return warnings
