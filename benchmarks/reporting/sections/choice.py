@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from ...harness.pace import TIMED_STEPS
 from ..advice import NO_COST, READERS, RULE, Advice, Candidate, advise
 from ..comparisons import compare
 from ..contrasts import (
@@ -44,8 +45,11 @@ LEFT_OUT = (
     "The advice leaves out what either test finds worse. Nothing is corrected for the number of methods: of ten that "
     "are as good as the best, one may well be left out by chance."
 )
-
-
+PADS = (
+    f" Steps were timed over the batches of a run of {TIMED_STEPS}: where rows are grouped by length, those have more "
+    "pads than longer runs' have. Prompt tuning computes none; LoRA, full fine-tuning and a probe may be up to a "
+    "tenth quicker than it says here."
+)
 COLUMNS = ("score", "memory", "to store for a task", "training of a task", "against the highest mean (95 %)")
 
 
@@ -123,7 +127,7 @@ def _batches(setting: Setting) -> str:
     return (
         f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
         f"{given('max_seq_length')} tokens a row. Memory (the model and its training) and bytes are the largest of "
-        f"the tasks and seeds, seconds their means{hours}."
+        f"the tasks and seeds, seconds their means{hours}.{PADS if setting.has_pace else ''}"
     )
 
 
