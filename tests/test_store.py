@@ -50,6 +50,9 @@ def test_a_torn_last_line_is_said_left_out_and_takes_no_other_line_with_it(store
     with caplog.at_level(logging.WARNING):
         assert list(store.latest()) == ["a"]
     assert "line 2 is not whole" in caplog.text
+    with caplog.at_level(logging.WARNING):
+        store.events()
+    assert caplog.text.count("line 2 is not whole") == 1, "a store is read again and again"
     store.append(event("c"))
     assert list(store.latest()) == ["a", "c"]
 

@@ -118,6 +118,11 @@ def test_a_transfer_names_the_run_of_its_source(write):
         (changed(runs=["lora"]), "a run: wanted a mapping, got 'lora'"),
         (changed(runs=[{"method": "lora", "budgets": ["90 s"]}]), "a budget: wanted a mapping, got '90 s'"),
         (changed(time_limit_s="1h"), "time_limit_s: wanted a number of seconds, got '1h'"),
+        (changed(time_limit_s=float("nan")), "time_limit_s: wanted a number of seconds, got nan"),
+        (
+            changed(budgets=[{"seconds": float("inf")}]),
+            "a budget is {examples: N} or {seconds: S}, got {'seconds': inf}",
+        ),
         (changed(time_limit_s=None), "time_limit_s: wanted a number of seconds, got None"),
         (changed(runs=[]), "wanted a mapping with tasks, budgets and runs"),
         ("runs: [", "not YAML"),
