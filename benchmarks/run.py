@@ -89,16 +89,17 @@ def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace, 
     if missing_kinds(specs, path, again) and not options.dry_run:
         with store.claim("pace", wait=True):
             missing = missing_kinds(specs, path, again)  # another process may have timed them meanwhile
-            print(f"timing {len(missing)} kinds of run in turns, for the budgets of seconds: {path}", flush=True)
+            print(f"timing {len(missing)} kinds of run in turns, so that seconds can be compared: {path}", flush=True)
             measure_pace(missing, path, options.data_dir, time_limit_s, _show_pace)
     return with_steps(specs, step_seconds(read_pace(path)))
 
 
 def _show_pace(row: Any) -> None:
+    from .harness.pace import length_of
     from .reporting.runs import DISTURBED
 
     kind, step_s = row["kind"], row["step_s"]
-    what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"])))
+    what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"], "of", length_of(kind))))
     print(f"{what}: {row['error']}" if step_s is None else f"{what}: {step_s:.2f} s a step", flush=True)
     if row["other_cpu_share"] > DISTURBED:
         share = f"{100 * row['other_cpu_share']:.0f} %"

@@ -71,20 +71,25 @@ def measure(specs, path):
     measure_pace(missing_kinds(specs, path), path, None, 60.0)
 
 
-def test_init_seed_and_learning_rate_are_timed_once_and_sources_too(suite):
+def test_init_seed_and_learning_rate_are_timed_once_and_sources_and_budgets_too(suite):
     kinds = kinds_of(load_suite(suite())).values()
-    assert sorted((kind["task"], kind["method"], kind["quantization"] or "") for kind in kinds) == [
+    found = [(kind["task"], kind["method"], kind["quantization"] or "", kind["budget"]) for kind in kinds]
+    of = [
         ("movie_reviews", "lora", ""),
         ("movie_reviews", "lora", "nf4"),
         ("movie_reviews", "prompt_tuning", ""),
         ("plot_or_review", "prompt_tuning", ""),
     ]
+    assert sorted(kind for *kind, budget in found if budget == {"examples": 8}) == list(map(list, of))
+    assert sorted(kind for *kind, budget in found if budget == {"seconds": 1, "steps": 36}) == list(map(list, of))
+    assert len(found) == 2 * len(of)
     assert kinds_of(load_suite(suite(budgets=[{"examples": 8}]))) == {}
 
 
 def test_the_steps_that_seconds_buy_are_part_of_the_spec_and_of_its_command(suite):
     specs = load_suite(suite())
-    step_s = {name: {"lora": 7.0, "prompt_tuning": 4.0}[kind["method"]] for name, kind in kinds_of(specs).items()}
+    kinds = {name: kind for name, kind in kinds_of(specs).items() if "seconds" in kind["budget"]}
+    step_s = {name: {"lora": 7.0, "prompt_tuning": 4.0}[kind["method"]] for name, kind in kinds.items()}
     step_s[kind_id(kind_of(source_spec(next(s for s in specs if s["source"] and "seconds" in s["budget"]))))] = 3.0
     found = with_steps(specs, step_s)
     assert [spec for spec in found if "examples" in spec["budget"]] == [s for s in specs if "examples" in s["budget"]]
@@ -123,11 +128,11 @@ def test_runs_of_a_kind_that_fails_do_not_train_and_a_rerun_times_it_again(suite
 def test_what_is_timed_later_is_brought_to_the_speed_of_before(suite, timed, tmp_path):
     """The machine is half as fast the second time: LoRA took 2 seconds, and takes 4."""
     path = tmp_path / "pace.jsonl"
-    tasks = {"movie_reviews": None}
+    changes = {"tasks": {"movie_reviews": None}, "budgets": [{"seconds": 30}]}
     asked = timed({"lora": 2.0})
-    measure(load_suite(suite(runs=[{"method": "lora"}], tasks=tasks)), path)
+    measure(load_suite(suite(runs=[{"method": "lora"}], **changes)), path)
     timed({"lora": 4.0, "full": 10.0})
-    grown = load_suite(suite(runs=[{"method": "lora"}, {"method": "full"}], tasks=tasks))
+    grown = load_suite(suite(runs=[{"method": "lora"}, {"method": "full"}], **changes))
     measure(grown, path)
     assert asked[1:] == [[("movie_reviews", "full", None), ("movie_reviews", "lora", None)]]
     found = {row["kind"]["method"]: row["step_s"] for row in read_pace(path).values()}
@@ -151,7 +156,7 @@ def test_later_timings_need_the_kind_that_they_are_brought_to(suite, timed, tmp_
 def test_a_torn_row_is_timed_again_and_the_first_of_two_counts(suite, timed, tmp_path):
     path = tmp_path / "pace.jsonl"
     timed({"lora": 2.0})
-    specs = load_suite(suite(runs=[{"method": "lora"}]))
+    specs = load_suite(suite(runs=[{"method": "lora"}], budgets=[{"seconds": 30}]))
     measure(specs, path)
     whole = path.read_text()
     path.write_text(whole + whole.replace("2.0", "3.0") + whole[:30])
@@ -185,7 +190,10 @@ def test_a_grid_times_its_steps_before_its_first_run_and_once(suite, timed, tmp_
         run.main([str(path), "--results", str(results)])
     assert ran == [{"examples": 8}, {"seconds": 30, "steps": 4}]
     assert len(asked) == 1 and len(RunStore(results).latest()) == 2
-    assert "timing 1 kinds of run in turns" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "timing 2 kinds of run in turns" in told
+    for of in ("8 examples", "36 steps"):
+        assert f"movie_reviews lora of {of}: 7.00 s a step" in told
 
 
 def test_a_cluster_is_not_timed_by_the_machine_that_starts_its_grid(suite, tmp_path):
@@ -205,36 +213,47 @@ def test_a_timing_that_dies_stops_the_grid_with_its_log(suite, tmp_path, monkeyp
 
 def test_a_timing_that_hangs_is_ended(suite, tmp_path, monkeypatch):
     monkeypatch.setattr(pace, "WORKER", ["python3", "-c", "import time; time.sleep(60)"])
-    path = suite(seeds=[0], runs=[{"method": "lora"}], time_limit_s=0.5)
+    path = suite(seeds=[0], runs=[{"method": "lora"}], budgets=[{"seconds": 30}], time_limit_s=0.5)
     with pytest.raises(SystemExit, match=r"steps of movie_reviews could not be timed \(not done after 0.5 s\): see"):
         run.main([str(path), "--results", str(tmp_path / "runs.jsonl")])
 
 
-@pytest.mark.parametrize("accumulated", [1, 2])
-def test_every_batch_of_the_run_is_timed_once(monkeypatch, accumulated):
-    """Grouped by length, the first batches are the longest: here batch i takes 36 - i seconds."""
+@pytest.mark.parametrize(
+    ("of_epoch", "count", "accumulated", "mean_s"),
+    [
+        (36, 36, 1, 100 - 17.5),
+        (36, 18, 2, 2 * (100 - 17.5)),  # each pair twice
+        (200, 72, 1, 100 - 35.0),  # every second of those that the run sees, the first of a pair
+        (36, 72, 1, 100 - 17.0),  # two epochs: 0, 2, ... 34, twice
+    ],
+)
+def test_what_is_timed_is_spread_over_the_batches_of_the_run(monkeypatch, of_epoch, count, accumulated, mean_s):
+    """Grouped by length, the first batches are the longest: here batch i takes 100 - i seconds."""
     clock, model = [0.0], torch.nn.Linear(1, 1)
     monkeypatch.setattr(pace.time, "perf_counter", lambda: clock[0])
 
     def compute_loss(model, batch):
-        clock[0] += 36 - batch
+        clock[0] += 100 - batch
         return model(torch.ones(1)).sum()
 
     trainer = SimpleNamespace(
         model=model,
         accelerator=SimpleNamespace(prepare_model=lambda model: model),
         args=SimpleNamespace(
-            gradient_accumulation_steps=accumulated, activation_checkpointing=False, max_grad_norm=1.0
+            max_steps=count,
+            gradient_accumulation_steps=accumulated,
+            activation_checkpointing=False,
+            max_grad_norm=1.0,
         ),
         create_optimizer=lambda: torch.optim.SGD(model.parameters(), lr=0.0),
-        get_train_dataloader=lambda: range(pace.TIMED_STEPS),
+        get_train_dataloader=lambda: range(of_epoch),
         compute_loss=compute_loss,
         _prepare_inputs=lambda batch: batch,
     )
     steps = pace._steps(SimpleNamespace(trainer=trainer))
     next(steps)  # as `time_steps` does
     times = [next(steps) for _ in range(pace.TIMED_STEPS)]
-    assert sum(times) / len(times) == accumulated * 37 / 2
+    assert sum(times) / len(times) == mean_s
 
 
 @pytest.mark.real

@@ -20,6 +20,7 @@ from benchmarks.reporting.contrasts import random_of
 from benchmarks.reporting.evidence import read_evidence
 from benchmarks.reporting.measures import ENERGY, INFERENCE, SOURCE_EXAMPLES, TIME, written
 from benchmarks.reporting.runs import EvidenceError
+from benchmarks.reporting.sections.choice import _batches
 from benchmarks.reporting.sections.origin import command, gaps_section
 from benchmarks.reporting.sections.pictures import _lines
 from benchmarks.reporting.sections.scores import _warnings, leaders
@@ -874,7 +875,9 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     rows = [pace_row(spec, step_s) for spec, step_s in paces]
     rows[1] |= {"steps_s": [0.1, 0.2], "factor": 2.0}
     failed = pace_row(events[3]["spec"], None) | {"steps_s": [], "error": "ValueError: made up"}
-    pace_path(path).write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rows, failed]))
+    of_seconds = pace_row({**events[0]["spec"], "budget": {"seconds": 30, "steps": 4}}, 0.7)
+    rows += [failed, of_seconds]
+    pace_path(path).write_text("".join(json.dumps(row) + "\n" for row in [rows[0], *rows]))
     main(["--results", str(path), "--speed", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
     found = tables(text)
@@ -896,14 +899,15 @@ def test_seconds_of_training_are_steps_at_the_pace_that_was_taken_in_turns(store
     pace_path(path).unlink()
     main(["--results", str(path), "--speed", "--output", str(tmp_path / "without")])
     assert hours in (tmp_path / "without" / "report.md").read_text(encoding="utf-8")
-    assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 5 lines, sha256" in text
-    others = "12 % of the CPU"
+    assert "A machine is not always as fast." in text and f"- {pace_path(path).name}: 6 lines, sha256" in text
+    others, of, name = "12 % of the CPU", "80 examples", "runs.pace.jsonl"
     on = "made up for the tests, none, 2 threads, OMP_WAIT_POLICY=passive", "abc with changes"
     assert found["", "Steps timed in turns"][1:] == [
-        ["LoRA", "colours", "0.40 s", "1", "1.000", others, *on, "runs.pace.jsonl:1"],
-        ["Prompt tuning", "colours", "0.30 ± 1.27 s", "2", "2.000", others, *on, "runs.pace.jsonl:3"],  # t(1) = 12.7
-        ["Prompt tuning", "shapes", "0.50 s", "1", "1.000", others, *on, "runs.pace.jsonl:4"],
-        ["Full fine-tuning", "colours", "failed: ValueError: made up", "0", "1.000", others, *on, "runs.pace.jsonl:5"],
+        ["LoRA", "colours", of, "0.40 s", "1", "1.000", others, *on, f"{name}:1"],
+        ["Prompt tuning", "colours", of, "0.30 ± 1.27 s", "2", "2.000", others, *on, f"{name}:3"],  # t(1) = 12.7
+        ["Prompt tuning", "shapes", of, "0.50 s", "1", "1.000", others, *on, f"{name}:4"],
+        ["Full fine-tuning", "colours", of, "failed: ValueError: made up", "0", "1.000", others, *on, f"{name}:5"],
+        ["LoRA", "colours", "36 steps", "0.70 s", "1", "1.000", others, *on, f"{name}:6"],
     ]
     assert [row[6] for row in found["", "Runs"][1:] if row[0] == events[1]["run_id"]] == ["30.0 s, disturbed"]
 
@@ -956,6 +960,15 @@ def test_at_equal_seconds_it_is_said_how_long_the_runs_took(store, run_of):
     [setting] = settings_of(store(*events))
     _, warning = _warnings(setting)
     assert "is the same whenever a run is done. The runs themselves took 25.0 s to 27.0 s." in warning
+
+
+@pytest.mark.parametrize(("budget", "is_said"), [({"examples": 80}, False), ({"seconds": 30, "steps": 75}, True)])
+def test_steps_that_were_timed_in_a_run_of_another_length_are_said(store, run_of, budget, is_said):
+    event = run_of("lora", 0, "10")
+    event["spec"]["budget"] = budget
+    path = store(event)
+    pace_path(path).write_text(json.dumps(pace_row(event["spec"], 0.4)) + "\n")
+    assert ("over the batches of a run of 36 steps" in _batches(settings_of(path)[0])) is is_said
 
 
 @pytest.mark.parametrize(

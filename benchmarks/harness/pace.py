@@ -1,4 +1,4 @@
-"""How long a step of each method takes, timed in turns: how many steps a budget of seconds buys.
+"""How long a step of each method takes, timed in turns: what a budget of seconds buys, and what one of examples costs.
 
 A virtual machine is faster at one hour and slower at another, and not for every kind of work alike, so what a method
 is given must not depend on when it runs. One process holds a run of every kind of a task and takes a step of each in
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from recipes.train import Job
 
 
-TIMED_STEPS = 36  # of each kind, over as many batches: one differs from the next by a quarter
+TIMED_STEPS = 36  # of each kind: one differs from the next by a quarter
 WORKER = [sys.executable, "-m", "benchmarks.harness.pace"]
 _NOT_OF_A_STEP = {"learning_rate", "max_eval_samples"}  # flags that change no step's time
 
@@ -45,14 +45,18 @@ class PaceError(RuntimeError):
 
 
 def kind_of(spec: Spec) -> Spec:
-    """A run whose steps take as long as those of a spec: no init, seed or learning rate changes them."""
+    """A run whose steps take as long as those of a spec: no init, seed or learning rate changes them.
+
+    A budget does, where rows are grouped by length: the groups of a short run have more pads. How many steps seconds
+    buy is not known before they are timed, so those are of a run of `TIMED_STEPS`.
+    """
     arguments = {name: value for name, value in spec["arguments"].items() if name not in _NOT_OF_A_STEP}
     return {
         **spec,
         "init": None,
         "source": None,
         "seed": 0,
-        "budget": {"seconds": 1, "steps": TIMED_STEPS},
+        "budget": spec["budget"] if "examples" in spec["budget"] else {"seconds": 1, "steps": TIMED_STEPS},
         "arguments": arguments,
     }
 
@@ -62,9 +66,18 @@ def kind_id(kind: Spec) -> str:
     return hashlib.sha256(json.dumps(kind, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def length_of(kind: Spec) -> str:
+    """How long the run is whose steps are timed, for people."""
+    unit = "examples" if "examples" in kind["budget"] else "steps"
+    return f"{kind['budget'][unit]:,.10g} {unit}"
+
+
 def kinds_of(specs: Iterable[Spec]) -> dict[str, Spec]:
-    """What has to be timed for the runs whose budget is seconds, with the sources of a TRANSFER, by name."""
-    wanted = [spec for spec in specs if "seconds" in spec["budget"]]
+    """What has to be timed for a grid in which a budget is seconds, with the sources of a TRANSFER, by name."""
+    specs = list(specs)
+    if not any("seconds" in spec["budget"] for spec in specs):
+        return {}
+    wanted = [spec for spec in specs if spec["method"] != "zero_shot"]
     sources = [source for spec in wanted if (source := source_spec(spec)) is not None]
     kinds = [kind_of(spec) for spec in (*wanted, *sources)]
     return {kind_id(kind): kind for kind in kinds}
@@ -265,7 +278,7 @@ def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, An
 
 
 def _steps(job: Job) -> Iterator[float]:
-    """Seconds of one step of the optimizer after the other, over and over the batches of the run."""
+    """Seconds of one step of the optimizer after the other, over and over some spread over those of the run."""
     import torch
 
     trainer = job.trainer
@@ -275,10 +288,11 @@ def _steps(job: Job) -> Iterator[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer.args.learning_rate = 0.0
     optimizer = trainer.create_optimizer()  # the run's own: takes its time and changes nothing
-    batches = cycle(list(trainer.get_train_dataloader()))
-    while True:
+    count, accumulated = trainer.args.max_steps, trainer.args.gradient_accumulation_steps
+    batches = list(islice(cycle(trainer.get_train_dataloader()), count * accumulated))
+    for step in cycle([i * count // TIMED_STEPS for i in range(TIMED_STEPS)]):
         start = time.perf_counter()
-        for batch in islice(batches, trainer.args.gradient_accumulation_steps):
+        for batch in batches[step * accumulated : (step + 1) * accumulated]:
             trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
         if trainer.args.max_grad_norm:
             torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)

@@ -46,9 +46,10 @@ LEFT_OUT = (
     "are as good as the best, one may well be left out by chance."
 )
 PADS = (
-    f" Steps were timed over the batches of a run of {TIMED_STEPS}: where rows are grouped by length, those have more "
-    "pads than longer runs' have. Prompt tuning computes none; LoRA, full fine-tuning and a probe may be up to a "
-    "tenth quicker than it says here."
+    f" How many steps the seconds buy was timed over the batches of a run of {TIMED_STEPS} steps: where rows are "
+    "grouped by length, those have more pads than a longer run's and fewer than a shorter one's. Prompt tuning "
+    "computes none, so beside it LoRA, full fine-tuning and a probe have some per cent too few steps where they have "
+    "more than that, and too many where they have less."
 )
 COLUMNS = ("score", "memory", "to store for a task", "training of a task", "against the highest mean (95 %)")
 
@@ -127,7 +128,8 @@ def _batches(setting: Setting) -> str:
     return (
         f"Memory and time are of batches of {given('per_device_train_batch_size')} rows and at most "
         f"{given('max_seq_length')} tokens a row. Memory (the model and its training) and bytes are the largest of "
-        f"the tasks and seeds, seconds their means{hours}.{PADS if setting.has_pace else ''}"
+        f"the tasks and seeds, seconds their means{hours}."
+        f"{PADS if setting.has_pace and setting.unit == 'seconds' else ''}"
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Container, Iterable, Mapping
 from itertools import product
 from typing import Any
 
+from ...harness.pace import length_of
 from ...harness.suite import budget_of, run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
@@ -89,12 +90,13 @@ def _paces(evidence: Evidence) -> list[Block]:
     if not evidence.paces:
         return []
     explanation = (
-        "The pace: seconds of a step of each kind of run, ± 95 % over the steps, whose batches differ in length. Each "
+        "The pace: seconds of a step of each kind of run, ± 95 % over the steps, whose batches differ in length. The "
+        "steps are spread over those of a run of so many examples, or, for seconds, of a run of so many steps. Each "
         "task is a timing of its own, in which one kind of an earlier one is timed again; the factor brings that one "
         "to its first time, and is in the seconds."
     )
     rows = [_pace_texts(pace) for pace in evidence.paces]
-    columns = ("method", "task", "a step", "steps", "factor", "other programs", "machine", "commit", "line")
+    columns = ("method", "task", "run of", "a step", "steps", "factor", "other programs", "machine", "commit", "line")
     return [Text(explanation), Table("Steps timed in turns", columns, list(map(cells, rows)))]
 
 
@@ -104,9 +106,10 @@ def _pace_texts(pace: Pace) -> list[str]:
     if times:
         half = interval([factor * time for time in times]).half
         step = f"{row['step_s']:.2f}" + (" s" if half is None else f" ± {half:.2f} s")
-    what = [Variant(kind["method"], None, kind["quantization"]).label, kind["task"], step, str(len(times))]
+    what = [Variant(kind["method"], None, kind["quantization"]).label, kind["task"], length_of(kind), step]
     others = MISSING if row.get("other_cpu_share") is None else f"{100 * row['other_cpu_share']:.0f} % of the CPU"
-    return [*what, f"{factor:.3f}", others, _machine_text(row), _commit_text(row), f"{pace.file}:{pace.line}"]
+    what += [str(len(times)), f"{factor:.3f}", others]
+    return [*what, _machine_text(row), _commit_text(row), f"{pace.file}:{pace.line}"]
 
 
 def _run_texts(run: Run) -> list[str]:
