@@ -1,5 +1,6 @@
 """Real runs of the harness on tiny models: what is measured is what happened."""
 
+import itertools
 import json
 import math
 import subprocess
@@ -118,6 +119,13 @@ def test_other_methods(spec, tmp_path, method):
         assert result["score"] == result["score_before"] and len(result["curve"]) == 1
     else:
         assert result["adapter_bytes"] > 4 * result["trainable_parameters"]
+
+
+def test_other_programs_are_looked_at_where_nothing_is_trained_too(spec, tmp_path, monkeypatch):
+    busy_s = itertools.count(step=100)
+    monkeypatch.setattr(machine, "_busy_s", lambda: next(busy_s))
+    result, _ = measure(spec("zero_shot", budget={"examples": 0}), tmp_path, None)
+    assert result["inference_time_s"] > 0 and result["other_cpu_share"] > 1
 
 
 def test_a_head_on_a_frozen_encoder(spec, tmp_path):

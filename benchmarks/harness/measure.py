@@ -72,7 +72,7 @@ class Result(TypedDict):
     unrelated_loss: float | None  # per token of text that the task has nothing to do with
     bare_unrelated_loss: float | None  # the same before training, without an adapter
     energy_j: float | None
-    other_cpu_share: float  # of the machine's CPU time while training, used by other programs
+    other_cpu_share: float  # of the machine's CPU time in training and inference, used by other programs
 
 
 def main() -> None:
@@ -138,7 +138,9 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         _train(job, watch)
         after = _score(job)
         watch.point(after.on_curve)
+    watch.others.start()
     with_adapter, bare = _inference_times(job)
+    watch.others.stop()
     scored = len(_scored(job)[1])
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if trainer.args.do_train else 0
     result: Result = {

@@ -45,7 +45,7 @@ DEFINITIONS = (
     "have none; else they are as measured, of undisturbed runs on the machine that ran most. Where rows are grouped "
     "by length the longest of a group come first: the points of a curve are spread as they were in the run, and a run "
     "of few steps that has all rows of its task to choose from took longer than its pace says, whatever the method.",
-    f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time during training.",
+    f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time that was timed.",
 )
 
 
