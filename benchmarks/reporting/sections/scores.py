@@ -229,19 +229,33 @@ def _disturbances(setting: Setting, counted: Sequence[Run]) -> list[str]:
 
 
 def _speeds(setting: Setting, counted: Sequence[Run]) -> list[str]:
+    """How seconds of training come about."""
     texts = []
     if setting.has_pace:
         texts.append(
             "A machine is not always as fast. So a step of each method was timed in turns with the others, and "
             "seconds of training are the run's steps at that pace; as they were they stand with every run."
         )
-    trained = sorted(run.result["train_time_s"] for run in counted if run.result["steps"])
-    if setting.unit == "seconds" and trained:
+    if setting.unit == "seconds" and counted:
         texts.append(
-            "How many steps the seconds buy comes from that pace, and is the same whenever a run is done. The runs "
-            f"themselves took {seconds(trained[0])} to {seconds(trained[-1])}."
+            "How many steps the seconds buy comes from that pace, and is the same whenever a run is done. As measured "
+            f"undisturbed runs took: {'; '.join(_taken(setting)) or 'none was'}. What took longer than others had more "
+            "steps than its share."
         )
     return texts
+
+
+def _taken(setting: Setting) -> list[str]:
+    """Seconds of training as measured, by what decides how long a step takes."""
+    times: dict[Variant, list[float]] = {}
+    for task, variant in setting.cells:
+        of_kind = times.setdefault(Variant(variant.method, None, variant.quantization), [])
+        of_kind += [run.result["train_time_s"] for run in setting.at_rest(task, variant) if run.result["steps"]]
+    return [
+        f"{variant.label} {seconds(fmean(found))} ({seconds(min(found))} to {seconds(max(found))}, {len(found)})"
+        for variant, found in sorted(times.items(), key=lambda item: item[0].order)
+        if found
+    ]
 
 
 def _sources(counted: Sequence[Run]) -> list[str]:
