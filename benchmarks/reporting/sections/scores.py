@@ -239,8 +239,8 @@ def _speeds(setting: Setting, counted: Sequence[Run]) -> list[str]:
     if setting.unit == "seconds" and counted:
         texts.append(
             "How many steps the seconds buy comes from that pace, and is the same whenever a run is done. As measured "
-            f"undisturbed runs took: {'; '.join(_taken(setting)) or 'none was'}. What took longer than others had more "
-            "steps than its share."
+            f"undisturbed runs took: {'; '.join(_taken(setting)) or 'none was'}. What took longer than others had "
+            "more steps than its share."
         )
     return texts
 
