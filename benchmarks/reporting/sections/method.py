@@ -43,8 +43,7 @@ DEFINITIONS = (
     "Pace: the mean seconds of a step of each method, task and budget, a step of each taken in turn in one process. "
     "Where it was taken a run's seconds of training are its steps at this pace, and runs of kinds that were not timed "
     "have none; else they are as measured, of undisturbed runs on the machine that ran most. Where rows are grouped "
-    "by length the longest of a group come first: the points of a curve are spread as they were in the run, and a run "
-    "of few steps that has all rows of its task to choose from took longer than its pace says, whatever the method.",
+    "by length the longest of a group come first: the points of a curve are spread as they were in the run.",
     f"Disturbed: other programs used more than {100 * DISTURBED:.0f} % of the machine's CPU time that was timed.",
 )
 
