@@ -281,19 +281,17 @@ class Oracle:
         ):
             near, but = equal, {}
             for name in dict.fromkeys([cost, "all_time", "memory", "stored"]):
-                if (name, setting) != ("all_time", SECONDS):
-                    least = min(self.cost(setting, TASKS, row, name) for row in near)
-                    show, what = {
-                        "all_time": (secs, "of training"),
-                        "memory": (size, "of memory"),
-                        "stored": (size, "to store for a task"),
-                    }[name]
-                    costs = {row: self.cost(setting, TASKS, row, name) for row in near}
-                    but |= {row: f"{show(c)} {what}" for row, c in costs.items() if c > 1.1 * least}
-                    near = [row for row in near if row not in but]
-            if (cost, setting) != ("all_time", SECONDS):
-                picks[reader] = max(near, key=known.get)
-                buts[reader] = but | {row: "no higher mean" for row in near if row != picks[reader]}
+                least = min(self.cost(setting, TASKS, row, name) for row in near)
+                show, what = {
+                    "all_time": (secs, "of training"),
+                    "memory": (size, "of memory"),
+                    "stored": (size, "to store for a task"),
+                }[name]
+                costs = {row: self.cost(setting, TASKS, row, name) for row in near}
+                but |= {row: f"{show(c)} {what}" for row, c in costs.items() if c > 1.1 * least}
+                near = [row for row in near if row not in but]
+            picks[reader] = max(near, key=known.get)
+            buts[reader] = but | {row: "no higher mean" for row in near if row != picks[reader]}
         caption = "What to pick (colours, shapes; the score is the mean of the tasks' main metrics x 100)"
         told = {}
         for reader, row in picks.items():

@@ -14,15 +14,13 @@ from .statistics import MIN_SEEDS, Interval
 
 COSTS = ("time", "memory", "storage")
 AS_CHEAP = {"time": "as quick", "memory": "as small in memory", "storage": "as small to store"}
-NO_COST = ("time", "seconds")  # at equal seconds the time is the budget
 SAME_COST = 1.1  # less is within what a machine differs from day to day
 RULE = (
     "What has no usable run for every task, needs more memory or storage than there is, or scores less than asked is "
     "left out. Of the rest the best mean score is found, and what either test finds worse than it, or what was not "
     "scored on the same rows and seeds, is left out too. Of what then remains the cheapest is picked; if that cost is "
-    "not known of all of it, or is the time at equal seconds, another decides, and it is said. Costs that differ by "
-    "less than a tenth count as equal: then the next that is known of time, memory and storage decides, last the "
-    "higher mean. Methods with "
+    "not known of all of it, another decides, and it is said. Costs that differ by less than a tenth count as equal: "
+    "then the next that is known of time, memory and storage decides, last the higher mean. Methods with "
     f"fewer than {MIN_SEEDS} seeds are picked only where nothing else is left, and it is said."
 )
 
@@ -132,11 +130,11 @@ def advise(setting: Setting, needs: Needs, tasks: Sequence[str] = ()) -> Advice:
     judged = [_judged(setting, candidate, best, bool(sure), tasks) for candidate in candidates]
     left = [candidate for candidate in judged if not candidate.excluded]
     # without enough seeds "cannot be told apart" says nothing, so the best mean it is
-    costs = _known_costs(left, needs.first, setting.unit) if sure else []
+    costs = _known_costs(left, needs.first) if sure else []
     pick, dearer = _cheapest(left, costs) if sure else (best, {})
     decides = costs[0] if costs else "score"
-    why = "is the same for all" if (needs.first, setting.unit) == NO_COST else "was not measured for all"
-    instead = f"{needs.first} {why}, so {decides} decides" if sure and decides != needs.first else ""
+    is_other = bool(sure) and decides != needs.first
+    instead = f"{needs.first} was not measured for all, so {decides} decides" if is_other else ""
     final = [
         candidate
         if candidate.excluded or candidate.variant == pick.variant
@@ -196,13 +194,12 @@ def _judged(setting: Setting, candidate: Candidate, best: Candidate, is_sure: bo
     return replace(candidate, comparison=comparison, excluded=excluded)
 
 
-def _known_costs(candidates: Sequence[Candidate], first: str, unit: str) -> list[str]:
+def _known_costs(candidates: Sequence[Candidate], first: str) -> list[str]:
     """The costs that are known of every candidate, in the order in which they decide."""
     if first == "score":
         return []
     ordered = [first, *(name for name in COSTS if name != first)]
-    costs = [name for name in ordered if (name, unit) != NO_COST]
-    return [name for name in costs if all(c.cost(name) is not None for c in candidates)]
+    return [name for name in ordered if all(c.cost(name) is not None for c in candidates)]
 
 
 def _cheapest(candidates: Sequence[Candidate], costs: Sequence[str]) -> tuple[Candidate, dict[Variant, str]]:

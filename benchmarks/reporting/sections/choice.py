@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from ...harness.pace import TIMED_STEPS
-from ..advice import NO_COST, READERS, RULE, Advice, Candidate, advise
+from ..advice import READERS, RULE, Advice, Candidate, advise
 from ..comparisons import compare
 from ..contrasts import (
     RATIOS,
@@ -70,8 +70,7 @@ def choice_section(evidence: Evidence) -> Section:
 
 def _of_setting(setting: Setting, elsewhere: Iterable[Variant]) -> list[Block]:
     tasks = ", ".join(setting.common)
-    readers = {reader: needs for reader, needs in READERS.items() if (needs.first, setting.unit) != NO_COST}
-    answers = {reader: advise(setting, needs) for reader, needs in readers.items()}
+    answers = {reader: advise(setting, needs) for reader, needs in READERS.items()}
     first = next(iter(answers.values()))
     if first.pick is None:
         return [Text(f"Nothing has a usable run for each of the tasks {tasks} yet, so there is nothing to pick.")]
