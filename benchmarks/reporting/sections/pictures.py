@@ -186,7 +186,7 @@ def _frontiers(setting: Setting) -> list[Block]:
     level = untrained.mean if untrained else None
     trained = {v: score for v, score in scores.items() if score is not None and v.method != "zero_shot"}
     figures, on, costs = [], {}, {}
-    # at equal seconds the time is the budget, and no cost
+    # at equal seconds all but a TRANSFER stand at one time: the budget
     wanted = {name: cost for name, cost in COSTS.items() if name != "time" or setting.unit != "seconds"}
     for name, (measure, scale, label) in wanted.items():
         costs[name] = {variant: over_tasks(setting, variant, setting.common, measure) for variant in trained}
