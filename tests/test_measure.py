@@ -69,6 +69,7 @@ def test_a_run_is_measured_as_it_was(spec, tmp_path):
     assert result["unrelated_loss"] != result["bare_unrelated_loss"]
     assert min(result["inference_time_s"], result["bare_inference_time_s"]) > 0
     assert 0 <= result["other_cpu_share"] <= 1.5
+    assert (env["device"], env["dtype"]) == ("cpu", "float32")
     assert env["versions"]["peft"] and len(env["weights_sha256"]) == 64
     assert env["train_rows_sha256"] != env["scored_rows_sha256"]
     json.dumps([result, env], allow_nan=False)
@@ -193,7 +194,7 @@ def test_energy_is_of_the_gpu_that_the_run_was_given(monkeypatch):
 
 def test_the_weights_of_a_hub_model_are_known_by_their_commit(movie_reviews):
     rows = [{"text": "a", "label": 0}]
-    assert environment.environment("nobody/nothing", "abc", "cpu", rows, None)["weights_sha256"] == "abc"
+    assert environment.environment("nobody/nothing", "abc", "cpu", "float32", rows, None)["weights_sha256"] == "abc"
 
 
 def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatch):

@@ -851,6 +851,19 @@ def test_times_of_another_machine_are_left_out(store, run_of, tmp_path):
     assert "Runs are from several machines" in (tmp_path / "report.md").read_text(encoding="utf-8")
 
 
+def test_seeds_whose_model_was_kept_in_another_precision_are_named(store, run_of, tmp_path):
+    events = [run_of("lora", seed, "10") for seed in range(3)]
+    for seed, held in enumerate((1000, 2000, 2000)):
+        events.append(run_of("lora", seed, "10", weights_bytes=held))
+        events[-1]["run_id"] += "-nf4"
+        events[-1]["spec"]["quantization"] = "nf4"
+    told, path = "not all seeds of these are of one model in memory: ", store(*events)
+    main(["--results", str(path), "--speed", "--output", str(tmp_path)])
+    assert f"{told}LoRA, nf4, colours: 1.0 kB in 1 run, 2.0 kB in 2 runs." in (tmp_path / "report.md").read_text()
+    main(["--results", str(store(*events[:3], *events[4:])), "--speed", "--output", str(tmp_path)])
+    assert told not in (tmp_path / "report.md").read_text(encoding="utf-8")
+
+
 def pace_row(spec, step_s):
     env = {"machine": "made up for the tests", "capability": "none", "commit": "abc", "dirty": True, "threads": 2}
     env |= {"thread_variables": {"OMP_WAIT_POLICY": "passive"}, "other_cpu_share": 0.12}

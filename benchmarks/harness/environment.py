@@ -24,13 +24,16 @@ def code() -> dict[str, Any]:
     return {"commit": commit, "dirty": bool(changes) if commit else None}
 
 
-def environment(model: str, revision: str | None, device: str, scored: Any, train: Any | None) -> dict[str, Any]:
+def environment(
+    model: str, revision: str | None, device: str, dtype: str, scored: Any, train: Any | None
+) -> dict[str, Any]:
     """Machine, versions, and hashes of the rows (in any order) and the weights.
 
     Args:
         model: Name or folder of the backbone.
         revision: Its commit, of a model of the Hub.
         device: "cpu" or "cuda".
+        dtype: What it is kept in where it is not quantised, and computes in.
         scored: The rows that the run is scored on.
         train: The rows that it is trained on, if any.
     """
@@ -39,6 +42,7 @@ def environment(model: str, revision: str | None, device: str, scored: Any, trai
     return {
         **machine(device),
         "device": device,
+        "dtype": dtype,
         "python": sys.version.split()[0],
         "versions": {package: _version(package) for package in PACKAGES},
         "scored_rows_sha256": _rows_hash(scored),

@@ -178,8 +178,9 @@ def _environment(job: Job) -> dict[str, Any]:
 
     model, device = job.trainer.model, job.trainer.args.device.type
     revision = getattr(model.config, "_commit_hash", None)
+    dtype = str(_base_model(model).dtype).removeprefix("torch.")
     rows = _scored(job)[1]
-    return environment(job.record["model_name_or_path"], revision, device, rows, job.splits.get("train"))
+    return environment(job.record["model_name_or_path"], revision, device, dtype, rows, job.splits.get("train"))
 
 
 def _train(job: Job, watch: Watch) -> None:

@@ -227,7 +227,7 @@ def _hashes(evidence: Evidence) -> Table:
 
 def _environment(run: Run) -> str:
     keys = (
-        *("device", "machine", "capability", "threads", "thread_variables"),
+        *("device", "dtype", "machine", "capability", "threads", "thread_variables"),
         *("python", "versions", "commit", "dirty"),
     )
     return json.dumps({key: run.env.get(key) for key in keys}, sort_keys=True) if run.env else ""
@@ -243,8 +243,9 @@ def _environment_texts(env: Mapping[str, Any]) -> list[str]:
 
 
 def _machine_text(env: Mapping[str, Any]) -> str:
-    """With the threads, which older rows do not tell."""
+    """With what the model computes in and the threads, which older rows do not tell."""
     told = [str(env["machine"]), str(env["capability"])]
+    told += [env["dtype"]] if env.get("dtype") else []
     told += [f"{env['threads']} threads"] if env.get("threads") else []
     return ", ".join([*told, *(f"{name}={value}" for name, value in (env.get("thread_variables") or {}).items())])
 

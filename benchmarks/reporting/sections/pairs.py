@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
+from itertools import product
 
 from ..comparisons import compare
 from ..contrasts import best_variant, paired_difference, quantized_pairs, random_of, too_thin
@@ -51,13 +53,14 @@ def four_bits_section(evidence: Evidence) -> Section:
     blocks: list[Block] = [
         Text(
             "A method over a quantised backbone minus the same over the backbone in full precision: the mean of the "
-            "differences between runs of the same seed, and its 95 % interval."
+            "differences between runs of the same seed, and its 95 % interval. Which of the two has the shorter step "
+            "depends on the machine: see the engine's tables."
         )
     ]
     for setting in _compared(evidence):
         pairs = quantized_pairs(setting)
         if pairs:
-            blocks += [Heading(setting.title), _four_bits(setting, pairs)]
+            blocks += [Heading(setting.title), _four_bits(setting, pairs), *_precisions(setting, pairs)]
     if len(blocks) == 1:
         blocks.append(Text("Not measured."))
     return Section("four-bits", "What 4 bits cost", blocks)
@@ -146,6 +149,23 @@ def _four_bits(setting: Setting, pairs: list[tuple[Variant, Variant]]) -> Table:
             rows.append(cells([quantized.label, name, *score, *costs]))
     columns = ("method", "task", "score", "p", "so", "training", "step", "model in memory", "peak above the model")
     return Table(f"Quantised minus full precision: {setting.title}", columns, rows)
+
+
+def _precisions(setting: Setting, pairs: list[tuple[Variant, Variant]]) -> list[Block]:
+    """Where seeds of one entry are of models that are not kept alike."""
+    found = []
+    for quantized, task in product((quantized for quantized, _ in pairs), setting.tasks):
+        sizes = Counter(run.result["weights_bytes"] for run in setting.runs(task, quantized))
+        if len(sizes) > 1:
+            kept = ", ".join(f"{size(held)} in {runs} run{'s' * (runs > 1)}" for held, runs in sorted(sizes.items()))
+            found.append(f"{quantized.label}, {task}: {kept}")
+    if not found:
+        return []
+    why = (
+        "A model in 4 bits computes in bfloat16, and has its other weights in it, on a CPU that multiplies it itself, "
+        "and else in float32. So not all seeds of these are of one model in memory"
+    )
+    return [Text(f"{why}: {'; '.join(found)}.")]
 
 
 def _difference(
