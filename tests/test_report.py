@@ -188,7 +188,12 @@ def test_failures_are_rows_with_their_reason_and_a_torn_line_is_said(report, ora
 
 def test_what_was_not_measured_is_said_for_the_grid_of_the_runs(report, oracle):
     rows = tables(report[1])["", "Without a usable run"][1:]
-    found = [(row[0], row[1], row[2], int(seed), row[4]) for row in rows for seed in row[3].split(", ")]
+    found = [
+        (row[0], row[1], task, int(seed), row[4])
+        for row in rows
+        for task in row[2].split(", ")
+        for seed in row[3].split(", ")
+    ]
     bad = [event for run_id, event in oracle.latest.items() if run_id not in oracle.good]
     expected = [(EXAMPLES, label(e["spec"]), e["spec"]["task"], e["spec"]["seed"]) for e in bad]
     assert sorted(entry[:4] for entry in found if entry[0] == EXAMPLES) == sorted(expected)
@@ -208,14 +213,18 @@ def test_what_a_suite_wants_and_no_run_has_is_said(oracle):
     evidence = read_evidence([STORE])
     good = next(event["spec"] for event in oracle.good.values() if event["spec"]["method"] == "lora")
     failed = next(event["spec"] for event in oracle.latest.values() if event["status"] == "out_of_memory")
-    section = gaps_section(evidence, [good, failed, {**good, "seed": 98}, {**good, "seed": 99}])
+    larger = {**good, "arguments": {**good["arguments"], "model_name_or_path": "a larger one"}}
+    others = [{**good, "seed": seed, "task": task} for task in ("colours", "shapes") for seed in (98, 99)]
+    section = gaps_section(evidence, [good, failed, *others, larger])
     rows = [[cell.text for cell in row] for row in section.blocks[1].rows]
-    assert rows[:2] == [
-        ["80 examples", "Full fine-tuning", "shapes", "0", "out of memory"],
-        ["80 examples", "LoRA", good["task"], "98, 99", "not run"],
+    budget = f"{good['arguments']['model_name_or_path']}, 80 examples"
+    assert rows[:3] == [
+        [budget, "Full fine-tuning", "shapes", "0", "out of memory"],
+        [budget, "LoRA", "colours, shapes", "98, 99", "not run"],
+        ["a larger one, 80 examples", "LoRA", good["task"], str(good["seed"]), "not run"],
     ]
     # nothing of the suite's entries is asked twice, and what no suite wants but runs span is there too
-    assert [row[:3] for row in rows if row[1:3] == ["LoRA", good["task"]]] == [["80 examples", "LoRA", good["task"]]]
+    assert sum(row[1] == "LoRA" for row in rows) == 2
     spanned = [SECONDS, "Full fine-tuning", "shapes", "0, 1, 2", "not run"]
     assert spanned in rows
 

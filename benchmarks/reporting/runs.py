@@ -118,7 +118,7 @@ class Run:
     @property
     def model(self) -> str:
         """The base model."""
-        return self.spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
+        return model_of(self.spec)
 
     @property
     def device(self) -> str | None:
@@ -153,6 +153,11 @@ class Run:
     def disturbed(self) -> bool:
         """Whether other programs used so much of the machine that its timings are not to be trusted."""
         return (self.result.get("other_cpu_share") or 0.0) > DISTURBED
+
+
+def model_of(spec: Mapping[str, Any]) -> str:
+    """The base model of a run."""
+    return spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
 
 
 def result_problem(result: Any) -> str:

@@ -13,7 +13,7 @@ from ...harness.suite import budget_of, run_id, source_spec, train_arguments
 from ..document import Block, Bullets, Cell, Section, Table, Text, cells
 from ..evidence import INITS, METHODS, Evidence, Variant
 from ..measures import COSTS, MISSING, OF_SOURCE, points, seconds
-from ..runs import DEFAULT_MODEL, DISTURBED, Pace, Run
+from ..runs import DISTURBED, Pace, Run, model_of
 from ..statistics import interval
 from .engine import SpeedRow
 
@@ -130,14 +130,17 @@ def gaps_section(evidence: Evidence, wanted: list[Mapping[str, Any]] | None) -> 
     seeds: dict[tuple[str, ...], list[int]] = {}
     for (setting, method, task, state), seed in missing:
         seeds.setdefault((setting, method, task, state), []).append(seed)
-    rows = [[*key[:3], ", ".join(map(str, found)), key[3]] for key, found in seeds.items()]
+    tasks: dict[tuple[str, ...], list[str]] = {}
+    for (setting, method, task, state), found in seeds.items():
+        tasks.setdefault((setting, method, ", ".join(map(str, found)), state), []).append(task)
+    rows = [[*key[:2], ", ".join(found), *key[2:]] for key, found in tasks.items()]
     text = "every task with every method and every seed that a setting has"
     suites = "" if wanted is None else "what the suites want, and "
     blocks: list[Block] = [
         Text(f"The grid is {suites}{text}. {len(missing)} of its {len(entries)} entries have no usable run.")
     ]
     if rows:
-        columns = ("setting", "method", "task", "seeds", "state")
+        columns = ("setting", "method", "tasks", "seeds", "state")
         blocks.append(Table("Without a usable run", columns, list(map(cells, rows))))
     return Section("gaps", "What was not measured", [*blocks, Bullets(_never(evidence))])
 
@@ -149,7 +152,7 @@ def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[st
     for spec in wanted:
         run = done.get(run_id(spec))
         label = Variant(spec["method"], spec["init"], spec["quantization"]).label
-        setting = _budget_text(spec)
+        setting = f"{model_of(spec)}, {_budget_text(spec)}"
         counts = run is not None and run.counts
         entries.append((setting, label, spec["task"], run.state if run else "not run", spec["seed"], counts))
     return entries
@@ -157,9 +160,8 @@ def _suite(evidence: Evidence, wanted: list[Mapping[str, Any]]) -> list[tuple[st
 
 def _key(spec: Mapping[str, Any]) -> tuple[Any, ...]:
     """What a suite and the grid of the runs know an entry by, whatever its seed; zero-shot has no budget."""
-    model = spec["arguments"].get("model_name_or_path") or DEFAULT_MODEL
     budget = None if spec["method"] == "zero_shot" else budget_of(spec)
-    return model, spec["task"], spec["method"], spec["init"], spec["quantization"], budget
+    return model_of(spec), spec["task"], spec["method"], spec["init"], spec["quantization"], budget
 
 
 def _grid(evidence: Evidence, wanted: Container[tuple[Any, ...]]) -> list[tuple[str, str, str, str, int, bool]]:
