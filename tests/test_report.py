@@ -279,7 +279,7 @@ def test_a_task_on_which_nothing_was_learnt_is_in_no_mean(store, run_of, tmp_pat
     assert (setting.at_chance, setting.common) == (("shapes",), ("colours",))
     main(["--results", str(path), "--speed", "--output", str(tmp_path)])
     text = (tmp_path / "report.md").read_text(encoding="utf-8")
-    said = "since no method is above always giving the most common label there: shapes (55.0)."
+    said = "since no method's interval is above always giving the most common label there: shapes (55.0)."
     assert f"Not in the mean, {said}" in text
     scores = tables(text)[EXAMPLES, f"Scores: {EXAMPLES} (accuracy)"]
     assert scores[-1] == ["Always the most common label", "50.0", "55.0"]

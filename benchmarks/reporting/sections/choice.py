@@ -109,7 +109,8 @@ def _left_out(setting: Setting, elsewhere: Iterable[Variant]) -> str:
     chance = [f"{task} ({points(setting.majority(task))})" for task in setting.at_chance]
     if chance:
         where = "Not in the mean" if set(setting.at_chance) <= set(tasks) else "In the mean for want of others"
-        text += f" {where}, since no method is above always giving the most common label there: {', '.join(chance)}."
+        why = "since no method's interval is above always giving the most common label there"
+        text += f" {where}, {why}: {', '.join(chance)}."
     missing = sorted(set(map(kind, elsewhere)) - set(map(kind, setting.variants)), key=lambda variant: variant.order)
     names = "; ".join(variant.label for variant in missing)
     return text + (f" Not run with this budget, so not among them: {names}." if missing else "")
