@@ -866,9 +866,13 @@ def test_seeds_whose_model_was_kept_in_another_precision_are_named(store, run_of
         events.append(run_of("lora", seed, "10", weights_bytes=held))
         events[-1]["run_id"] += "-nf4"
         events[-1]["spec"]["quantization"] = "nf4"
+    events[3]["env"] = {**events[3]["env"], "dtype": "bfloat16"}
     told, path = "not all seeds of these are of one model in memory: ", store(*events)
     main(["--results", str(path), "--speed", "--output", str(tmp_path)])
-    assert f"{told}LoRA, nf4, colours: 1.0 kB in 1 run, 2.0 kB in 2 runs." in (tmp_path / "report.md").read_text()
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert f"{told}LoRA, nf4, colours: 1.0 kB in 1 run, 2.0 kB in 2 runs." in text
+    machines = [row[2] for row in tables(text)["", "Environments"][1:]]
+    assert machines == ["made up for the tests, none", "made up for the tests, none, bfloat16"]
     main(["--results", str(store(*events[:3], *events[4:])), "--speed", "--output", str(tmp_path)])
     assert told not in (tmp_path / "report.md").read_text(encoding="utf-8")
 

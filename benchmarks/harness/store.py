@@ -10,7 +10,7 @@ An event says that a run started, or how it ended. Times of the clock are UTC in
     started_at, finished_at     str; finished_at is None while the run goes on
     error           str or None: why the run did not end well
     result          dict or None: what was measured, see measure.Result
-    env             dict or None: machine, versions, commit, hashes of the data and the weights
+    env             dict or None: machine, dtype, versions, commit, hashes of the data and the weights
 
 The state of a run is its newest event; the report takes the one with a result, which no failed rerun replaces.
 """

@@ -162,7 +162,7 @@ def _precisions(setting: Setting, pairs: list[tuple[Variant, Variant]]) -> list[
     if not found:
         return []
     why = (
-        "A model in 4 bits computes in bfloat16, and has its other weights in it, on a CPU that multiplies it itself, "
+        "A quantised model has its other weights in bfloat16, and computes in it, on a CPU that multiplies it itself, "
         "and else in float32. So not all seeds of these are of one model in memory"
     )
     return [Text(f"{why}: {'; '.join(found)}.")]
