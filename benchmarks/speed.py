@@ -237,8 +237,8 @@ def _floor(model: Any, batch: Any) -> Any:
     from peft_prompt_ext.shared_prefix.layout import pack
 
     attach(model)
-    layout = pack(batch["attention_mask"], (0,))
-    ids = batch["input_ids"][layout.row, layout.column]
+    layout = pack(batch["attention_mask"].cpu(), (0,))
+    ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
 
     def step() -> None:
         embeds = model.get_input_embeddings()(ids)[None].detach().requires_grad_()

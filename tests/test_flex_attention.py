@@ -53,7 +53,7 @@ def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, sof
 @given(layouts(), WINDOWS)
 def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
     layout, _ = case
-    if not len(layout.row):
+    if not len(layout.text):
         return
     query, key, value = (x.detach() for x in tokens(layout))
     query = query[:, :, layout.num_prompt_tokens :]
@@ -86,7 +86,7 @@ def dense(number, blocks):
 def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, sliding_window, text_alone):
     layout, _ = case
     count = layout.position_ids.shape[1]
-    queries = len(layout.row) if text_alone else count
+    queries = len(layout.text) if text_alone else count
     if not queries:
         return
     with pytest.MonkeyPatch.context() as patch:

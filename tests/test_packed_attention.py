@@ -52,7 +52,7 @@ def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, sof
 @given(layouts(), st.sampled_from([None, 2]))
 def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
     layout, _ = case
-    if not len(layout.row):
+    if not len(layout.text):
         return
     query, key, value = tokens(layout)
     for function in (packed_attention, reference.packed_attention):
@@ -62,23 +62,32 @@ def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
 
 
 @settings(max_examples=100, deadline=None)
-@given(layouts())
-def test_the_oracle_sees_the_own_prompt_and_the_own_row_causally_and_nothing_else(case):
+@given(layouts(), st.data())
+def test_the_oracle_sees_the_own_prompt_and_the_own_text_causally_and_nothing_else(case, data):
     layout, mask = case
-    seen = reference.visible(layout)
+    begins = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in mask])
+    layout = pack(mask, layout.prompt_lengths, layout.prompt_of_row, begins)
+    seen, places = reference.visible(layout), places_of(layout)
     starts = torch.tensor([0, *layout.prompt_lengths]).cumsum(0).tolist()
-    place = layout.num_prompt_tokens
     for row, real in enumerate(mask):
-        number = int(layout.prompt_of_row[row])
-        prompt = set(range(starts[number], starts[number + 1]))
-        text = list(range(place, place + int(real.sum())))
-        for token in text:
-            assert set(seen[token].nonzero()[:, 0].tolist()) == prompt | {other for other in text if other <= token}
-        place += len(text)
+        number, text = int(layout.prompt_of_row[row]), set()
+        for column in real.nonzero()[:, 0].tolist():
+            text = {places[row, column]} | (set() if begins[row, column] else text)
+            prompt = set(range(starts[number], starts[number + 1]))
+            assert set(seen[places[row, column]].nonzero()[:, 0].tolist()) == prompt | text
+            position = layout.position_ids[0, places[row, column]]
+            assert position == layout.prompt_lengths[number] + len(text) - 1
     for number, length in enumerate(layout.prompt_lengths):
         for k in range(length):
             token = starts[number] + k
             assert seen[token].nonzero()[:, 0].tolist() == list(range(starts[number], token + 1))
+
+
+def places_of(layout):
+    """The place in the packed sequence of each real token of the batch, by row and column."""
+    rows, columns = layout.source // layout.shape[1], layout.source % layout.shape[1]
+    tokens = zip(rows.tolist(), columns.tolist(), strict=True)
+    return {token: layout.num_prompt_tokens + number for number, token in enumerate(tokens)}
 
 
 @settings(max_examples=100, deadline=None)
@@ -94,7 +103,22 @@ def test_positions_run_on_from_the_prompt_and_columns_find_their_tokens(case):
         assert (sources[row, longest:] >= 0).tolist() == real.tolist()
         assert (sources[row, :longest] >= 0).sum() == length
         assert layout.last[row] == (places[-1] if len(places) else layout.last[row])
-        assert previous[layout.row == row].tolist() == [-1, *places.tolist()][length : length + int(real.sum())]
+        own = layout.source // mask.shape[1] == row
+        assert previous[own].tolist() == [-1, *places.tolist()][length : length + int(real.sum())]
+
+
+@settings(max_examples=100, deadline=None)
+@given(layouts())
+def test_texts_of_a_prompt_lie_together_and_those_without_one_last(case):
+    layout, mask = case
+    order = layout.prompt_of_text.tolist()
+    filled = [number for number, length in enumerate(layout.prompt_lengths) if length]
+    own = [[number] * order.count(number) for number in filled]
+    assert order[: sum(map(len, own))] == sum(own, [])
+    tokens = [int(mask[layout.prompt_of_row == number].sum()) for number in filled]
+    assert layout.groups.tolist() == torch.tensor([0, *tokens]).cumsum(0).tolist()
+    lengths = [*(layout.prompt_lengths[number] for number in filled), *layout.text.bincount().tolist()]
+    assert layout.ends.tolist() == torch.tensor([0, *lengths]).cumsum(0).tolist()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -44,7 +44,7 @@ def packed_attention(
     parts = []
     if len(query) == len(key) and layout.num_prompt_tokens:
         parts.append(_prompt_part(query, key, value, layout, sliding_window, options))
-    if len(layout.row):
+    if len(layout.text):
         parts.append(_text_part(query, key, value, layout, sliding_window, options))
     return torch.cat(parts)[None]
 
@@ -82,13 +82,13 @@ def _text_part(
     options: dict[str, Any],
 ) -> torch.Tensor:
     """What the text tokens see, [S, A, D]."""
-    if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.rows.shape[1]:
+    if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.texts.shape[1]:
         sliding_window = None
     keys, values = (torch.cat([_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
     if len(query) == len(key):
         query = _Pad.apply(query, layout)
     else:
-        query = query[(layout.rows - layout.num_prompt_tokens).clamp(min=0)]
+        query = query[(layout.texts - layout.num_prompt_tokens).clamp(min=0)]
     out = _attend(query, keys, values, layout.mask(sliding_window), options)  # [B, M, A, D]
     return out.flatten(0, 1)[layout.flat]
 
@@ -96,8 +96,8 @@ def _text_part(
 def _prefixes(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
     """The prompt's keys (or values) before each row: [N, G, D] -> [B, P, G, D]."""
     if len(layout.prefix) == 1:
-        return x[None, : layout.prefix.shape[1]].expand(len(layout.rows), -1, -1, -1)
-    return x[layout.prefix][layout.prompt_of_row]
+        return x[None, : layout.prefix.shape[1]].expand(len(layout.texts), -1, -1, -1)
+    return x[layout.prefix][layout.prompt_of_text]
 
 
 class _Pad(torch.autograd.Function):
@@ -110,7 +110,7 @@ class _Pad(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
         ctx.layout = layout
-        return x[layout.rows]
+        return x[layout.texts]
 
     @staticmethod
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:

@@ -47,7 +47,7 @@ def prompt_state(base_model: Any, prompt: torch.Tensor) -> PromptState:
 def _prefill(model: Any, prompt: torch.Tensor) -> tuple[Any, KeysValues]:
     from .forward import run
 
-    layout = pack(prompt.new_ones(0, 0), (len(prompt),))
+    layout = pack(torch.ones(0, 0), (len(prompt),))
     layout.recorded = {}
     return run(model, prompt[None], layout), layout.recorded
 

@@ -92,7 +92,7 @@ def choose(names: Iterable[str], calls: Iterable[AttentionCall]) -> tuple[str, l
 def differs(function: Callable[..., torch.Tensor], call: AttentionCall) -> str | None:
     """Compare an attention and its gradients with the reference's in float64; None if they are the same."""
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
-    layout = pack(mask.to(call.device), PROMPT_LENGTHS, torch.tensor(PROMPT_OF_ROW, device=call.device))
+    layout = pack(mask, PROMPT_LENGTHS, torch.tensor(PROMPT_OF_ROW)).to(call.device)
     options = dict(call.options)
     if options.get("sliding_window") is not None:
         options["sliding_window"] = min(options["sliding_window"], LONGEST_WINDOW)

@@ -84,7 +84,7 @@ def block_mask(layout: PackedLayout, queries: int, sliding_window: int | None = 
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    place = torch.arange(layout.position_ids.shape[1], device=layout.rows.device)
+    place = torch.arange(layout.position_ids.shape[1], device=layout.texts.device)
     start, end, own, place = (x[-queries:] for x in (*layout.spans(sliding_window), place))
 
     def sees(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,7 @@ from peft.utils import ModulesToSaveWrapper
 
 from .interface import KEYWORD
 from .layout import PackedLayout
+from .transfer import download, upload
 
 
 IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
@@ -48,10 +49,10 @@ def causal_lm(
     Raises:
         ValueError: The labels are not one for each text token.
     """
-    if labels is not None and labels.shape != (len(layout.rows), layout.num_columns):
+    if labels is not None and labels.shape != layout.shape:
         raise ValueError(
-            f"labels are {list(labels.shape)}; wanted one for each text token, "
-            f"{[len(layout.rows), layout.num_columns]}: virtual tokens have none."
+            f"labels are {list(labels.shape)}; wanted one for each text token, {list(layout.shape)}: virtual tokens "
+            "have none."
         )
     places, targets = _labelled(labels if shift_labels is None else None, layout)
     columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
@@ -61,45 +62,53 @@ def causal_lm(
 
     sources = layout.column_sources()
     if isinstance(logits_to_keep, torch.Tensor):
-        sources = sources[:, logits_to_keep.to(sources.device)]
+        sources = sources[:, download(logits_to_keep)[0]]
     elif logits_to_keep:
         sources = sources[:, -logits_to_keep:]
     if labels is not None and shift_labels is not None:
-        labelled = (shift_labels != IGNORE_INDEX) & (sources >= 0)
-        places, targets = sources[labelled], shift_labels[labelled]
+        labelled = (download(shift_labels)[0] != IGNORE_INDEX) & (sources >= 0)
+        places, targets = sources[labelled], _taken(shift_labels, labelled.flatten().nonzero()[:, 0])
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
     output = _logits_at(wanted, base_model, embeds, layout)
+    number, empty = upload(output.logits.device, number, sources < 0)
     loss = None
     if labels is not None:
         labelled_logits = output.logits[:, number[sources.numel() :]]
         loss = _loss(base_model, labelled_logits, targets, num_items_in_batch)
     logits = output.logits[0][number[: sources.numel()]].view(*sources.shape, -1)
-    logits[sources < 0] = 0
-    return _with(output, logits, loss)
+    return _with(output, logits.masked_fill_(empty[..., None], 0), loss)
 
 
 def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, layout: PackedLayout) -> Any:
     """The output with the logits of the given places of the packed sequence, [1, L, V]."""
     if layout.cached is None:
-        return run(base_model, embeds, layout, logits_to_keep=places)
+        return run(base_model, embeds, layout, logits_to_keep=upload(embeds.device, places)[0])
     in_text = places >= layout.num_prompt_tokens
-    output = run(base_model, embeds, layout, logits_to_keep=places[in_text] - layout.num_prompt_tokens)
+    wanted = upload(embeds.device, places[in_text] - layout.num_prompt_tokens)[0]
+    output = run(base_model, embeds, layout, logits_to_keep=wanted)
     if bool(in_text.all()):
         return output
-    logits = output.logits.new_empty(1, len(places), output.logits.shape[-1])
-    logits[0, in_text] = output.logits[0]
-    logits[0, ~in_text] = torch.cat([state.logits for state in layout.cached])[places[~in_text]]
-    return _with(output, logits, None)
+    virtual = torch.cat([state.logits for state in layout.cached])
+    kept = upload(virtual.device, places[~in_text])[0]
+    order = torch.cat([in_text.nonzero()[:, 0], (~in_text).nonzero()[:, 0]]).argsort()
+    together = torch.cat([output.logits[0], virtual[kept].to(output.logits)])
+    return _with(output, together[upload(together.device, order)[0]][None], None)
 
 
 def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places whose logits predict a label, and those labels, [L]; L = 0 without labels."""
+    """Places whose logits predict a label, on the host, and those labels; both [L] in the order of the labels."""
     places = layout.previous()
     if labels is None:
         return places[:0], places[:0]
-    targets = labels[layout.row, layout.column]
-    labelled = (targets != IGNORE_INDEX) & (places >= 0)
-    return places[labelled], targets[labelled]
+    labelled = (download(labels)[0].flatten()[layout.source] != IGNORE_INDEX) & (places >= 0)
+    places, source = places[labelled], layout.source[labelled]
+    order = source.argsort()
+    return places[order], _taken(labels, source[order])
+
+
+def _taken(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """The labels at places of the host, read as one list."""
+    return labels.flatten()[upload(labels.device, source)[0]]
 
 
 def sequence_classification(
@@ -126,8 +135,9 @@ def sequence_classification(
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     backbone = getattr(base_model, base_model.base_model_prefix)
-    last = layout.last if layout.cached is None else layout.last - layout.num_prompt_tokens
-    hidden = run(backbone, embeds, layout).last_hidden_state[0, last]  # [B, H]
+    states = run(backbone, embeds, layout).last_hidden_state[0]
+    last = layout.to(states.device).last
+    hidden = states[last if layout.cached is None else last - layout.num_prompt_tokens]  # [B, H]
     own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
     logits = base_model.score(hidden, **({"adapter_names": adapter_names} if own_heads else {}))
     loss = None
@@ -138,6 +148,7 @@ def sequence_classification(
 
 def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
     """Run a model, with or without its head; the mask's four dimensions pass it through to the attention as it is."""
+    layout = layout.to(embeds.device)
     return model(
         inputs_embeds=embeds,
         attention_mask=embeds.new_zeros(1, 1, 1, 1),

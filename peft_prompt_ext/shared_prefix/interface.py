@@ -91,4 +91,4 @@ def _attention(
         tensors = tuple((x.shape[1], x.shape[3], x.dtype) for x in (query, key, value))
         layout.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
     attention = layout.attention or packed_attention
-    return attention(query, key, value, layout, dropout=dropout, **options), None
+    return attention(query, key, value, layout.to(query.device), dropout=dropout, **options), None

@@ -1,16 +1,22 @@
 """How a padded batch lies as one packed sequence `[prompt_1 | prompt_2 | ... | text_1 | text_2 | ...]`: index maths.
 
-Shapes: B rows, T padded text length, K prompts, P_k virtual tokens of prompt k, P the longest prompt, S real text
-tokens, M real tokens of the longest row, N = sum P_k + S packed tokens.
+All of it is computed on the host and goes to a device in one transfer: whoever asks a device for a number waits for
+everything that it has still to do.
+
+Shapes: B rows and T columns of the batch, R texts, K prompts, P_k virtual tokens of prompt k, P the longest prompt,
+S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row is one text, or none if it has no
+real token, or several if it is packed already.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
+
+from .transfer import upload
 
 
 if TYPE_CHECKING:
@@ -20,19 +26,27 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class PackedLayout:
-    """Index tensors of one batch. Text tokens stand in row order, and in a row in the order of their columns.
+    """Index tensors of one batch.
+
+    Texts of one prompt lie together, those without a prompt last; else they keep their order.
 
     Attributes:
         prompt_lengths: P_k of each prompt, K of them.
-        num_columns: T.
+        shape: (B, T).
+        longest_text: M.
+        lengths: P_k as a tensor, [K].
         prompt_of_row: Which prompt each row has, [B].
-        row: Row of each text token, [S].
-        column: Column of each text token in the padded batch, [S].
-        within: Number of each text token inside its row, [S].
-        position_ids: 0.. for each prompt, P_k.. for the real tokens of a row that has prompt k, [1, N].
+        prompt_of_text: Which prompt each text has, [R].
+        text: Which text each text token is in, [S].
+        source: Place of each text token in the batch, read as one list of B*T tokens, [S].
+        within: Number of each text token inside its text, [S].
+        position_ids: 0.. for each prompt, P_k.. for the tokens of a text that has prompt k, [1, N].
         prompts: Place in the packed sequence of each prompt's tokens, from the left; behind its end any place, [K, P].
         prefix: The same from the right, so that the last column is the token before the text, [K, P].
-        rows: Place in the packed sequence of each row's text tokens; behind its end any place, [B, M].
+        texts: Place in the packed sequence of each text's tokens; behind its end any place, [R, M].
+        ends: Tokens up to the end of each of the K' prompts that have tokens and of each text, from 0: as attention
+            over sequences of several lengths takes them, int32 [K'+R+1].
+        groups: The same for all texts of each such prompt together, int32 [K'+1].
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
         attention: What computes attention, with the signature of `attention.packed_attention`; None: that one.
         blocks: The masks that FlexAttention makes of the layout, once for all layers.
@@ -42,15 +56,20 @@ class PackedLayout:
     """
 
     prompt_lengths: tuple[int, ...]
-    num_columns: int
+    shape: tuple[int, int]
+    longest_text: int
+    lengths: torch.Tensor
     prompt_of_row: torch.Tensor
-    row: torch.Tensor
-    column: torch.Tensor
+    prompt_of_text: torch.Tensor
+    text: torch.Tensor
+    source: torch.Tensor
     within: torch.Tensor
     position_ids: torch.Tensor
     prompts: torch.Tensor
     prefix: torch.Tensor
-    rows: torch.Tensor
+    texts: torch.Tensor
+    ends: torch.Tensor
+    groups: torch.Tensor
     last: torch.Tensor
     attention: Callable[..., torch.Tensor] | None = None
     blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -58,6 +77,18 @@ class PackedLayout:
     recorded: KeysValues | None = None
     cached: list[PromptState] | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
+    _moved: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
+
+    def to(self, device: torch.device | str | int, **_: Any) -> PackedLayout:
+        """The layout with its tensors on a device, made once for each; accelerate calls it as it does a tensor's."""
+        device = torch.empty(0, device=device).device  # "cuda" is the current one
+        if device == self.texts.device:
+            return self
+        if device not in self._moved:
+            tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+            moved = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
+            self._moved[device] = replace(self, **moved, blocks={}, _masks={})
+        return self._moved[device]
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -66,39 +97,37 @@ class PackedLayout:
 
     @property
     def flat(self) -> torch.Tensor:
-        """Where each text token stands in `rows`, if that is read as one list, [S]."""
-        return self.row * self.rows.shape[1] + self.within
+        """Where each text token stands in `texts`, if that is read as one list, [S]."""
+        return self.text * self.longest_text + self.within
 
     def mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """What a text token sees of `[prefix | rows]`: True at keys not behind it, nor out of its window.
+        """What a text token sees of `[prefix | text]`: True at keys not behind it, nor out of its window.
 
         Returns:
-            Bool, [M, P+M] if all prompts are equally long, else [B, 1, M, P+M].
+            Bool, [M, P+M] if all prompts are equally long, else [R, 1, M, P+M].
         """
         if sliding_window not in self._masks:
-            longest, width = self.prefix.shape[1], self.rows.shape[1]
-            key = torch.arange(longest + width, device=self.rows.device)
+            longest = self.prefix.shape[1]
+            key = torch.arange(longest + self.longest_text, device=self.texts.device)
             mask = causal(key[longest:], key, sliding_window)
             if len(set(self.prompt_lengths)) > 1:
-                lengths = torch.tensor(self.prompt_lengths, device=self.rows.device)[self.prompt_of_row]
-                mask = mask & (key >= longest - lengths[:, None])[:, None, None]
+                missing = longest - self.lengths[self.prompt_of_text]
+                mask = mask & (key >= missing[:, None])[:, None, None]
             self._masks[sliding_window] = mask
         return self._masks[sliding_window]
 
     def spans(self, sliding_window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The two runs of places that a token sees: of its prompt, and of its own row (or prompt) up to itself.
+        """The two runs of places that a token sees: of its prompt, and of its own text (or prompt) up to itself.
 
         Returns:
             Where the first run starts, and the place behind its end, which may be no further (virtual tokens have an
             empty one); where the second run starts. Each [N].
         """
-        device, virtual = self.rows.device, self.num_prompt_tokens
-        lengths = torch.tensor(self.prompt_lengths, device=device)
-        which = self.prompt_of_row[self.row]
-        none = torch.zeros(virtual, dtype=torch.long, device=device)
-        length, end = (torch.cat([none, x[which]]) for x in (lengths, lengths.cumsum(0)))
+        which = self.prompt_of_text[self.text]
+        none = which.new_zeros(self.num_prompt_tokens)
+        length, end = (torch.cat([none, x[which]]) for x in (self.lengths, self.lengths.cumsum(0)))
         start, position = end - length, self.position_ids[0]
-        place = torch.arange(len(position), device=device)
+        place = torch.arange(len(position), device=position.device)
         own = place - (position - length)
         if sliding_window is not None:
             start = torch.maximum(start, start + position - sliding_window + 1)
@@ -110,23 +139,18 @@ class PackedLayout:
 
         Rows with a prompt that is shorter than the longest have it right before the text. [B, P+T].
         """
-        longest = self.prefix.shape[1]
-        sources = torch.full(
-            (len(self.prompt_of_row), longest + self.num_columns), -1, device=self.rows.device, dtype=torch.long
-        )
-        starts = longest - torch.tensor(self.prompt_lengths, device=self.rows.device)
-        empty = torch.arange(longest, device=self.rows.device) < starts[:, None]
-        sources[:, :longest] = self.prefix.masked_fill(empty, -1)[self.prompt_of_row]
-        places = torch.arange(len(self.row), device=self.rows.device) + self.num_prompt_tokens
-        sources[self.row, longest + self.column] = places
-        return sources
+        (rows, columns), longest = self.shape, self.prefix.shape[1]
+        missing = longest - self.lengths
+        prefix = self.prefix.masked_fill(torch.arange(longest, device=missing.device) < missing[:, None], -1)
+        texts = self.source.new_full((rows * columns,), -1)
+        texts[self.source] = torch.arange(len(self.source), device=texts.device) + self.num_prompt_tokens
+        return torch.cat([prefix[self.prompt_of_row], texts.view(rows, columns)], dim=1)
 
     def previous(self) -> torch.Tensor:
         """Place of the token before each text token: the last virtual token before the first, -1 if there is none."""
-        places = torch.arange(len(self.row), device=self.rows.device) + self.num_prompt_tokens - 1
-        ends = torch.tensor(self.prompt_lengths, device=self.rows.device).cumsum(0) - 1
-        ends[torch.tensor(self.prompt_lengths, device=ends.device) == 0] = -1
-        return torch.where(self.within == 0, ends[self.prompt_of_row[self.row]], places)
+        ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, -1)
+        places = torch.arange(len(self.text), device=ends.device) + self.num_prompt_tokens - 1
+        return torch.where(self.within == 0, ends[self.prompt_of_text[self.text]], places)
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
@@ -137,47 +161,68 @@ def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -
 
 
 def pack(
-    attention_mask: torch.Tensor, prompt_lengths: tuple[int, ...], prompt_of_row: torch.Tensor | None = None
+    attention_mask: torch.Tensor,
+    prompt_lengths: tuple[int, ...],
+    prompt_of_row: torch.Tensor | None = None,
+    begins: torch.Tensor | None = None,
 ) -> PackedLayout:
-    """Lay out a batch.
+    """Lay out a batch. All tensors are the host's.
 
     Args:
         attention_mask: [B, T], nonzero at real tokens: left- or right-padded, or with holes.
         prompt_lengths: P_k of each prompt; 0 is a row without a prompt.
         prompt_of_row: Which prompt each row has, [B]; by default the first.
+        begins: True at real tokens with which another text of their row begins, [B, T]; by default nowhere.
     """
     real = attention_mask != 0
-    device = real.device
     if prompt_of_row is None:
-        prompt_of_row = torch.zeros(len(real), dtype=torch.long, device=device)
-    row, column = real.nonzero(as_tuple=True)
-    within = (real.cumsum(1) - 1)[row, column]
-    lengths = torch.tensor(prompt_lengths, device=device)
-    starts = lengths.cumsum(0) - lengths
+        prompt_of_row = torch.zeros(len(real), dtype=torch.long)
+    lengths = torch.tensor(prompt_lengths)
+    ends = lengths.cumsum(0)
     total, longest = sum(prompt_lengths), max(prompt_lengths)
-    slot = torch.arange(longest, device=device)
+    slot = torch.arange(longest)
     # any place will do behind an end, but it has to exist
-    prompts = (starts[:, None] + slot).clamp(max=max(total - 1, 0))
-    prefix = (starts[:, None] + slot - (longest - lengths)[:, None]).clamp(min=0)
+    prompts = ((ends - lengths)[:, None] + slot).clamp(max=max(total - 1, 0))
+    prefix = (ends[:, None] + slot - longest).clamp(min=0)
 
-    counts = real.sum(1)
-    width = int(counts.max()) if len(counts) else 0
-    rows = torch.zeros(len(real), width, dtype=torch.long, device=device)
-    rows[row, within] = torch.arange(len(row), device=device) + total
-    ends = starts + lengths - 1
-    last = torch.where(counts > 0, total + counts.cumsum(0) - 1, ends[prompt_of_row])
-    positions = [torch.arange(length, device=device) for length in prompt_lengths]
-    positions.append(within + lengths[prompt_of_row[row]])
+    row, column = real.nonzero(as_tuple=True)
+    rank = torch.where(lengths > 0, torch.arange(len(lengths)), len(lengths))  # no prompt is the last one
+    order = rank[prompt_of_row][row].argsort(stable=True)
+    row, column = row[order], column[order]
+    place = torch.arange(len(row))
+    first = row != row.roll(1)
+    first[:1] = True
+    if begins is not None:
+        first |= begins[row, column]
+    text, starts = first.cumsum(0) - 1, place[first]
+    within = place - starts[text]
+    counts = text.bincount(minlength=len(starts))
+    longest_text = int(counts.max()) if len(counts) else 0
+    texts = torch.zeros(len(starts), longest_text, dtype=torch.long)
+    texts[text, within] = place + total
+    prompt_of_text = prompt_of_row[row[starts]]
+    last = (ends - 1)[prompt_of_row].scatter_reduce(0, row, place + total, "amax")
+    filled = lengths > 0
+    tokens_behind = torch.zeros_like(lengths).index_add_(0, prompt_of_text, counts)
     return PackedLayout(
         prompt_lengths=prompt_lengths,
-        num_columns=real.shape[1],
+        shape=(real.shape[0], real.shape[1]),
+        longest_text=longest_text,
+        lengths=lengths,
         prompt_of_row=prompt_of_row,
-        row=row,
-        column=column,
+        prompt_of_text=prompt_of_text,
+        text=text,
+        source=row * real.shape[1] + column,
         within=within,
-        position_ids=torch.cat(positions)[None],
+        position_ids=torch.cat([*map(torch.arange, prompt_lengths), within + lengths[prompt_of_text[text]]])[None],
         prompts=prompts,
         prefix=prefix,
-        rows=rows,
+        texts=texts,
+        ends=_ends(torch.cat([lengths[filled], counts])),
+        groups=_ends(tokens_behind[filled]),
         last=last,
     )
+
+
+def _ends(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

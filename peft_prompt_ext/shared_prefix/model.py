@@ -82,9 +82,9 @@ class SharedPrefixMixin(PeftModel):
         }
         obstacle = "it has no text" if inputs is None else self._obstacle(attention_mask, extras)
         if inputs is not None and obstacle is None:
-            mask = attention_mask
-            if mask is None:
-                mask = inputs.new_ones(inputs.shape[:2], dtype=torch.long)
+            from .transfer import download
+
+            mask = torch.ones(inputs.shape[:2]) if attention_mask is None else download(attention_mask)[0]
             names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
             layout = self._layout(mask, names)
             obstacle = self._too_long(layout) or self._unshared(names)
@@ -96,9 +96,11 @@ class SharedPrefixMixin(PeftModel):
                     options["labels"] = labels
                 if adapter_names is not None:
                     options |= self._mixed_options(names)
-                text = self._text(layout, input_ids, inputs_embeds)
-                prompts = self._prompts(names, text)
+                # of the whole batch: hooks such as NEFTune's reckon with its shape
+                words: Any = inputs_embeds if inputs_embeds is not None else self.word_embeddings(input_ids)
+                prompts = self._prompts(names, words)
                 layout.cached = self._kept_states(layout, prompts)
+                text = words.flatten(0, 1)[layout.to(words.device).source]  # [S, H]
                 embeds = torch.cat([*prompts.values(), text] if layout.cached is None else [text])[None]
                 output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
                 return output if self._wants_dict(return_dict) else output.to_tuple()
@@ -169,13 +171,13 @@ class SharedPrefixMixin(PeftModel):
         used = list(dict.fromkeys(names))
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
-        prompt_of_row = torch.tensor([used.index(name) for name in names], device=attention_mask.device)
+        prompt_of_row = torch.tensor([used.index(name) for name in names], dtype=torch.long)
         layout = pack(attention_mask, lengths, prompt_of_row)
         layout.attention = ATTENTIONS[self._engine_status().attention or "sdpa"]
         return layout
 
     def _too_long(self, layout: PackedLayout) -> str | None:
-        text, prompt = layout.rows.shape[1], max(layout.prompt_lengths)
+        text, prompt = layout.longest_text, max(layout.prompt_lengths)
         self._check_length(text, prompt)
         limit = self._engine_status().max_tokens
         if limit is None or prompt + text <= limit:
@@ -190,19 +192,10 @@ class SharedPrefixMixin(PeftModel):
         unshared = sorted(set(own) - self._heads_of_rows)
         return f"each adapter has its own {', '.join(unshared)}" if unshared else None
 
-    def _text(
-        self, layout: PackedLayout, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor | None
-    ) -> torch.Tensor:
-        """Embeddings of the real text tokens, [S, H]."""
-        if inputs_embeds is not None:
-            return inputs_embeds[layout.row, layout.column]
-        # of the whole batch: hooks such as NEFTune's reckon with its shape
-        return self.word_embeddings(input_ids)[layout.row, layout.column]  # type: ignore[misc]
-
     def _prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """Each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
         return {
-            name: self.prompt_encoder[name](self.prompt_tokens[name].to(like.device)).to(like.dtype)
+            name: self.prompt_encoder[name](self.prompt_tokens[name].to(like.device, non_blocking=True)).to(like.dtype)
             for name in dict.fromkeys(names)
             if name != BASE
         }

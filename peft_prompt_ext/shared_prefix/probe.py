@@ -84,14 +84,14 @@ def _probe(
         device
     )
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
-    layout = pack(mask.to(device), (PROMPT_LENGTH,))
+    layout = pack(mask, (PROMPT_LENGTH,))
     calls = layout.calls = []
     with _evaluating(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
         packed = packed_forward(base_model, embeds, layout).logits.float()
         _every_layer_packed(base_model, calls)
-        cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask.to(device))
+        cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask)
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
             for text in texts

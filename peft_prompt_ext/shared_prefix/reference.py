@@ -35,11 +35,11 @@ def packed_attention(
 
 def visible(layout: PackedLayout, sliding_window: int | None = None) -> torch.Tensor:
     """Bool [N, N]: which keys (columns) each packed token (row) sees."""
-    device = layout.row.device
+    device = layout.text.device
     lengths = torch.tensor(layout.prompt_lengths, device=device)
     number = torch.arange(len(lengths), device=device)
-    prompt = torch.cat([number.repeat_interleave(lengths), layout.prompt_of_row[layout.row]])
-    row = torch.cat([torch.full((layout.num_prompt_tokens,), -1, device=device), layout.row])  # -1: a virtual token
+    prompt = torch.cat([number.repeat_interleave(lengths), layout.prompt_of_text[layout.text]])
+    row = torch.cat([torch.full((layout.num_prompt_tokens,), -1, device=device), layout.text])  # -1: a virtual token
     same_prompt = prompt[:, None] == prompt[None]
     same_row_or_prefix = (row[None] == -1) | (row[:, None] == row[None])
     position = layout.position_ids[0]
