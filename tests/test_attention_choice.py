@@ -83,8 +83,8 @@ def test_right_attentions_pass_the_proof(monkeypatch, name, dtype):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_cuda_is_offered_flex_and_a_cpu_sdpa(build_model, monkeypatch):
-    assert choice.candidates(torch.device("cuda", 1)) == ("flex",)
+def test_cuda_is_offered_varlen_and_flex_and_a_cpu_sdpa(build_model, monkeypatch):
+    assert choice.candidates(torch.device("cuda", 1)) == ("varlen", "flex")
     monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
     status = engine_status(prompted(build_model("llama"), "CAUSAL_LM"))
     assert (status.attention, "flex" in status.reason) == ("sdpa", False)
@@ -100,7 +100,7 @@ def test_the_environment_decides_what_is_tried(monkeypatch):
 def test_an_unknown_attention_is_an_error(build_model, monkeypatch):
     monkeypatch.setenv(choice.VARIABLE, "flash")
     model = prompted(build_model("llama"), "CAUSAL_LM")
-    with pytest.raises(ValueError, match="PEFT_PROMPT_EXT_ATTENTION is 'flash'; it can be 'sdpa' or 'flex'"):
+    with pytest.raises(ValueError, match="PEFT_PROMPT_EXT_ATTENTION is 'flash'; it can be 'sdpa' or 'varlen' or 'flex'"):
         model(**padded("left", "CAUSAL_LM"))
 
 

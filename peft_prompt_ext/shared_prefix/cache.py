@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layout import pack
+from .precision import precision
 
 
 KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # of each attention module, [1, G, P, D]
@@ -67,12 +68,6 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
     tuners = (module for module in base_model.modules() if isinstance(module, BaseTunerLayer))
     adapters = tuple((t.disable_adapters, *t.active_adapters, "merged", *t.merged_adapters) for t in tuners)
     return precision(prompt), weights, adapters
-
-
-def precision(tensor: torch.Tensor) -> tuple[Any, ...]:
-    """Where and in what precision a model works on a tensor: device, dtype, autocast's dtype or False."""
-    kind = tensor.device.type
-    return tensor.device, tensor.dtype, torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
 
 
 def _is_sharded(base_model: Any) -> bool:

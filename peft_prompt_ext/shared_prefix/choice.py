@@ -14,26 +14,29 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import attention, flex, reference
+from . import attention, flex, reference, varlen
 from .layout import PackedLayout, pack
+from .precision import Tolerance
 
 
 VARIABLE = "PEFT_PROMPT_EXT_ATTENTION"  # what to try in place of CANDIDATES
 ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
     "sdpa": attention.packed_attention,
+    "varlen": varlen.packed_attention,
     "flex": flex.packed_attention,
 }
 # by type of device, the best first; SDPA comes last everywhere
-CANDIDATES = {"cuda": ("flex",)}
+CANDIDATES = {"cuda": ("varlen", "flex")}
 
-# the relative error of the result and the gradients that rounding explains
-FP32_TOLERANCE = 1e-5
-LOW_PRECISION_TOLERANCE = 2e-2
-
-# several blocks of flex.BLOCK tokens, with blocks that are seen as a whole, in part and not at all
-PROMPT_LENGTHS = (130, 3)
-ROW_LENGTHS = (300, 40, 1, 77)
-PROMPT_OF_ROW = (0, 0, 1, 1)
+TOLERANCE = Tolerance(float32=1e-5, reduced=1e-2, low=2e-2)  # of the result and the gradients
+# Lengths of prompts, lengths of texts, and which prompt each text has: several blocks of flex.BLOCK tokens, with
+# blocks that are seen as a whole, in part and not at all; then few queries, which take other kernels.
+BATCHES = (
+    ((130, 3), (300, 40, 1, 77), (0, 0, 1, 1)),
+    ((60,), (30, 10), (0, 0)),
+    ((7, 0), (1, 29, 10), (0, 1, 0)),
+    ((5,), (1,), (0,)),
+)
 LONGEST_WINDOW = 100  # a longer one would leave nothing out
 
 
@@ -91,25 +94,25 @@ def choose(names: Iterable[str], calls: Iterable[AttentionCall]) -> tuple[str, l
 @torch.inference_mode(False)
 def differs(function: Callable[..., torch.Tensor], call: AttentionCall) -> str | None:
     """Compare an attention and its gradients with the reference's in float64; None if they are the same."""
-    mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
-    layout = pack(mask, PROMPT_LENGTHS, torch.tensor(PROMPT_OF_ROW)).to(call.device)
     options = dict(call.options)
     if options.get("sliding_window") is not None:
         options["sliding_window"] = min(options["sliding_window"], LONGEST_WINDOW)
     generator = torch.Generator().manual_seed(0)
-    count = layout.position_ids.shape[1]
-    tokens = [  # as a projection leaves them: [1, N, A, D], then the heads first
-        torch.randn(1, count, heads, size, generator=generator).to(call.device, dtype).transpose(1, 2)
-        for heads, size, dtype in call.tensors
-    ]
-    got = _results(function, tokens, layout, options)
-    want = _results(reference.packed_attention, [x.double() for x in tokens], layout, options)
-    exact = got[0].dtype in {torch.float32, torch.float64}
-    errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, want, strict=True)]
-    error = float(torch.stack(errors).max())
-    if error <= (FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE):  # NaN differs as well
-        return None
-    return f"relative error {error:.1e} of its results or gradients in {got[0].dtype}"
+    for prompts, texts, prompt_of_row in BATCHES:
+        mask = torch.arange(max(texts)) < torch.tensor(texts)[:, None]
+        layout = pack(mask, prompts, torch.tensor(prompt_of_row)).to(call.device)
+        count = layout.position_ids.shape[1]
+        tokens = [  # as a projection leaves them: [1, N, A, D], then the heads first
+            torch.randn(1, count, heads, size, generator=generator).to(call.device, dtype).transpose(1, 2)
+            for heads, size, dtype in call.tensors
+        ]
+        got = _results(function, tokens, layout, options)
+        want = _results(reference.packed_attention, [x.double() for x in tokens], layout, options)
+        errors = [(x.double() - y).norm() / y.norm() for x, y in zip(got, want, strict=True)]
+        error, dtype = float(torch.stack(errors).max()), got[0].dtype
+        if not error <= TOLERANCE.of(call.device, dtype):  # NaN differs as well
+            return f"relative error {error:.1e} of its results or gradients in {dtype}, {count} tokens"
+    return None
 
 
 def _results(

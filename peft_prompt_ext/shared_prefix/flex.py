@@ -7,6 +7,7 @@ Y blocks of keys.
 from __future__ import annotations
 
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from . import attention
 from .layout import PackedLayout
 
 
+# for fewer than 128 queries there is another one, which has no tiles for some ratios of query to key-value heads
+ORDINARY_KERNEL: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
+KINDS = 64  # of calls that are compiled
 BLOCK = 128  # tokens; the kernels skip blocks of keys that a block of queries does not see
 
 
@@ -33,16 +37,17 @@ def packed_attention(
     if dropout:
         return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
     kind = sliding_window, query.shape[2] == key.shape[2]
-    if kind not in layout.blocks:
-        layout.blocks[kind] = block_mask(layout, query.shape[2], sliding_window)
+    if kind not in layout.kept:
+        layout.kept[kind] = block_mask(layout, query.shape[2], sliding_window)
     out = _flex_attention(query.device.type)(
         query,
         key,
         value,
         score_mod=None if softcap is None else _softcapped(softcap, query.device),
-        block_mask=layout.blocks[kind],
+        block_mask=layout.kept[kind],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
+        kernel_options=ORDINARY_KERNEL,
     )
     return out.transpose(1, 2)
 
@@ -54,8 +59,10 @@ def _flex_attention(device_type: str) -> Any:
     if device_type == "cpu":  # compiled it has no gradients there
         return flex_attention
     # once for all lengths of a batch; after 8 kinds of call it would give up, for dense scores
-    options: dict[str, Any] = {"recompile_limit": 64, "isolate_recompiles": True}  # mypy does not know them
-    return torch.compile(flex_attention, dynamic=True, **options)
+    if "isolate_recompiles" in signature(torch.compile).parameters:  # torch 2.12
+        options: dict[str, Any] = {"recompile_limit": KINDS, "isolate_recompiles": True}
+        return torch.compile(flex_attention, dynamic=True, **options)
+    return torch._dynamo.config.patch(recompile_limit=KINDS)(torch.compile(flex_attention, dynamic=True))
 
 
 def _softcapped(softcap: float, device: torch.device) -> Any:

@@ -47,9 +47,11 @@ class PackedLayout:
         ends: Tokens up to the end of each of the K' prompts that have tokens and of each text, from 0: as attention
             over sequences of several lengths takes them, int32 [K'+R+1].
         groups: The same for all texts of each such prompt together, int32 [K'+1].
+        num_behind: Text tokens behind a prompt, the last of `groups`.
+        longest_group: Text tokens of the prompt that has most.
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
         attention: What computes attention, with the signature of `attention.packed_attention`; None: that one.
-        blocks: The masks that FlexAttention makes of the layout, once for all layers.
+        kept: What an attention makes of the layout, once for all layers.
         calls: Where attention leaves what each layer asks of it, if anybody wants it.
         recorded: Where attention leaves its keys and values, if anybody wants them.
         cached: The prompts that have tokens, in order, if they ran before: then the text tokens run alone.
@@ -70,9 +72,11 @@ class PackedLayout:
     texts: torch.Tensor
     ends: torch.Tensor
     groups: torch.Tensor
+    num_behind: int
+    longest_group: int
     last: torch.Tensor
     attention: Callable[..., torch.Tensor] | None = None
-    blocks: dict[Any, Any] = field(default_factory=dict, repr=False)
+    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
     calls: list[AttentionCall] | None = None
     recorded: KeysValues | None = None
     cached: list[PromptState] | None = None
@@ -87,7 +91,7 @@ class PackedLayout:
         if device not in self._moved:
             tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
             moved = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
-            self._moved[device] = replace(self, **moved, blocks={}, _masks={})
+            self._moved[device] = replace(self, **moved, kept={}, _masks={})
         return self._moved[device]
 
     @property
@@ -203,7 +207,7 @@ def pack(
     prompt_of_text = prompt_of_row[row[starts]]
     last = (ends - 1)[prompt_of_row].scatter_reduce(0, row, place + total, "amax")
     filled = lengths > 0
-    tokens_behind = torch.zeros_like(lengths).index_add_(0, prompt_of_text, counts)
+    behind = torch.zeros_like(lengths).index_add_(0, prompt_of_text, counts)[filled]
     return PackedLayout(
         prompt_lengths=prompt_lengths,
         shape=(real.shape[0], real.shape[1]),
@@ -219,7 +223,9 @@ def pack(
         prefix=prefix,
         texts=texts,
         ends=_ends(torch.cat([lengths[filled], counts])),
-        groups=_ends(tokens_behind[filled]),
+        groups=_ends(behind),
+        num_behind=int(behind.sum()),
+        longest_group=int(behind.max()) if total else 0,
         last=last,
     )
 

@@ -134,8 +134,8 @@ class SharedPrefixMixin(PeftModel):
 
     def _engine_status(self, last: bool = False) -> EngineStatus:
         """For a batch of now; with `last` for the last one, if there was one."""
-        from .cache import precision
         from .interface import attach, attached
+        from .precision import precision
         from .probe import prove
 
         config, base_model = self.active_peft_config, self.get_base_model()

@@ -13,10 +13,11 @@ from typing import Any
 
 import torch
 
-from .cache import precision, prompt_state
+from .cache import prompt_state
 from .choice import AttentionCall, candidates, choose
 from .interface import NotPackable, attach, detach
 from .layout import pack
+from .precision import Tolerance
 from .status import EngineStatus
 
 
@@ -24,9 +25,7 @@ logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 3
 ROW_LENGTHS = (5, 1, 9)
-# the relative error of the logits that rounding explains; a token that sees its neighbour is far beyond
-FP32_TOLERANCE = 1e-4
-LOW_PRECISION_TOLERANCE = 5e-2
+TOLERANCE = Tolerance(float32=1e-4, reduced=1e-2, low=5e-2)  # of the logits
 
 
 def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
@@ -98,9 +97,8 @@ def _probe(
         ]
     error = _relative_error(packed, alone)
     figure = f"relative error {error:.1e} on rows of {', '.join(map(str, ROW_LENGTHS))} tokens"
-    _, dtype, autocast = precision(embeds)
-    exact = dtype.itemsize >= 4 and not autocast and getattr(base_model, "hf_quantizer", None) is None
-    tolerance = FP32_TOLERANCE if exact else LOW_PRECISION_TOLERANCE
+    low = torch.is_autocast_enabled(device.type) or getattr(base_model, "hf_quantizer", None) is not None
+    tolerance = TOLERANCE.of(device, embeds.dtype, low)
     if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
     keeps = cached is not None and _relative_error(cached, alone) <= tolerance

@@ -14,7 +14,7 @@ class EngineStatus:
         reason: Why, for a person to read.
         max_tokens: Longer rows (prompt and text together) take PEFT's path; None: there is no such length.
         keeps_prompts: Without gradients each prompt runs once and its keys and values are kept for the next batches.
-        attention: What computes attention in packed batches, "sdpa" or "flex"; None without them.
+        attention: What computes attention in packed batches, "sdpa", "varlen" or "flex"; None without them.
     """
 
     packed: bool

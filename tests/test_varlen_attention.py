@@ -1,0 +1,83 @@
+"""The two parts of FlashAttention and their merging, by the CPU's kernels, against the dense oracle."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from peft_prompt_ext import engine_status
+from peft_prompt_ext.shared_prefix import attention, choice, reference, varlen
+from peft_prompt_ext.shared_prefix.layout import pack
+from tests import cpu_flash
+from tests.helpers import one_thread, prompted  # noqa: F401
+from tests.test_packed_attention import layouts, tokens
+from tests.test_shared_prefix import compare, padded
+
+
+@pytest.fixture(autouse=True, scope="module")
+def flash_on_a_cpu():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(varlen, "DTYPES", (torch.float64, torch.float32, torch.bfloat16))
+        patch.setattr(varlen, "flash_forward", cpu_flash.flash_forward)
+        patch.setattr(varlen, "flash_backward", cpu_flash.flash_backward)
+        yield
+
+
+@settings(max_examples=150, deadline=None)
+@given(layouts(), st.sampled_from([None, 1, 4, 100]), st.sampled_from([None, 0.3]))
+def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, scaling):
+    layout, _ = case
+    if layout.position_ids.shape[1] == 0:
+        return  # neither a virtual nor a real token
+    results = []
+    for function in (varlen.packed_attention, reference.packed_attention):
+        inputs = tokens(layout)
+        out = function(*inputs, layout, scaling=scaling, sliding_window=sliding_window)
+        weight = torch.arange(out.numel(), dtype=out.dtype).view(out.shape).sin()
+        results.append([out, *torch.autograd.grad((out * weight).sum(), inputs)])
+    for fast, slow in zip(*results, strict=True):
+        torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+@settings(max_examples=50, deadline=None)
+@given(layouts())
+def test_queries_of_the_text_alone_give_the_texts_outputs(case):
+    layout, _ = case
+    if not len(layout.text):
+        return
+    query, key, value = (x.detach() for x in tokens(layout))
+    query = query[:, :, layout.num_prompt_tokens :]
+    fast, slow = (function(query, key, value, layout) for function in (varlen.packed_attention, reference.packed_attention))
+    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+
+
+def test_dropout_and_windows_that_leave_something_out_are_not_lost():
+    layout = pack(torch.ones(2, 3), (4,))
+    for options in ({"dropout": 0.5}, {"sliding_window": 6}):
+        results = []
+        for function in (varlen.packed_attention, attention.packed_attention):
+            torch.manual_seed(0)
+            results.append(function(*tokens(layout), layout, **options))
+        assert torch.equal(*results)
+        assert not torch.allclose(results[0], varlen.packed_attention(*tokens(layout), layout))
+
+
+def test_what_flash_attention_does_not_have_is_refused(monkeypatch):
+    monkeypatch.undo()
+    layout = pack(torch.ones(2, 3), (4,))
+    with pytest.raises(NotImplementedError, match="soft-capping"):
+        varlen.packed_attention(*tokens(layout), layout, softcap=3.0)
+    monkeypatch.setattr(varlen, "DTYPES", (torch.float16,))
+    with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
+        varlen.packed_attention(*tokens(layout), layout)
+
+
+@pytest.mark.parametrize("kind", ["right", "left", "holes"])
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "mistral"])
+def test_models_give_each_rows_own_results(build_model, monkeypatch, architecture, kind):
+    monkeypatch.setenv(choice.VARIABLE, "varlen")
+    model = prompted(build_model(architecture), "CAUSAL_LM")
+
+    compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
+
+    assert engine_status(model).attention == "varlen"
