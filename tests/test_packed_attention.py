@@ -107,20 +107,6 @@ def test_positions_run_on_from_the_prompt_and_columns_find_their_tokens(case):
         assert previous[own].tolist() == [-1, *places.tolist()][length : length + int(real.sum())]
 
 
-@settings(max_examples=100, deadline=None)
-@given(layouts())
-def test_texts_of_a_prompt_lie_together_and_those_without_one_last(case):
-    layout, mask = case
-    order = layout.prompt_of_text.tolist()
-    filled = [number for number, length in enumerate(layout.prompt_lengths) if length]
-    own = [[number] * order.count(number) for number in filled]
-    assert order[: sum(map(len, own))] == sum(own, [])
-    tokens = [int(mask[layout.prompt_of_row == number].sum()) for number in filled]
-    assert layout.groups.tolist() == torch.tensor([0, *tokens]).cumsum(0).tolist()
-    lengths = [*(layout.prompt_lengths[number] for number in filled), *layout.text.bincount().tolist()]
-    assert layout.ends.tolist() == torch.tensor([0, *lengths]).cumsum(0).tolist()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_reaches_both_parts(dtype):
     layout = pack(torch.ones(2, 3), (4,))

@@ -96,14 +96,12 @@ def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, layo
 
 
 def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places whose logits predict a label, on the host, and those labels; both [L] in the order of the labels."""
+    """Places whose logits predict a label, on the host, and those labels; both [L]."""
     places = layout.previous()
     if labels is None:
         return places[:0], places[:0]
     labelled = (download(labels)[0].flatten()[layout.source] != IGNORE_INDEX) & (places >= 0)
-    places, source = places[labelled], layout.source[labelled]
-    order = source.argsort()
-    return places[order], _taken(labels, source[order])
+    return places[labelled], _taken(labels, layout.source[labelled])
 
 
 def _taken(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:

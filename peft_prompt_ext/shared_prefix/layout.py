@@ -4,8 +4,8 @@ All of it is computed on the host and goes to a device in one transfer: whoever 
 everything that it has still to do.
 
 Shapes: B rows and T columns of the batch, R texts, K prompts, P_k virtual tokens of prompt k, P the longest prompt,
-S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row is one text, or none if it has no
-real token, or several if it is packed already.
+S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row is one text, or
+none if it has no real token, or several if it is packed already.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class PackedLayout:
     """Index tensors of one batch.
 
-    Texts of one prompt lie together, those without a prompt last; else they keep their order.
+    Texts keep the order of the batch.
 
     Attributes:
         prompt_lengths: P_k of each prompt, K of them.
@@ -44,11 +44,6 @@ class PackedLayout:
         prompts: Place in the packed sequence of each prompt's tokens, from the left; behind its end any place, [K, P].
         prefix: The same from the right, so that the last column is the token before the text, [K, P].
         texts: Place in the packed sequence of each text's tokens; behind its end any place, [R, M].
-        ends: Tokens up to the end of each of the K' prompts that have tokens and of each text, from 0: as attention
-            over sequences of several lengths takes them, int32 [K'+R+1].
-        groups: The same for all texts of each such prompt together, int32 [K'+1].
-        num_behind: Text tokens behind a prompt, the last of `groups`.
-        longest_group: Text tokens of the prompt that has most.
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
         attention: What computes attention, with the signature of `attention.packed_attention`; None: that one.
         kept: What an attention makes of the layout, once for all layers.
@@ -70,10 +65,6 @@ class PackedLayout:
     prompts: torch.Tensor
     prefix: torch.Tensor
     texts: torch.Tensor
-    ends: torch.Tensor
-    groups: torch.Tensor
-    num_behind: int
-    longest_group: int
     last: torch.Tensor
     attention: Callable[..., torch.Tensor] | None = None
     kept: dict[Any, Any] = field(default_factory=dict, repr=False)
@@ -82,6 +73,7 @@ class PackedLayout:
     cached: list[PromptState] | None = None
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
     _moved: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
+    _host: PackedLayout | None = field(default=None, repr=False)
 
     def to(self, device: torch.device | str | int, **_: Any) -> PackedLayout:
         """The layout with its tensors on a device, made once for each; accelerate calls it as it does a tensor's."""
@@ -90,9 +82,13 @@ class PackedLayout:
             return self
         if device not in self._moved:
             tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-            moved = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
-            self._moved[device] = replace(self, **moved, kept={}, _masks={})
+            moved: dict[str, Any] = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
+            self._moved[device] = replace(self, **moved, kept={}, _masks={}, _host=self.on_host())
         return self._moved[device]
+
+    def on_host(self) -> PackedLayout:
+        """The layout with its tensors on the host, where their numbers can be read."""
+        return self._host or self
 
     @property
     def num_prompt_tokens(self) -> int:
@@ -190,9 +186,6 @@ def pack(
     prefix = (ends[:, None] + slot - longest).clamp(min=0)
 
     row, column = real.nonzero(as_tuple=True)
-    rank = torch.where(lengths > 0, torch.arange(len(lengths)), len(lengths))  # no prompt is the last one
-    order = rank[prompt_of_row][row].argsort(stable=True)
-    row, column = row[order], column[order]
     place = torch.arange(len(row))
     first = row != row.roll(1)
     first[:1] = True
@@ -206,8 +199,6 @@ def pack(
     texts[text, within] = place + total
     prompt_of_text = prompt_of_row[row[starts]]
     last = (ends - 1)[prompt_of_row].scatter_reduce(0, row, place + total, "amax")
-    filled = lengths > 0
-    behind = torch.zeros_like(lengths).index_add_(0, prompt_of_text, counts)[filled]
     return PackedLayout(
         prompt_lengths=prompt_lengths,
         shape=(real.shape[0], real.shape[1]),
@@ -222,13 +213,5 @@ def pack(
         prompts=prompts,
         prefix=prefix,
         texts=texts,
-        ends=_ends(torch.cat([lengths[filled], counts])),
-        groups=_ends(behind),
-        num_behind=int(behind.sum()),
-        longest_group=int(behind.max()) if total else 0,
         last=last,
     )
-
-
-def _ends(counts: torch.Tensor) -> torch.Tensor:
-    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()

@@ -97,7 +97,8 @@ class SharedPrefixMixin(PeftModel):
                 if adapter_names is not None:
                     options |= self._mixed_options(names)
                 # of the whole batch: hooks such as NEFTune's reckon with its shape
-                words: Any = inputs_embeds if inputs_embeds is not None else self.word_embeddings(input_ids)
+                embed: Any = self.word_embeddings
+                words = inputs_embeds if inputs_embeds is not None else embed(input_ids)
                 prompts = self._prompts(names, words)
                 layout.cached = self._kept_states(layout, prompts)
                 text = words.flatten(0, 1)[layout.to(words.device).source]  # [S, H]

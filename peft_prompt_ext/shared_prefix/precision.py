@@ -37,5 +37,6 @@ def precision(tensor: torch.Tensor) -> tuple[Any, ...]:
 def rounds_products(device_type: str) -> bool:
     """Whether matrix products in float32 are computed in less, as `torch.set_float32_matmul_precision` allows."""
     backend: Any = torch.backends.cuda if device_type == "cuda" else torch.backends.mkldnn
+    every: Any = torch.backends
     own = backend.matmul.fp32_precision
-    return (torch.backends.fp32_precision if own == "none" else own) not in {"none", "ieee"}
+    return (every.fp32_precision if own == "none" else own) not in {"none", "ieee"}

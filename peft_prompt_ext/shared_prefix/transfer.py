@@ -28,6 +28,4 @@ def upload(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
     if device.type == "cuda":
         together = together.pin_memory()
     moved = together.to(device, non_blocking=True).split([len(x) for x in aligned])
-    return [
-        data[: len(part)].view(x.dtype).view(x.shape) for data, part, x in zip(moved, parts, tensors, strict=True)
-    ]
+    return [data[: len(part)].view(x.dtype).view(x.shape) for data, part, x in zip(moved, parts, tensors, strict=True)]

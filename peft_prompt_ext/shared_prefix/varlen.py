@@ -1,10 +1,10 @@
-"""Attention over a packed sequence by FlashAttention, in two parts: no pads, no masks, no copies of a prompt.
+"""Attention over a packed sequence by FlashAttention over sequences of several lengths: no pads, no masks.
 
-Each text and each prompt is a sequence that attends to itself, causally; each prompt's texts together attend to the
-prompt, all of it. The parts are put together by their log-sum-exps. The gradient of each part follows from the result
-of both together, so that a log-sum-exp needs none (Dao et al. 2022, FlashAttention, appendix B).
+A text is the end of the sequence `[its prompt | text]`, and FlashAttention lets the last query see the last key; so
+one call serves texts and prompts. Keys and values of a prompt are repeated for each of its texts, the fewer heads of
+them that a model with grouped queries has.
 
-Shapes: N packed tokens, A query heads, G key-value heads, D head size, S text tokens, V of them behind a prompt.
+Shapes: N packed tokens, Q of them with a query, L keys, A query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -15,9 +15,28 @@ import torch
 
 from . import attention
 from .layout import PackedLayout
+from .transfer import upload
 
 
 DTYPES = (torch.float16, torch.bfloat16)
+
+
+class Sequences(NamedTuple):
+    """Sequences of queries and of keys, lying one behind the other.
+
+    Attributes:
+        keys: Place in the packed sequence of each key, [L].
+        query_ends: Queries up to the end of each sequence, from 0, int32.
+        key_ends: The same of the keys.
+        longest_query: Queries of the longest sequence.
+        longest_key: The same of the keys.
+    """
+
+    keys: torch.Tensor
+    query_ends: torch.Tensor
+    key_ends: torch.Tensor
+    longest_query: int
+    longest_key: int
 
 
 def packed_attention(
@@ -30,7 +49,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """See `attention.packed_attention`, which stands in for dropout and for windows that leave something out.
+    """See `attention.packed_attention`, which stands in for dropout.
 
     Raises:
         NotImplementedError: FlashAttention has no such dtype, or no soft-capping.
@@ -39,118 +58,72 @@ def packed_attention(
         raise NotImplementedError(f"FlashAttention has float16 and bfloat16, not {query.dtype}")
     if softcap is not None:
         raise NotImplementedError("FlashAttention in PyTorch has no soft-capping")
-    seen = max(layout.prompt_lengths) + layout.longest_text
-    if dropout or (sliding_window is not None and sliding_window < seen):
+    if dropout:
         return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
-    tokens = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    return _PackedAttention.apply(*tokens, layout, scaling)[None]
-
-
-class Part(NamedTuple):
-    """Sequences of queries and of keys, lying one behind the other.
-
-    Attributes:
-        queries: Where each sequence of queries begins, and where the last one ends, int32.
-        keys: The same of the keys.
-        longest_query: Tokens of the longest sequence of queries.
-        longest_key: The same of the keys.
-        causal: The sequences are the same ones, and a token sees none behind it.
-    """
-
-    queries: torch.Tensor
-    keys: torch.Tensor
-    longest_query: int
-    longest_key: int
-    causal: bool
-
-
-class _PackedAttention(torch.autograd.Function):
-    """[N, A, D], [N, G, D] twice -> [N, A, D]; with queries of the text alone their results, without gradients."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        layout: PackedLayout,
-        scaling: float | None,
-    ) -> torch.Tensor:
-        virtual, missing = layout.num_prompt_tokens, len(key) - len(query)
-        own, behind = _parts(layout, text_alone=missing > 0)
-        texts = slice(virtual - missing, virtual - missing + layout.num_behind)
-        out, lse, state = flash_forward(query, key[missing:], value[missing:], own, scaling)
-        states = [state]
-        if behind is not None:
-            prompt = flash_forward(query[texts], key[:virtual], value[:virtual], behind, scaling)
-            states.append(prompt[2])
-            both = torch.logaddexp(lse[:, texts], prompt[1])
-            parts = (out[texts], lse[:, texts]), prompt[:2]
-            merged = sum(part * (own_lse - both).exp().t()[..., None] for part, own_lse in parts)
-            out[texts], lse[:, texts] = merged.to(out.dtype), both
-        ctx.own, ctx.behind, ctx.texts, ctx.virtual, ctx.states, ctx.scaling = own, behind, texts, virtual, states, scaling
-        ctx.save_for_backward(query, key, value, out, lse)
-        return out
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        texts, prompts = ctx.texts, slice(ctx.virtual)
-        grads = flash_backward(grad, query, key, value, out, lse, ctx.own, ctx.states[0], ctx.scaling)
-        if ctx.behind is not None:
-            results = grad[texts], query[texts], key[prompts], value[prompts], out[texts], lse[:, texts]
-            more = flash_backward(*results, ctx.behind, ctx.states[1], ctx.scaling)
-            for whole, part, place in zip(grads, more, (texts, prompts, prompts), strict=True):
-                whole[place] += part
-        return *grads, None, None
-
-
-def _parts(layout: PackedLayout, text_alone: bool) -> tuple[Part, Part | None]:
-    """What attends to itself, and the texts behind prompts, if there are any."""
-    kind = "varlen", text_alone
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+    kind = "varlen", len(query) < len(key)
     if kind not in layout.kept:
-        virtual, prompts = layout.num_prompt_tokens, len(layout.groups) - 1
-        longest = max(layout.prompt_lengths)
-        ends = layout.ends[prompts:] - virtual if text_alone else layout.ends
-        width = layout.longest_text if text_alone else max(longest, layout.longest_text)
-        own, behind = Part(ends, ends, width, width, True), None
-        if layout.num_behind:
-            behind = Part(layout.groups, layout.ends[: prompts + 1], layout.longest_group, longest, False)
-        layout.kept[kind] = own, behind
-    return layout.kept[kind]
+        layout.kept[kind] = sequences(layout, text_alone=kind[1])
+    parts = layout.kept[kind]
+    key, value = (_Repeat.apply(x, parts.keys) for x in (key, value))
+    return flash_attention(query, key, value, parts, scaling, sliding_window)[None]
 
 
-def flash_forward(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, part: Part, scaling: float | None
-) -> tuple[torch.Tensor, torch.Tensor, Any]:
-    """[N, A, D], [L, G, D] twice -> the result [N, A, D], its log-sum-exp [A, N], and what the backward pass needs."""
-    sizes = part.queries, part.keys, part.longest_query, part.longest_key
-    out, lse, *state, _ = torch.ops.aten._flash_attention_forward(
-        query, key, value, *sizes, 0.0, part.causal, False, scale=scaling
-    )
-    return out, lse, state
-
-
-def flash_backward(
-    grad: torch.Tensor,
+def flash_attention(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    out: torch.Tensor,
-    lse: torch.Tensor,
-    part: Part,
-    state: Any,
+    parts: Sequences,
     scaling: float | None,
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gradients of query, key and value, given the result and the log-sum-exp over *all* keys of a query."""
-    sizes = part.queries, part.keys, part.longest_query, part.longest_key
-    return torch.ops.aten._flash_attention_backward(
-        grad.contiguous(),
-        *(query, key, value, out),
-        lse.contiguous(),
-        *sizes,
-        0.0,
-        part.causal,
-        *state,
+    sliding_window: int | None,
+) -> torch.Tensor:
+    """Causal attention in each sequence, whose last query sees its last key: [Q, A, D], [L, G, D] -> [Q, A, D]."""
+    return torch.ops.aten._flash_attention_forward(
+        *(query, key, value, parts.query_ends, parts.key_ends, parts.longest_query, parts.longest_key),
+        dropout_p=0.0,
+        is_causal=True,
+        return_debug_mask=False,
         scale=scaling,
-    )
+        window_size_left=None if sliding_window is None else sliding_window - 1,
+        window_size_right=None if sliding_window is None else 0,
+    )[0]
+
+
+def sequences(layout: PackedLayout, text_alone: bool) -> Sequences:
+    """The prompts, unless the texts run alone, and each text behind its prompt."""
+    host = layout.on_host()
+    virtual = host.num_prompt_tokens
+    prompts = host.lengths[:0] if text_alone else host.lengths[host.lengths > 0]
+    starts = torch.cat([prompts.cumsum(0) - prompts, (host.lengths.cumsum(0) - host.lengths)[host.prompt_of_text]])
+    prefix = torch.cat([prompts, host.lengths[host.prompt_of_text]])
+    tokens = torch.cat([torch.zeros_like(prompts), host.text.bincount()])
+    behind = virtual + tokens.cumsum(0) - tokens
+    length = prefix + tokens
+    which = torch.repeat_interleave(length)
+    within = torch.arange(len(which)) - (length.cumsum(0) - length)[which]
+    in_prompt = within < prefix[which]
+    keys = torch.where(in_prompt, starts[which] + within, (behind - prefix)[which] + within)
+    queries = torch.cat([prompts, tokens[len(prompts) :]])
+    keys, query_ends, key_ends = upload(layout.texts.device, keys, _ends(queries), _ends(length))
+    return Sequences(keys, query_ends, key_ends, int(queries.max()), int(length.max()))
+
+
+def _ends(counts: torch.Tensor) -> torch.Tensor:
+    return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
+
+
+class _Repeat(torch.autograd.Function):
+    """Take tokens, some of them several times: [N, heads, D], [L] -> [L, heads, D]. Gradients add up in float32."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        ctx.count = len(x)
+        return x.index_select(0, places)
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
+        (places,) = ctx.saved_tensors
+        dtype = torch.promote_types(grad.dtype, torch.float32)
+        total = grad.new_zeros(ctx.count, *grad.shape[1:], dtype=dtype)
+        return total.index_add_(0, places, grad.to(dtype)).to(grad.dtype), None
