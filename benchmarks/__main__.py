@@ -12,6 +12,7 @@ COMMANDS = {
     "recommend": "which method to pick, given memory, storage and the least score",
     "speed": "time and memory of a training step: this plugin, stock PEFT, LoRA, full fine-tuning, the floor",
     "backbones": "the same training over full-precision, 8-bit and 4-bit backbones: bytes and accuracy",
+    "gpu": "what only a GPU can show, in minutes: the engine's tests, attention, steps on 1B and 8B Llamas",
     "mixed": "one batch of many tasks beside one batch for each task",
 }
 

@@ -44,43 +44,72 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time both ways, on left-padded rows, and compare their logits of the next token."""
+    """Time both ways on real, left-padded rows, and compare their logits of the next token."""
     import torch
-    from peft import get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from peft_prompt_ext import PromptTuningExtConfig, engine_status
     from peft_prompt_ext.assets import resolve
-    from peft_prompt_ext.padding import real_last
 
     from .machine import machine
     from .speed import review_batch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(options.model_name_or_path)
-    rows = options.tasks * options.rows_per_task
-    batch = review_batch(folder, "short", rows, options.seed).to(device)
+    batch = review_batch(folder, "short", options.tasks * options.rows_per_task, options.seed).to(device)
+    base = AutoModelForCausalLM.from_pretrained(folder).to(device)
+    row = compare(
+        *(base, batch, options.tasks, options.num_virtual_tokens, options.repeats),
+        packed=options.single_path == "packed",
+        last=options.logits == "last",
+    )
+    spec = {key: value for key, value in vars(options).items() if key != "output"}
+    return {**spec, **row, **machine(device)}
+
+
+def compare(
+    base: Any, batch: Any, tasks: int, num_virtual_tokens: int, repeats: int, packed: bool = False, last: bool = True
+) -> dict[str, Any]:
+    """Time one batch of all tasks, and a batch for each.
+
+    Args:
+        base: The base model.
+        batch: As many rows for each task, right-padded.
+        tasks: How many tasks; each has a prompt of its own.
+        num_virtual_tokens: Of each prompt.
+        repeats: How often both are timed, interleaved.
+        packed: The batch of one task is packed as well; else it takes PEFT's path.
+        last: Logits of the next token alone.
+
+    Returns:
+        `mixed_time_s`, `single_time_s` and the `largest_difference` of the logits of the next token.
+    """
+    import torch
+    from peft import get_peft_model
+
+    from peft_prompt_ext import PromptTuningExtConfig, engine_status
+    from peft_prompt_ext.padding import real_last
+
     order = real_last(batch["attention_mask"])
     inputs = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
-    keep = {"logits_to_keep": 1} if options.logits == "last" else {}
-    names = [f"task{number}" for number in range(options.tasks)]
+    keep = {"logits_to_keep": 1} if last else {}
+    names = [f"task{number}" for number in range(tasks)]
     configs = [
         PromptTuningExtConfig(
             task_type="CAUSAL_LM",
-            num_virtual_tokens=options.num_virtual_tokens,
+            num_virtual_tokens=num_virtual_tokens,
             prompt_tuning_init="RANDOM_UNIFORM",
             prompt_tuning_init_seed=number,
         )
-        for number in range(options.tasks)
+        for number in range(tasks)
     ]
-    base = AutoModelForCausalLM.from_pretrained(folder).to(device)
     model = get_peft_model(base, configs[0], adapter_name=names[0])
     for name, config in zip(names[1:], configs[1:], strict=True):
         model.add_adapter(name, config)
     model.eval()
     if not engine_status(model).packed:
         raise SystemExit(f"the engine does not take this model: {engine_status(model).reason}")
-    row_names = [name for name in names for _ in range(options.rows_per_task)]
+    each = len(order) // tasks
+    row_names = [name for name in names for _ in range(each)]
 
     def mixed() -> Any:
         return model(**inputs, adapter_names=row_names, **keep).logits[:, -1]
@@ -89,8 +118,8 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
         outputs = []
         for number, (name, config) in enumerate(zip(names, configs, strict=True)):
             model.set_adapter(name)
-            config.shared_prefix = options.single_path == "packed"
-            part = slice(number * options.rows_per_task, (number + 1) * options.rows_per_task)
+            config.shared_prefix = packed
+            part = slice(number * each, (number + 1) * each)
             width = int(inputs["attention_mask"][part].sum(1).max())
             outputs.append(model(**{key: value[part, -width:] for key, value in inputs.items()}, **keep).logits[:, -1])
             config.shared_prefix = True
@@ -99,12 +128,11 @@ def measure(options: argparse.Namespace) -> dict[str, Any]:
     times: dict[str, list[float]] = {"mixed_time_s": [], "single_time_s": []}
     with torch.inference_mode():
         difference = float((mixed() - single()).abs().max())
-        for _ in range(options.repeats):
+        for _ in range(repeats):
             for key, function in (("mixed_time_s", mixed), ("single_time_s", single)):
                 start = time.perf_counter()
                 function()
-                if device == "cuda":
+                if torch.cuda.is_available():
                     torch.cuda.synchronize()
                 times[key].append(time.perf_counter() - start)
-    spec = {key: value for key, value in vars(options).items() if key != "output"}
-    return {**spec, **times, "largest_difference": difference, **machine(device)}
+    return {**times, "largest_difference": difference}

@@ -23,12 +23,13 @@ from .random_llama import SHAPES
 
 
 PROMPTED = ("stock", "packed", "packed_all")
-METHODS = (*PROMPTED, "lora", "full", "floor")
+METHODS = (*PROMPTED, "lora", "lora_last", "full", "floor")
 WHAT = {
     "stock": "PEFT's PromptTuningConfig",
     "packed": "this plugin, train_logits='supervised'",
     "packed_all": "this plugin, train_logits='all'",
     "lora": "PEFT's LoraConfig, r=8 on its default layers",
+    "lora_last": "the same, head at labels",
     "full": "full fine-tuning",
     "floor": "the frozen model over the real tokens alone, backward to its input embeddings, head at labels",
 }
@@ -205,7 +206,7 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
 
     method, virtual = spec["method"], {"num_virtual_tokens": spec["num_virtual_tokens"]}
     if method == "floor":
-        return model.requires_grad_(False), _floor(model.train(), batch)
+        return model.requires_grad_(False), _floor(model.train(), batch, spec.get("attention"))
     if method == "stock":
         model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **virtual))
     elif method in PROMPTED:
@@ -217,7 +218,7 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
         status = engine_status(model)
         if not status.packed:
             raise RuntimeError(f"the engine does not take this model: {status.reason}")
-    elif method == "lora":
+    elif method in {"lora", "lora_last"}:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8))
     elif method == "full":
         if spec["precision"] not in {"float32", "bfloat16"}:
@@ -228,16 +229,37 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
         base = model if method == "full" else model.get_base_model()
         base.activation_checkpointing_enable()
         base.enable_input_require_grads()
+    if method == "lora_last":
+        return model, _last_step(model, batch)
     return model, lambda: model(**batch).loss.backward()
 
 
-def _floor(model: Any, batch: Any) -> Any:
+def _last_step(model: Any, batch: Any) -> Any:
+    """A step of a model that is asked for the columns in which some row's label is predicted, and no other."""
+    import torch
+
+    last = batch["attention_mask"].sum(1) - 1  # the answer
+    columns, number = (last - 1).unique(return_inverse=True)
+    rows = torch.arange(len(last), device=last.device)
+    answers = batch["input_ids"][rows, last]
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+
+    def step() -> None:
+        logits = model(**inputs, logits_to_keep=columns).logits[rows, number]
+        torch.nn.functional.cross_entropy(logits.float(), answers).backward()
+
+    return step
+
+
+def _floor(model: Any, batch: Any, attention: str | None) -> Any:
+    from peft_prompt_ext.shared_prefix.choice import ATTENTIONS
     from peft_prompt_ext.shared_prefix.forward import causal_lm
     from peft_prompt_ext.shared_prefix.interface import attach
     from peft_prompt_ext.shared_prefix.layout import pack
 
     attach(model)
     layout = pack(batch["attention_mask"].cpu(), (0,))
+    layout.attention = ATTENTIONS[attention or "sdpa"]
     ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
 
     def step() -> None:
