@@ -6,12 +6,14 @@ tokens.
 
 from __future__ import annotations
 
+from copy import copy
+from types import MethodType
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .interface import KEYWORD
+from .interface import KEYWORD, NotPackable
 from .layout import PackedLayout
 from .transfer import download, upload
 
@@ -107,6 +109,57 @@ def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.
 def _taken(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
     """The labels at places of the host, read as one list."""
     return labels.flatten()[upload(labels.device, source)[0]]
+
+
+def causal_lm_with_own_head(
+    base_model: Any, embeds: torch.Tensor, layout: PackedLayout, labels: torch.Tensor | None = None, **kwargs: Any
+) -> Any:
+    """Run a model's own forward, whatever its head gives, on hidden states as the padded batch would have them.
+
+    TRL puts a head into a model's forward that gives log-probabilities of the labels and never holds the logits.
+
+    Args:
+        base_model: A `...ForCausalLM` of transformers.
+        embeds: [1, N, H], prompts included.
+        layout: Where each token belongs.
+        labels: [B, T], -100 where there is none.
+        **kwargs: Passed to the forward, such as `fused_lm_head`.
+
+    Returns:
+        What the forward returns for labels [B, P+T]; the hidden state of a column is that of the token that predicts
+        the next column, so nothing but predictions of labels is to be read.
+
+    Raises:
+        NotPackable: Its forward is not a method.
+        ValueError: There are no labels, or not one for each text token.
+    """
+    if labels is None or labels.shape != layout.shape:
+        got = None if labels is None else list(labels.shape)
+        raise ValueError(f"labels are {got}; wanted one for each text token, {list(layout.shape)}.")
+    if not isinstance(base_model.forward, MethodType):
+        raise NotPackable(f"its forward is a {type(base_model.forward).__name__}")
+    prefix = base_model.base_model_prefix
+    places = layout.predicting()
+    view = copy(base_model)  # whose backbone gives what the packed one gave
+    view._modules = {**base_model._modules, prefix: _Unpacked(base_model._modules[prefix], embeds, layout, places)}
+    empty = labels.new_full((len(labels), places.shape[1] - labels.shape[1]), IGNORE_INDEX)
+    return base_model.forward.__func__(view, labels=torch.cat([empty, labels], dim=1), **kwargs)
+
+
+class _Unpacked(torch.nn.Module):
+    """Stands in for a backbone: hidden states [B, P+T, H] of the packed batch, 0 where there is no place."""
+
+    def __init__(self, backbone: Any, embeds: torch.Tensor, layout: PackedLayout, places: torch.Tensor) -> None:
+        super().__init__()
+        self._run = lambda: run(backbone, embeds, layout)
+        self._places = places
+
+    def forward(self, *_: Any, **__: Any) -> Any:
+        """Run the packed batch, whatever the arguments."""
+        output = self._run()
+        hidden = output.last_hidden_state[0]
+        places, empty = upload(hidden.device, self._places.clamp(min=0), self._places < 0)
+        return type(output)(last_hidden_state=hidden[places].masked_fill(empty[..., None], 0))
 
 
 def sequence_classification(

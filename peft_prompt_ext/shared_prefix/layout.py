@@ -146,6 +146,14 @@ class PackedLayout:
         texts[self.source] = torch.arange(len(self.source), device=texts.device) + self.num_prompt_tokens
         return torch.cat([prefix[self.prompt_of_row], texts.view(rows, columns)], dim=1)
 
+    def predicting(self) -> torch.Tensor:
+        """Place of the token that predicts the token of the *next* column, -1 where that has none; [B, P+T]."""
+        (rows, columns), longest = self.shape, self.prefix.shape[1]
+        before = self.source.new_full((rows * columns,), -1)
+        before[self.source] = self.previous()
+        whole = torch.cat([before.new_full((rows, longest), -1), before.view(rows, columns)], dim=1)
+        return torch.cat([whole[:, 1:], whole.new_full((rows, 1), -1)], dim=1)
+
     def previous(self) -> torch.Tensor:
         """Place of the token before each text token: the last virtual token before the first, -1 if there is none."""
         ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, -1)
@@ -158,6 +166,39 @@ def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -
     distance = query[..., :, None] - key[..., None, :]
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
+
+
+def begins(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+    """Find the texts that rows already hold, as batches without padding have them: positions begin again at 0.
+
+    Args:
+        position_ids: [B, T] on the host. Each text's tokens are counted from 0, or columns are.
+        attention_mask: [B, T], nonzero at real tokens.
+
+    Returns:
+        True at the first token of every text but the first of a row, [B, T].
+
+    Raises:
+        ValueError: Positions mean something else.
+    """
+    row, column = (attention_mask != 0).nonzero(as_tuple=True)
+    position = position_ids[row, column]
+    follows = torch.zeros_like(row, dtype=torch.bool)
+    follows[1:] = row[1:] == row[:-1]
+    before, column_before = position.roll(1), column.roll(1)
+    again = follows & (position == 0)
+    wrong = follows & ~again & (position != before + 1) & (position - before != column - column_before)
+    wrong |= ~follows & (position != 0) & (position != column)
+    if bool(wrong.any()):
+        place = int(wrong.nonzero()[0, 0])
+        where = f"after {int(before[place])}" if follows[place] else "at its first token"
+        raise ValueError(
+            f"position_ids of row {int(row[place])} have {int(position[place])} {where}; wanted are positions from 0 "
+            "for each text, or numbers of columns. Leave position_ids out for rows of one text."
+        )
+    found = torch.zeros_like(position_ids, dtype=torch.bool)
+    found[row[again], column[again]] = True
+    return found
 
 
 def pack(
