@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .interface import KEYWORD
+from .interface import arguments
 from .layout import PackedLayout
 
 
@@ -137,14 +137,13 @@ def sequence_classification(
 
 
 def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
-    """Run a model, with or without its head; the mask's four dimensions pass it through to the attention as it is."""
+    """Run a model, with or without its head."""
     return model(
         inputs_embeds=embeds,
-        attention_mask=embeds.new_zeros(1, 1, 1, 1),
         position_ids=layout.position_ids[:, -embeds.shape[1] :],
         use_cache=False,
         return_dict=True,
-        **{KEYWORD: layout},
+        **arguments(layout, embeds),
         **kwargs,
     )
 

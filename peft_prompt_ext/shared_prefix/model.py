@@ -7,6 +7,7 @@ Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidde
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,14 +24,16 @@ if TYPE_CHECKING:
     from .layout import PackedLayout
 
 
+logger = logging.getLogger(__name__)
+
 BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 
 
 class SharedPrefixMixin(PeftModel):
     """Goes in front of a model class whose `forward` is PEFT's path."""
 
-    # of the last batch, and of each device and precision that a batch had
-    _status: EngineStatus | None = None
+    # of the last batch with the attention it had; and of each device, precision and attention that a batch had
+    _status: tuple[Any, EngineStatus] | None = None
     _proved: dict[Any, EngineStatus] | None = None
     # by adapter: what must not have changed since, and what its prompt left to the texts
     _states: dict[str, tuple[Any, PromptState]] | None = None
@@ -71,6 +74,8 @@ class SharedPrefixMixin(PeftModel):
 
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
+        from .interface import NotPackable
+
         inputs = input_ids if input_ids is not None else inputs_embeds
         if labels is None and not torch.compiler.is_compiling():
             smooth_labels_of_prompts()
@@ -100,8 +105,14 @@ class SharedPrefixMixin(PeftModel):
                 prompts = self._prompts(names, text)
                 layout.cached = self._kept_states(layout, prompts)
                 embeds = torch.cat([*prompts.values(), text] if layout.cached is None else [text])[None]
-                output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
-                return output if self._wants_dict(return_dict) else output.to_tuple()
+                try:
+                    output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
+                except NotPackable as refusal:  # the probe's batch did not show it
+                    obstacle = self._refuse(refusal)
+                else:
+                    return output if self._wants_dict(return_dict) else output.to_tuple()
+        if obstacle is not None:
+            self._ran(EngineStatus(False, obstacle))
         if adapter_names is not None:
             raise ValueError(
                 f"adapter_names needs the shared prefix, which this call cannot take: {obstacle}. Run the rows of "
@@ -132,29 +143,45 @@ class SharedPrefixMixin(PeftModel):
 
     def _engine_status(self, last: bool = False) -> EngineStatus:
         """For a batch of now; with `last` for the last one, if there was one."""
-        from .cache import precision
-        from .interface import attach, attached
+        from .interface import attach, attention_of
         from .probe import prove
 
         config, base_model = self.active_peft_config, self.get_base_model()
         # a stock config in a model of ours has neither field
         if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
-        # whoever changes the attention implementation takes our name away
-        if self._status is not None and self._status.packed and not attached(base_model):
-            self._status = self._proved = None
-        if last and self._status is not None:
-            return self._status
-        words: Any = self.word_embeddings
-        now = precision(words.weight)
-        proved = self._proved = self._proved or {}
+        if last and self._status is not None and self._status[0] == attention_of(base_model):
+            return self._status[1]
+        proved, now = self._proved, self._circumstances()
+        if proved is None:
+            proved = self._proved = {}
         if now not in proved:
             probe = getattr(config, "shared_prefix_probe", True)
-            proved[now] = prove(base_model, self._packed_forward, words, probe)
+            proved[now] = prove(base_model, self._packed_forward, self.word_embeddings, probe)
         elif proved[now].packed:
             attach(base_model)
-        self._status = proved[now]
-        return self._status
+        return self._ran(proved[now])
+
+    def _circumstances(self) -> Any:
+        """What a proof holds for."""
+        from .cache import precision
+        from .interface import attention_of
+
+        words: Any = self.word_embeddings
+        return precision(words.weight), attention_of(self.get_base_model())
+
+    def _ran(self, status: EngineStatus) -> EngineStatus:
+        from .interface import attention_of
+
+        self._status = attention_of(self.get_base_model()), status
+        return status
+
+    def _refuse(self, refusal: Exception) -> str:
+        """Take PEFT's path from here on, and say why."""
+        obstacle = str(refusal)
+        logger.info("The shared prefix is no longer used, PEFT's path is: %s.", obstacle)
+        self._proved = {**(self._proved or {}), self._circumstances(): EngineStatus(False, obstacle)}
+        return obstacle
 
     def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
         from .choice import ATTENTIONS

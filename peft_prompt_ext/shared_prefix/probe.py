@@ -15,7 +15,7 @@ import torch
 
 from .cache import precision, prompt_state
 from .choice import AttentionCall, candidates, choose
-from .interface import NotPackable, attach, detach
+from .interface import NotPackable, attach
 from .layout import pack
 from .status import EngineStatus
 
@@ -54,8 +54,6 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
         status = EngineStatus(False, str(refusal))
     except Exception as error:  # an unknown architecture may do anything with one packed sequence
         status = EngineStatus(False, f"its forward cannot run a packed batch ({type(error).__name__}: {error})")
-    if not status.packed:
-        detach(base_model)
     how = f"used, with {status.attention} attention" if status.packed else "not used, PEFT's path is"
     logger.info("The shared prefix is %s: %s.", how, status.reason)
     return status
