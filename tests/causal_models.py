@@ -29,8 +29,8 @@ HIDDEN = 32
 # the first pattern that a field's name matches decides its size
 _SIZES = [
     (r"max_window_layers", 2),
-    (r"(window|chunk_size|floor_scale|n_floor|index_topk$|original_max_position|local_attention$|window_len)", THRESHOLD),
-    (r"chunk_length|index_block_size", THRESHOLD),
+    (r"(window|chunk_size|floor_scale|n_floor|index_topk$|original_max_position)", THRESHOLD),
+    (r"local_attention$|window_len|chunk_length|index_block_size", THRESHOLD),
     (r"rel_extent", THRESHOLD),
     (r"index_topk_blocks", 1),
     (r"(max_position_embeddings|n_positions|n_ctx|max_seq_len|context_length|model_max_length|_positions)", 512),
@@ -97,14 +97,15 @@ def _kinds_of_layers(default, model_class):
     if not isinstance(getattr(default, "layer_types", None), list):
         return []
     source = "".join(Path(inspect.getfile(part)).read_text() for part in (type(default), model_class))
-    named = [kind for kind in ALLOWED_LAYER_TYPES if f'"{kind}"' in source and re.search("attention|sparse_|_sparse", kind)]
+    kinds = (kind for kind in ALLOWED_LAYER_TYPES if re.search("attention|sparse_|_sparse", kind))
+    named = [kind for kind in kinds if f'"{kind}"' in source]
     return list(dict.fromkeys([*default.layer_types, *named]))
 
 
 def _small(values):
     layers = next((values[key] for key in ("num_hidden_layers", "num_layers", "n_layer") if values.get(key)), None)
     small = {key: _shrunk(key, value, layers) for key, value in values.items() if key not in _DROPPED}
-    for few, many in (("num_key_value_heads", "num_attention_heads"), ("linear_num_key_heads", "linear_num_value_heads")):
+    for few, many in _EQUAL_HEADS:
         if values.get(few) is not None and values[few] == values.get(many):
             small[few] = small[many]
     return small
@@ -133,8 +134,17 @@ def _first_layers(values):
     return (kinds + values)[:LAYERS] if len(kinds) <= LAYERS else values[:LAYERS]
 
 
+_EQUAL_HEADS = [
+    ("num_key_value_heads", "num_attention_heads"),
+    ("linear_num_key_heads", "linear_num_value_heads"),
+]
 _DROPPED = {
-    "model_type", "transformers_version", "label2id", "id2label", "architectures", "per_layer_config",
+    "model_type",
+    "transformers_version",
+    "label2id",
+    "id2label",
+    "architectures",
+    "per_layer_config",
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
 _HYBRID = ["mamba", "attention"] * 2

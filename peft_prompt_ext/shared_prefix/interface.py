@@ -40,7 +40,7 @@ _HARMLESS = {
     "logits_to_keep",  # the head's
 }
 
-_in_use: weakref.WeakSet[PackedLayout] = weakref.WeakSet()
+_in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 _own_lookup: Callable[..., Any] = AttentionInterface.get_interface
 _stands_in = False
 
@@ -75,8 +75,8 @@ def put_back() -> None:
 
 def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
     """Name and registered function of the model's attention, and of its text part's: another one is to be proved."""
-    names = (config._attn_implementation for config in (base_model.config, base_model.config.get_text_config(decoder=True)))
-    return tuple((name, ALL_ATTENTION_FUNCTIONS.get(name)) for name in names)
+    configs = base_model.config, base_model.config.get_text_config(decoder=True)
+    return tuple((c._attn_implementation, ALL_ATTENTION_FUNCTIONS.get(c._attn_implementation)) for c in configs)
 
 
 def arguments(layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
@@ -84,6 +84,23 @@ def arguments(layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
     _in_use.add(layout)
     # a mask of four dimensions is handed on as it is
     return {KEYWORD: layout, "attention_mask": embeds.new_zeros(MASK_SHAPE)}
+
+
+class Listener:
+    """Goes through a model in a layout's place, which leaves the model's own attention as it is.
+
+    Args:
+        hear: Called in each layer with what its attention gets.
+    """
+
+    def __init__(self, hear: Callable[..., None]) -> None:
+        self.hear = hear
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For the model's forward."""
+        _in_use.add(self)
+        return {KEYWORD: self}
 
 
 def _get_interface(self: AttentionInterface, attn_implementation: Any, default: Any) -> Any:
@@ -96,7 +113,12 @@ def _get_interface(self: AttentionInterface, attn_implementation: Any, default: 
 
 def _attention(function: Any, *args: Any, **kwargs: Any) -> Any:
     layout = kwargs.pop(KEYWORD, None)
-    return function(*args, **kwargs) if layout is None else (_packed(layout, *args, **kwargs), None)
+    if layout is None:
+        return function(*args, **kwargs)
+    if isinstance(layout, Listener):
+        layout.hear(*args, **kwargs)
+        return function(*args, **kwargs)
+    return _packed(layout, *args, **kwargs), None
 
 
 def _packed(
@@ -120,9 +142,10 @@ def _packed(
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal: the prompt sees the text")
     options = {name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap") if name in kwargs}
-    unknown = [name for name, value in kwargs.items() if value is not None and value is not False and name not in _HARMLESS]
+    asked = (name for name, value in kwargs.items() if value is not None and value is not False)
+    unknown = sorted(set(asked) - _HARMLESS)
     if unknown:
-        raise NotPackable(f"it hands {', '.join(sorted(unknown))} to its attention")
+        raise NotPackable(f"it hands {', '.join(unknown)} to its attention")
     if layout.recorded is not None:
         if module in layout.recorded:
             raise NotPackable("it runs an attention layer twice")

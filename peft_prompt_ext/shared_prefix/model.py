@@ -204,10 +204,12 @@ class SharedPrefixMixin(PeftModel):
     def _too_long(self, layout: PackedLayout) -> str | None:
         text, prompt = layout.rows.shape[1], max(layout.prompt_lengths)
         self._check_length(text, prompt)
-        limit = self._engine_status().max_tokens
-        if limit is None or prompt + text <= limit:
-            return None
-        return f"{prompt + text} tokens are more than the {limit} of its window, or of its short rotary positions"
+        status, packed = self._engine_status(), layout.position_ids.shape[1]
+        if status.max_tokens is not None and prompt + text > status.max_tokens:
+            return f"{prompt + text} tokens are more than the {status.max_tokens} of its window or its short positions"
+        if status.max_packed_tokens is not None and packed > status.max_packed_tokens:
+            return f"its layers count places, and a pack of {packed} tokens has more than {status.max_packed_tokens}"
+        return None
 
     def _unshared(self, names: list[str]) -> str | None:
         """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
