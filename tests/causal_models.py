@@ -180,12 +180,14 @@ class Outcome:
         reason: Why the others did not.
         error: The largest relative error of a row's logits, of all batches, packed or not.
         neutral: Whether the base model gives bit for bit what it gave before.
+        attention_alone: Whether attention to the tokens before is all that mixes tokens.
     """
 
     packed: list[str]
     reason: str
     error: float
     neutral: bool
+    attention_alone: bool
 
 
 def outcome(model_type):
@@ -195,9 +197,10 @@ def outcome(model_type):
         task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL, prompt_tuning_init="RANDOM_UNIFORM"
     )
     batches = {name: _batch(lengths) for name, lengths in BATCHES.items()}
-    before = _alone(base, batches)
     stock = get_peft_model(tiny_model(model_type), dataclasses.replace(config, shared_prefix=False)).eval()
     model = get_peft_model(base, config).eval()
+    with model.disable_adapter():
+        before = _alone(model, batches)
     stock.load_state_dict(model.state_dict())
     packed, reasons, errors = [], [], [0.0]
     for name, (ids, mask) in batches.items():
@@ -216,7 +219,19 @@ def outcome(model_type):
     with model.disable_adapter():
         after = _alone(model, batches)
     neutral = all(torch.equal(*pair) for pair in zip(before, after, strict=True))
-    return Outcome(packed, "; ".join(dict.fromkeys(reasons)), max(errors), neutral)
+    return Outcome(packed, "; ".join(dict.fromkeys(reasons)), max(errors), neutral, _is_attention_alone(base))
+
+
+def _is_attention_alone(model):
+    """Without layers that carry a state or mix neighbours, and without an encoder beside it."""
+    others = "mamba|ssm|recurrent|rwkv|delta|lightning|lstm|shortconv|linearattention|kda"
+    parts = ((name, part) for name, part in model.named_modules())
+    return not any(
+        isinstance(part, torch.nn.Conv1d)
+        or re.search(others, type(part).__name__.lower())
+        or re.search("encoder_attn|crossattention|cross_attn", name)
+        for name, part in parts
+    )
 
 
 @torch.no_grad()

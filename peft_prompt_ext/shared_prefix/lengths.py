@@ -67,16 +67,16 @@ def longest(trial: Trial) -> tuple[int | None, int | None]:
 
 def _longest_row(trial: Trial, before: list[torch.Tensor]) -> int | None:
     """The longest row beside which the others stay as they are."""
-    tokens = trial.layout().position_ids.shape[1]
-    others = tokens - trial.last
+    positions = trial.layout().position_ids[0]
+    others, length_now = len(positions) - trial.last, int(positions[-1]) + 1
 
     def unchanged(length: int) -> bool:
         layout = trial.layout()
         layout.position_ids = layout.position_ids.clone()
-        layout.position_ids[:, others:] += length - 1 - layout.position_ids[0, -1]
+        layout.position_ids[:, others:] += length - length_now
         return _same(_run(trial, layout), before, others, trial.exact)
 
-    found = _search(unchanged, _numbers(trial.config, tokens, _last_position(trial.config)))
+    found = _search(unchanged, _numbers(trial.config, length_now, _last_position(trial.config)))
     if found == 0:
         raise NotPackable("a row's positions change what other rows give")
     return found

@@ -22,6 +22,7 @@ from .status import EngineStatus
 if TYPE_CHECKING:
     from .cache import PromptState
     from .layout import PackedLayout
+    from .watch import Watch
 
 
 logger = logging.getLogger(__name__)
@@ -35,8 +36,9 @@ class SharedPrefixMixin(PeftModel):
     # of the last batch with the attention it had; and of each device, precision and attention that a batch had
     _status: tuple[Any, EngineStatus] | None = None
     _proved: dict[Any, EngineStatus] | None = None
-    # by adapter: what must not have changed since, and what its prompt left to the texts
+    # by adapter: circumstances, and what its prompt left to the texts; both hold while the watch does
     _states: dict[str, tuple[Any, PromptState]] | None = None
+    _watch: Watch | None = None
     _packed_arguments: ClassVar[set[str]] = set()
     _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
 
@@ -242,26 +244,31 @@ class SharedPrefixMixin(PeftModel):
             return None
         if bool((layout.last < layout.num_prompt_tokens).any()):  # a row without text ends in its prompt
             return None
-        from .cache import fingerprint, prompt_state
+        if not self._engine_status().keeps_prompts:
+            return None
+        from .cache import prompt_state
+        from .watch import Watch
 
-        base_model = self.get_base_model()
-        now = fingerprint(base_model, next(iter(prompts.values())))
-        if now is None or not self._engine_status().keeps_prompts:
+        base_model, now = self.get_base_model(), self._circumstances()
+        if self._watch is None or not self._watch.holds():
+            self._watch, self._states = Watch(base_model), None
+        if not self._watch.constant:
             return None
         kept = self._states = self._states or {}
         for name, prompt in prompts.items():
             if name not in kept or kept[name][0] != now or not torch.equal(kept[name][1].prompt, prompt):
                 kept[name] = now, prompt_state(base_model, prompt)
+                self._watch.expect()
         return [kept[name][1] for name in prompts]
 
     def train(self, mode: bool = True) -> Any:
         """See torch; prompts run again afterwards, also for `eval()`."""
-        self._states = None
+        self._states = self._watch = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """What the prompts left is not part of the model, nor what was proved on this machine."""
-        return {**self.__dict__, "_states": None, "_status": None, "_proved": None}
+        return {**self.__dict__, "_states": None, "_watch": None, "_status": None, "_proved": None}
 
 
 def engine_status(model: Any) -> EngineStatus:
