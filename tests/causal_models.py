@@ -224,7 +224,7 @@ def outcome(model_type):
 
 def _is_attention_alone(model):
     """Without layers that carry a state or mix neighbours, and without an encoder beside it."""
-    others = "mamba|ssm|recurrent|rwkv|delta|lightning|lstm|shortconv|linearattention|kda"
+    others = "mamba|recurrent|rwkv|delta|lightning|lstm|shortconv|linearattention|kda"
     parts = ((name, part) for name, part in model.named_modules())
     return not any(
         isinstance(part, torch.nn.Conv1d)

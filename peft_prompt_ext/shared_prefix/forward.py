@@ -140,10 +140,9 @@ def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -
     """Run a model, with or without its head."""
     return model(
         inputs_embeds=embeds,
-        position_ids=layout.position_ids[:, -embeds.shape[1] :],
         use_cache=False,
         return_dict=True,
-        **arguments(layout, embeds),
+        **arguments(model, layout, embeds),
         **kwargs,
     )
 

@@ -41,6 +41,7 @@ _HARMLESS = {
 }
 
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+_first_positions: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _own_lookup: Callable[..., Any] = AttentionInterface.get_interface
 _stands_in = False
 
@@ -79,11 +80,25 @@ def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
     return tuple((c._attn_implementation, ALL_ATTENTION_FUNCTIONS.get(c._attn_implementation)) for c in configs)
 
 
-def arguments(layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
+def arguments(model: Any, layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
     """The arguments by which a layout goes through a model to its attention."""
     _in_use.add(layout)
-    # a mask of four dimensions is handed on as it is
-    return {KEYWORD: layout, "attention_mask": embeds.new_zeros(MASK_SHAPE)}
+    if model not in _first_positions:
+        _first_positions[model] = _first_position(model)
+    positions = layout.position_ids[:, -embeds.shape[1] :]
+    return {
+        KEYWORD: layout,
+        "attention_mask": embeds.new_zeros(MASK_SHAPE),  # a mask of four dimensions is handed on as it is
+        "position_ids": positions + first if (first := _first_positions[model]) else positions,
+    }
+
+
+def _first_position(model: Any) -> int:
+    """The position of a row's first token: RoBERTa counts from padding_idx + 1."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
 
 
 class Listener:

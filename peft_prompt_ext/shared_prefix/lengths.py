@@ -25,7 +25,7 @@ from .interface import IMPLEMENTATIONS, Listener, NotPackable
 from .layout import PackedLayout
 
 
-FAR = 2**20  # positions of a model whose config has no number of them, and places of a pack
+FAR = 2**20  # places that a pack is told, and positions of a model that has no number of them
 # what two runs on tensors of the same shapes may differ by, in float32 and below
 EXACT, ROUNDED = 1e-5, 1e-2
 
@@ -39,6 +39,7 @@ class Trial(NamedTuple):
         run: Runs the batch with a layout.
         run_alone: Runs the model on a row of its own, with the keyword arguments that it is given.
         last: Tokens of the last row, without its prompt.
+        positions: How many positions the model has.
         exact: The model computes in float32, with weights that are not quantised.
     """
 
@@ -47,6 +48,7 @@ class Trial(NamedTuple):
     run: Callable[[PackedLayout], Any]
     run_alone: Callable[..., Any]
     last: int
+    positions: int
     exact: bool
 
 
@@ -76,7 +78,7 @@ def _longest_row(trial: Trial, before: list[torch.Tensor]) -> int | None:
         layout.position_ids[:, others:] += length - length_now
         return _same(_run(trial, layout), before, others, trial.exact)
 
-    found = _search(unchanged, _numbers(trial.config, length_now, _last_position(trial.config)))
+    found = _search(unchanged, _numbers(trial.config, length_now, trial.positions))
     if found == 0:
         raise NotPackable("a row's positions change what other rows give")
     return found
@@ -112,17 +114,13 @@ def _longest_mask(trial: Trial) -> int | None:
     with _mask_functions() as functions:
         trial.run_alone(**listener.arguments)
     try:
-        limits = [_first_difference(function, window, trial.config) for function, window in layers]
+        limits = [_first_difference(function, window, trial) for function, window in layers]
     except Exception as error:  # made for the tokens of one batch
         raise NotPackable(f"its masks cannot be asked about late tokens ({error})") from error
     found = min((limit for limit in limits if limit is not None), default=None)
     if found == 0:
         raise NotPackable("its masks are not those of causal attention")
     return found
-
-
-def _last_position(config: Any) -> int:
-    return getattr(config, "max_position_embeddings", None) or FAR
 
 
 def _numbers(config: Any, least: int, most: int) -> list[int]:
@@ -235,9 +233,9 @@ def _mask_functions() -> Iterator[dict[int, Any]]:
                 registry[name] = own
 
 
-def _first_difference(function: Any, window: int | None, config: Any) -> int | None:
+def _first_difference(function: Any, window: int | None, trial: Trial) -> int | None:
     """The longest row of which a mask function and a window show the same; 0 if there is none, None if all."""
-    numbers = [0, 1, 2, *_numbers(config, 2, _last_position(config))]
+    numbers = [0, 1, 2, *_numbers(trial.config, 2, trial.positions)]
     numbers = sorted({*numbers, *(number + 1 for number in numbers)})
     ends = torch.tensor(numbers)
     distances = torch.tensor([*numbers, *(-number for number in numbers[1:])])

@@ -18,7 +18,7 @@ from .cache import precision, prompt_state
 from .choice import AttentionCall, candidates, choose
 from .interface import NotPackable, attach
 from .layout import pack
-from .lengths import Trial, longest
+from .lengths import FAR, Trial, longest
 from .status import EngineStatus
 
 
@@ -103,12 +103,15 @@ def _probe(
     if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
     keeps = cached is not None and _relative_error(cached, alone) <= tolerance
+    from ..model import max_positions  # which imports this package
+
     trial = Trial(
         base_model.config.get_text_config(decoder=True),
         lambda: pack(mask.to(device), (PROMPT_LENGTH,)),
         lambda layout: packed_forward(base_model, embeds, layout),
         partial(base_model.base_model, inputs_embeds=embeds, use_cache=False),
         ROW_LENGTHS[-1],
+        max_positions(base_model) or FAR,
         exact,
     )
     with _evaluating(base_model):
