@@ -156,7 +156,11 @@ def _packed(
         raise NotPackable(f"it makes an attention mask of its own, {list(attention_mask.shape)}")
     if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal: the prompt sees the text")
-    options = {name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap") if name in kwargs}
+    options: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap") if name in kwargs
+    }
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs.pop("s_aux")
     asked = (name for name, value in kwargs.items() if value is not None and value is not False)
     unknown = sorted(set(asked) - _HARMLESS)
     if unknown:

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
@@ -175,32 +176,43 @@ def _same(got: list[torch.Tensor], want: list[torch.Tensor], tokens: int, exact:
 class _LatePlaces(TorchFunctionMode):
     """Tells a model that its tokens stand `shift` places further behind.
 
-    A model knows places from `arange` or `cumsum` over the sequence. What it computes from them in floating point, or
-    compares, is computed of the late ones. As indices they stay what they are.
+    A model knows places from `arange` or `cumsum` over the sequence. Whatever it computes from them is computed of
+    the late ones beside it; the model gets that where it is a number or a comparison. Whole numbers may be indices
+    into the sequence, which is no longer than it was.
     """
 
     def __init__(self, tokens: int, shift: int) -> None:
         super().__init__()
         self.tokens, self.shift = tokens, shift
-        self.places = WeakIdKeyDictionary()
+        self.late = WeakIdKeyDictionary()  # by what it is for an index
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         name = getattr(func, "__name__", "")
-        if not isinstance(out, torch.Tensor) or any(word in name for word in _INDEXING):
+        given = (args, kwargs or {})
+        late = tree_map(self._late, given)
+        if any(word in name for word in _LOOKUPS):  # what is looked up may be places, where stays where
+            late = ((*late[0][:1], *args[1:]), given[1])
+        is_counted = any(x is not y for x, y in zip(tree_iter(late), tree_iter(given), strict=True))
+        if is_counted and name.endswith("_") and late[0][0] is args[0]:  # into a tensor that is no place
+            return func(*late[0], **late[1])
+        out = func(*args, **given[1])
+        if not isinstance(out, torch.Tensor):
             return out
-        counted = any(isinstance(x, torch.Tensor) and x in self.places for x in (*args, *kwargs.values()))
-        whole = not out.is_floating_point() and out.dtype != torch.bool
-        if whole and out.dim() and self.tokens in out.shape and (counted or name in ("arange", "cumsum")):
-            self.places[out] = True
-        elif counted and not whole:
-            late = [x + self.shift if isinstance(x, torch.Tensor) and x in self.places else x for x in args]
-            out = func(*late, **kwargs)
+        is_index = not out.is_floating_point() and out.dtype != torch.bool
+        if is_counted:
+            late_out = func(*late[0], **late[1])
+            if not is_index:
+                return late_out
+            self.late[out] = late_out
+        elif is_index and name in ("arange", "cumsum") and self.tokens in out.shape:
+            self.late[out] = out + self.shift
         return out
 
+    def _late(self, value: Any) -> Any:
+        return self.late.get(value, value) if isinstance(value, torch.Tensor) else value
 
-_INDEXING = ("getitem", "setitem", "get", "embedding", "index", "gather", "scatter", "take", "one_hot")
+
+_LOOKUPS = ("getitem", "setitem", "embedding", "index", "gather", "scatter", "take", "one_hot")
 
 
 @contextmanager

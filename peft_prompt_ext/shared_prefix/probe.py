@@ -148,7 +148,8 @@ def _run_packed(base_model: Any, run: Callable[[], Any], calls: list[AttentionCa
     except NotPackable:
         raise
     except Exception as error:  # a layer with an attention of its own fails at the mask
-        raise NotPackable(f"only {len(calls)} {use} as they come ({type(error).__name__}: {error})") from error
+        reason = f"it reads the attention mask itself, {len(calls)} {use} ({type(error).__name__}: {error})"
+        raise NotPackable(reason) from error
     if not calls or len(calls) % layers:  # a layer may attend twice
         raise NotPackable(f"{len(calls)} {use}")
     return logits
