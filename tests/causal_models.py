@@ -149,6 +149,13 @@ _DROPPED = {
     "per_layer_config",
 }
 _MAMBA = {"mamba_n_heads": 8, "mamba_d_head": 8}
+_INDEXED = {
+    "indexer_n_heads": 2,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 8,
+    "indexer_budget": THRESHOLD,
+    "indexer_compress_ratio": 4,
+}
 _HYBRID = ["mamba", "attention"] * 2
 # what has to fit together in a way that names do not tell
 SPECIFIC = {
@@ -156,7 +163,16 @@ SPECIFIC = {
     "granitemoehybrid": {**_MAMBA, "layer_types": _HYBRID},
     "jamba": {"attn_layer_offset": 1, "attn_layer_period": 2},
     "deepseek_v2": {"num_experts_per_tok": 2},
-    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4},
+    "dots1": {"num_experts_per_tok": 2, "n_routed_experts": 4, "moe_intermediate_size": 16, "n_shared_experts": 1},
+    "cohere_compass_text": {
+        "rope_parameters": {
+            kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
+        }
+    },
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # else the tokens' ids count beside their embeddings
+    "qwen4_exp": _INDEXED,
+    "qwen4_exp_text": _INDEXED,
+    "xmod": {"default_language": "en_XX"},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "falcon_h1": {"mamba_d_ssm": 32, "mamba_d_head": 8, "mamba_n_heads": 4},
     "mamba2": {"num_heads": 8},
@@ -206,10 +222,13 @@ def outcome(model_type):
     stock.load_state_dict(model.state_dict())
     packed, reasons, errors = [], [], [0.0]
     for name, (ids, mask) in batches.items():
-        rows = [stock(input_ids=row[real][None]).logits[0] for row, real in zip(ids, mask.bool(), strict=True)]
+        rows = [
+            stock(input_ids=row[real][None], use_cache=False).logits[0]
+            for row, real in zip(ids, mask.bool(), strict=True)
+        ]
         for gradients in (True, False):  # without gradients the prompt runs once and is kept
             with torch.set_grad_enabled(gradients):
-                got = model(input_ids=ids, attention_mask=mask).logits
+                got = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             status = engine_status(model)
             for row, real, want in zip(got, mask.bool(), rows, strict=True):
                 kept = torch.cat([torch.ones(VIRTUAL, dtype=torch.bool), real])
@@ -291,17 +310,18 @@ def table(outcomes):
 _TEXT = """\
 # Which causal language models run packed
 
-Made by `python -m tests.causal_models` with transformers {version}; `tests/test_causal_models.py` holds the code to it.
+Made by `python -m tests.causal_models` with transformers {version}; `tests/test_causal_models.py` holds the code
+to it.
 
 Each model type is built tiny from its own default config, with every kind of attention layer that it knows. What
 counts tokens in its config (windows, chunks, the top-k of sparse attention) is {threshold}. Three batches run, with
-gradients and without, where the prompt is kept: rows of up to {rows} tokens with their prompt of {virtual}; a pack of {pack}
-tokens with rows of up to {pack_rows}; a pack of {short}. "Error" is the largest relative error of a row's logits against the
-row alone on PEFT's path, whether it ran packed or not. Without the prompt the base model gave bit for bit what it
-gave before in {neutral} of {ran} model types; Reformer's hashes are drawn anew in each pass.
+gradients and without, where the prompt is kept: rows of up to {rows} tokens with their prompt of {virtual}; a pack
+of {pack} tokens with rows of up to {pack_rows}; a pack of {short}. "Error" is the largest relative error of a row's
+logits against the row alone on PEFT's path, whether it ran packed or not. Without the prompt the base model gave bit
+for bit what it gave before in {neutral} of {ran} model types; Reformer's hashes are drawn anew in each pass.
 
-{alone} of the {ran} model types that run with a prompt mix tokens by attention to the tokens before alone; {packed} of these
-({share:.0%}) run packed, {whole} of them at every length.
+{alone} of the {ran} model types that run with a prompt mix tokens by attention to the tokens before alone.
+{packed} of these ({share:.0%}) run packed, {whole} of them at every length.
 
 | model type | attention alone | packed | error | why not |
 |---|---|---|---|---|"""
