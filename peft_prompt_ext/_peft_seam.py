@@ -1,4 +1,4 @@
-"""The only place that changes PEFT: its tables of classes, and `PeftModel.from_pretrained`.
+"""The only place that changes PEFT when it is imported: its tables of classes, and `PeftModel.from_pretrained`.
 
 Why it must: `register_peft_method` only takes new members of an enum, and prompt tuning is one already;
 `get_peft_model` picks the model class by the task alone; `from_pretrained` raises for every prompt that is to be
@@ -8,6 +8,7 @@ the saved adapter, is the plugin's.
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType
@@ -34,7 +35,10 @@ def activate() -> None:
 
 
 def deactivate() -> None:
-    """Put PEFT back as it was."""
+    """Put PEFT back as it was, and transformers' lookup of attention where a model runs the engine."""
+    interface = sys.modules.get("peft_prompt_ext.shared_prefix.interface")
+    if interface is not None:
+        interface.put_back()
     if not _stock:
         return
     PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] = _stock["tuner"]

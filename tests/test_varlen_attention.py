@@ -83,6 +83,8 @@ def test_what_flash_attention_does_not_have_is_refused(monkeypatch):
     layout = pack(torch.ones(2, 3), (4,))
     with pytest.raises(NotImplementedError, match="soft-capping"):
         varlen.packed_attention(*tokens(layout), layout, softcap=3.0)
+    with pytest.raises(NotImplementedError, match="sinks"):
+        varlen.packed_attention(*tokens(layout), layout, sinks=torch.zeros(6))
     monkeypatch.setattr(varlen, "DTYPES", (torch.float16,))
     with pytest.raises(NotImplementedError, match=r"not torch\.float64"):
         varlen.packed_attention(*tokens(layout), layout)

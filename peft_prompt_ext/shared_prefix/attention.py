@@ -23,6 +23,7 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attend; no mask is larger than [M, P+M] (with prompts of several lengths: one for each row).
 
@@ -35,12 +36,13 @@ def packed_attention(
         dropout: Probability of dropping an attention weight.
         sliding_window: A token sees this many tokens, itself included.
         softcap: Scores are `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: [A]; each head has a score more that takes its share and gives nothing (gpt-oss).
 
     Returns:
         [1, N, A, D], or as many tokens as `query` has.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap}
+    options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": sinks}
     parts = []
     if len(query) == len(key) and layout.num_prompt_tokens:
         parts.append(_prompt_part(query, key, value, layout, sliding_window, options))
@@ -124,8 +126,8 @@ def _attend(
 ) -> torch.Tensor:
     """[rows, Q, A, D], [rows, L, G, D] -> [rows, Q, A, D]; without a mask causal, Q = L."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
-    if options["softcap"] is not None:
-        return _softcapped(query, key, value, mask, options).transpose(1, 2)
+    if options["softcap"] is not None or options["sinks"] is not None:
+        return _by_scores(query, key, value, mask, options).transpose(1, 2)
     if mask is not None and query.device.type == "cuda":
         # masked and grouped there is only the kernel that writes every score down
         key, value = _ungrouped(key, query), _ungrouped(value, query)
@@ -147,16 +149,21 @@ def _ungrouped(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
 
-def _softcapped(
+def _by_scores(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention whose scores go through a tanh, which scaled_dot_product_attention does not have."""
+    """Attention with scores that scaled_dot_product_attention does not have."""
     key, value = _ungrouped(key, query), _ungrouped(value, query)
     scaling = options["scaling"] if options["scaling"] is not None else query.shape[-1] ** -0.5
-    scores = options["softcap"] * torch.tanh(query @ key.transpose(-1, -2) * scaling / options["softcap"])
+    scores = query @ key.transpose(-1, -2) * scaling
+    if options["softcap"] is not None:
+        scores = options["softcap"] * torch.tanh(scores / options["softcap"])
     if mask is None:
         position = torch.arange(query.shape[2], device=query.device)
         mask = causal(position, position, None)
     scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+    if options["sinks"] is not None:
+        sinks = options["sinks"].to(scores)[:, None, None].expand(len(scores), -1, scores.shape[2], 1)
+        scores = torch.cat([scores, sinks], -1)
     weights = scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype)
-    return torch.dropout(weights, options["dropout"], options["dropout"] > 0) @ value
+    return torch.dropout(weights[..., : key.shape[2]], options["dropout"], options["dropout"] > 0) @ value

@@ -10,11 +10,9 @@ from functools import cached_property
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from .layout import pack
-from .precision import precision
 
 
 KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # of each attention module, [1, G, P, D]
@@ -51,29 +49,3 @@ def _prefill(model: Any, prompt: torch.Tensor) -> tuple[Any, KeysValues]:
     layout = pack(torch.ones(0, 0), (len(prompt),))
     layout.recorded = {}
     return run(model, prompt[None], layout), layout.recorded
-
-
-def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
-    """What has to stay as it is for a state to stay right, beside the prompt's values; None if nobody can tell.
-
-    What writes through raw pointers or `.data` (some optimizers, merging of adapters) changes weights unseen by it:
-    states are to be dropped where training or evaluation begins.
-    """
-    if _is_sharded(base_model):
-        return None
-    try:
-        weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
-    except RuntimeError:  # made in inference mode
-        return None
-    tuners = (module for module in base_model.modules() if isinstance(module, BaseTunerLayer))
-    adapters = tuple((t.disable_adapters, *t.active_adapters, "merged", *t.merged_adapters) for t in tuners)
-    return precision(prompt), weights, adapters
-
-
-def _is_sharded(base_model: Any) -> bool:
-    """Whether weights are gathered for each pass (FSDP, ZeRO-3): every process has to make the same passes then."""
-    from torch.distributed.fsdp import FullyShardedDataParallel
-    from torch.distributed.tensor import DTensor
-
-    sharded = (isinstance(p, DTensor) or hasattr(p, "ds_id") for p in base_model.parameters())
-    return any(sharded) or any(isinstance(module, FullyShardedDataParallel) for module in base_model.modules())

@@ -32,8 +32,15 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `attention.packed_attention`, which stands in where there is dropout: FlexAttention has none."""
+    """See `attention.packed_attention`, which stands in where there is dropout: FlexAttention has none.
+
+    Raises:
+        NotImplementedError: There are sinks.
+    """
+    if sinks is not None:
+        raise NotImplementedError("FlexAttention has no sinks")
     if dropout:
         return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
     kind = sliding_window, query.shape[2] == key.shape[2]

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .interface import KEYWORD, NotPackable
+from .interface import NotPackable, arguments
 from .layout import PackedLayout
 from .transfer import download, upload
 
@@ -198,15 +198,12 @@ def sequence_classification(
 
 
 def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
-    """Run a model, with or without its head; the mask's four dimensions pass it through to the attention as it is."""
-    layout = layout.to(embeds.device)
+    """Run a model, with or without its head."""
     return model(
         inputs_embeds=embeds,
-        attention_mask=embeds.new_zeros(1, 1, 1, 1),
-        position_ids=layout.position_ids[:, -embeds.shape[1] :],
         use_cache=False,
         return_dict=True,
-        **{KEYWORD: layout},
+        **arguments(model, layout.to(embeds.device), embeds),
         **kwargs,
     )
 

@@ -1,35 +1,54 @@
-"""How the packed attention gets into a transformers model: by name, in transformers' own registries.
+"""How the packed attention gets into a transformers model: by the lookup of attention functions.
 
-A model that has been packed once keeps the name `shared_prefix|sdpa` (or `|eager`). Without a layout among the
-keyword arguments it does exactly what `sdpa` (or `eager`) does. The name has to stay, because gradient checkpointing
-looks attention up again in the backward pass.
+A model asks `AttentionInterface.get_interface` for its attention in every layer and every pass, and names the
+function that "eager" means in its own file. Here a stand-in answers: it calls the very function that was asked for,
+unless a layout is among the arguments. The config keeps its name and the registry its entries, so the model's own
+branches on the name, and everyone who looks a name up or registers another function, see what they saw before.
+
+The stand-in answers while a layout is in use. A layout lives as long as something may still run with it: gradient
+checkpointing, which asks for the attention again in the backward pass, holds the layout until then.
 """
 
 from __future__ import annotations
 
-import sys
+import weakref
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from transformers import AttentionInterface, AttentionMaskInterface
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention import packed_attention
 from .choice import AttentionCall
+from .layout import PackedLayout
 
 
 KEYWORD = "shared_prefix_layout"
-_PREFIX = "shared_prefix|"
-_OURS = {"scaling", "sliding_window", "softcap"}
+IMPLEMENTATIONS = ("sdpa", "eager")
+# no token is seen through this mask: whatever reads it in place of the layout fails by its shape
+MASK_SHAPE = (1, 1, 0, 0)
+_KNOWN = {"scaling", "sliding_window", "softcap"}
+# what models hand on that says nothing about which tokens see each other, or how much
+_HARMLESS = {
+    "cache_position",  # of a cache, and there is none
+    "output_attentions",
+    "output_hidden_states",
+    "position_ids",  # in the keys and queries already
+    "return_dict",
+    "use_cache",
+    "logits_to_keep",  # the head's
+}
+
+_in_use: weakref.WeakSet[Any] = weakref.WeakSet()
+_first_positions: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+_own_lookup: Callable[..., Any] = AttentionInterface.get_interface
+_stands_in = False
 
 
 class NotPackable(Exception):
     """The packed path cannot give this model's result; the message says why."""
-
-
-def attached(base_model: Any) -> bool:
-    """Whether the model's attention takes a layout."""
-    return (base_model.config._attn_implementation or "").startswith(_PREFIX)
 
 
 def attach(base_model: Any) -> None:
@@ -38,46 +57,115 @@ def attach(base_model: Any) -> None:
     Raises:
         NotPackable: Its attention implementation is one that the packed path does not stand in for.
     """
-    config = base_model.config
-    # a model that another process packed comes with the name, but this process has yet to register it
-    name = (config._attn_implementation or "").removeprefix(_PREFIX)
-    if name not in {"sdpa", "eager"}:
-        raise NotPackable(f"attn_implementation is {name!r}; load the model with attn_implementation='sdpa'")
-    if _PREFIX + name not in AttentionInterface():
-        AttentionInterface.register(_PREFIX + name, partial(_attention, implementation=name))
-        # the masks of other passes stay those of `name`
-        AttentionMaskInterface.register(_PREFIX + name, AttentionMaskInterface()[name])
-    if not attached(base_model):
-        config._attn_implementation = _PREFIX + name
+    for name, _ in attention_of(base_model):
+        if name not in IMPLEMENTATIONS:
+            raise NotPackable(f"attn_implementation is {name!r}; load the model with attn_implementation='sdpa'")
+    global _own_lookup, _stands_in
+    if not _stands_in:
+        _own_lookup, _stands_in = AttentionInterface.get_interface, True
+        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
 
 
-def detach(base_model: Any) -> None:
-    """Give the model's attention its own name back."""
-    if attached(base_model):
-        base_model.config._attn_implementation = base_model.config._attn_implementation.removeprefix(_PREFIX)
+def put_back() -> None:
+    """Give transformers its own lookup back; `attach` takes it again."""
+    global _stands_in
+    # somebody else's function may have taken its place, and call it
+    if AttentionInterface.get_interface is _get_interface:
+        AttentionInterface.get_interface = _own_lookup  # type: ignore[method-assign]
+        _stands_in = False
 
 
-def _attention(
+def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
+    """Name and registered function of the model's attention, and of its text part's: another one is to be proved."""
+    configs = base_model.config, base_model.config.get_text_config(decoder=True)
+    return tuple((c._attn_implementation, ALL_ATTENTION_FUNCTIONS.get(c._attn_implementation)) for c in configs)
+
+
+def arguments(model: Any, layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
+    """The arguments by which a layout goes through a model to its attention."""
+    _in_use.add(layout)
+    if model not in _first_positions:
+        _first_positions[model] = _first_position(model)
+    positions = layout.position_ids[:, -embeds.shape[1] :]
+    return {
+        KEYWORD: layout,
+        "attention_mask": embeds.new_zeros(MASK_SHAPE),  # a mask of four dimensions is handed on as it is
+        "position_ids": positions + first if (first := _first_positions[model]) else positions,
+    }
+
+
+def _first_position(model: Any) -> int:
+    """The position of a row's first token: RoBERTa counts from padding_idx + 1."""
+    for name, module in model.named_modules():
+        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
+            return int(module.padding_idx) + 1
+    return 0
+
+
+class Listener:
+    """Goes through a model in a layout's place, which leaves the model's own attention as it is.
+
+    Args:
+        hear: Called in each layer with what its attention gets.
+    """
+
+    def __init__(self, hear: Callable[..., None]) -> None:
+        self.hear = hear
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """For the model's forward."""
+        _in_use.add(self)
+        return {KEYWORD: self}
+
+
+def _get_interface(self: AttentionInterface, attn_implementation: Any, default: Any) -> Any:
+    """See transformers."""
+    function = _own_lookup(self, attn_implementation, default)
+    if attn_implementation not in IMPLEMENTATIONS or not (torch.compiler.is_compiling() or _in_use):
+        return function
+    return partial(_attention, function)
+
+
+def _attention(function: Any, *args: Any, **kwargs: Any) -> Any:
+    layout = kwargs.pop(KEYWORD, None)
+    if layout is None:
+        return function(*args, **kwargs)
+    if isinstance(layout, Listener):
+        layout.hear(*args, **kwargs)
+        return function(*args, **kwargs)
+    return _packed(layout, *args, **kwargs), None
+
+
+def _packed(
+    layout: PackedLayout,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    attention_mask: Any,
-    implementation: str,
+    attention_mask: torch.Tensor | None = None,
+    dropout: float = 0.0,
+    is_causal: bool | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, Any]:
-    layout = kwargs.pop(KEYWORD, None)
-    if layout is None:
-        # each model's own module holds its eager attention
-        eager: Any = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-        original = AttentionInterface().get_interface(implementation, eager)
-        return original(module, query, key, value, attention_mask, **kwargs)
-    if kwargs.get("s_aux") is not None:
-        raise NotPackable("its attention has sinks")
-    if kwargs.get("position_bias") is not None or kwargs.get("alibi") is not None:
-        raise NotPackable("its attention adds a bias to the scores")
-    if not (kwargs.get("is_causal", getattr(module, "is_causal", True))):
+) -> torch.Tensor:
+    """Attention of a layer, [1, N, A, D].
+
+    Raises:
+        NotPackable: The layer asks for more than the packed attention knows.
+    """
+    if attention_mask is not None and attention_mask.shape != MASK_SHAPE:
+        raise NotPackable(f"it makes an attention mask of its own, {list(attention_mask.shape)}")
+    if not (getattr(module, "is_causal", True) if is_causal is None else is_causal):
         raise NotPackable("its attention is not causal: the prompt sees the text")
+    options: dict[str, Any] = {
+        name: kwargs.pop(name) for name in ("scaling", "sliding_window", "softcap") if name in kwargs
+    }
+    if kwargs.get("s_aux") is not None:
+        options["sinks"] = kwargs.pop("s_aux")
+    asked = (name for name, value in kwargs.items() if value is not None and value is not False)
+    unknown = sorted(set(asked) - _HARMLESS)
+    if unknown:
+        raise NotPackable(f"it hands {', '.join(unknown)} to its attention")
     if layout.recorded is not None:
         if module in layout.recorded:
             raise NotPackable("it runs an attention layer twice")
@@ -85,10 +173,9 @@ def _attention(
     if layout.cached:
         keys, values = zip(*(state.keys_values[module] for state in layout.cached), strict=True)
         key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
-    options = {key: value for key, value in kwargs.items() if key in _OURS}
-    dropout = kwargs.get("dropout", 0.0) if module.training else 0.0
     if layout.calls is not None:
         tensors = tuple((x.shape[1], x.shape[3], x.dtype) for x in (query, key, value))
         layout.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
     attention = layout.attention or packed_attention
-    return attention(query, key, value, layout.to(query.device), dropout=dropout, **options), None
+    dropout = dropout if module.training else 0.0
+    return attention(query, key, value, layout.to(query.device), dropout=dropout, **options)

@@ -7,6 +7,7 @@ Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidde
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -21,7 +22,10 @@ from .status import EngineStatus
 if TYPE_CHECKING:
     from .cache import PromptState
     from .layout import PackedLayout
+    from .watch import Watch
 
+
+logger = logging.getLogger(__name__)
 
 BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 
@@ -29,11 +33,12 @@ BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 class SharedPrefixMixin(PeftModel):
     """Goes in front of a model class whose `forward` is PEFT's path."""
 
-    # of the last batch, and of each device and precision that a batch had
-    _status: EngineStatus | None = None
+    # of the last batch with the attention it had; and of each device, precision and attention that a batch had
+    _status: tuple[Any, EngineStatus] | None = None
     _proved: dict[Any, EngineStatus] | None = None
-    # by adapter: what must not have changed since, and what its prompt left to the texts
+    # by adapter: circumstances, and what its prompt left to the texts; both hold while the watch does
     _states: dict[str, tuple[Any, PromptState]] | None = None
+    _watch: Watch | None = None
     _packed_arguments: ClassVar[set[str]] = set()
     _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
 
@@ -71,6 +76,8 @@ class SharedPrefixMixin(PeftModel):
 
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
+        from .interface import NotPackable
+
         inputs = input_ids if input_ids is not None else inputs_embeds
         if labels is None and not torch.compiler.is_compiling():
             smooth_labels_of_prompts()
@@ -103,8 +110,14 @@ class SharedPrefixMixin(PeftModel):
                 layout.cached = self._kept_states(layout, prompts)
                 text = words.flatten(0, 1)[layout.to(words.device).source]  # [S, H]
                 embeds = torch.cat([*prompts.values(), text] if layout.cached is None else [text])[None]
-                output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
-                return output if self._wants_dict(return_dict) else output.to_tuple()
+                try:
+                    output = self._packed_forward(self.get_base_model(), embeds, layout, **options)
+                except NotPackable as refusal:  # the probe's batch did not show it
+                    obstacle = self._refuse(refusal)
+                else:
+                    return output if self._wants_dict(return_dict) else output.to_tuple()
+        if obstacle is not None:
+            self._ran(EngineStatus(False, obstacle))
         if adapter_names is not None:
             raise ValueError(
                 f"adapter_names needs the shared prefix, which this call cannot take: {obstacle}. Run the rows of "
@@ -135,29 +148,45 @@ class SharedPrefixMixin(PeftModel):
 
     def _engine_status(self, last: bool = False) -> EngineStatus:
         """For a batch of now; with `last` for the last one, if there was one."""
-        from .interface import attach, attached
-        from .precision import precision
+        from .interface import attach, attention_of
         from .probe import prove
 
         config, base_model = self.active_peft_config, self.get_base_model()
         # a stock config in a model of ours has neither field
         if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
-        # whoever changes the attention implementation takes our name away
-        if self._status is not None and self._status.packed and not attached(base_model):
-            self._status = self._proved = None
-        if last and self._status is not None:
-            return self._status
-        words: Any = self.word_embeddings
-        now = precision(words.weight)
-        proved = self._proved = self._proved or {}
+        if last and self._status is not None and self._status[0] == attention_of(base_model):
+            return self._status[1]
+        proved, now = self._proved, self._circumstances()
+        if proved is None:
+            proved = self._proved = {}
         if now not in proved:
             probe = getattr(config, "shared_prefix_probe", True)
-            proved[now] = prove(base_model, self._packed_forward, words, probe)
+            proved[now] = prove(base_model, self._packed_forward, self.word_embeddings, probe)
         elif proved[now].packed:
             attach(base_model)
-        self._status = proved[now]
-        return self._status
+        return self._ran(proved[now])
+
+    def _circumstances(self) -> Any:
+        """What a proof holds for."""
+        from .interface import attention_of
+        from .precision import precision
+
+        words: Any = self.word_embeddings
+        return precision(words.weight), attention_of(self.get_base_model())
+
+    def _ran(self, status: EngineStatus) -> EngineStatus:
+        from .interface import attention_of
+
+        self._status = attention_of(self.get_base_model()), status
+        return status
+
+    def _refuse(self, refusal: Exception) -> str:
+        """Take PEFT's path from here on, and say why."""
+        obstacle = str(refusal)
+        logger.info("The shared prefix is no longer used, PEFT's path is: %s.", obstacle)
+        self._proved = {**(self._proved or {}), self._circumstances(): EngineStatus(False, obstacle)}
+        return obstacle
 
     def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
         from .choice import ATTENTIONS
@@ -180,10 +209,12 @@ class SharedPrefixMixin(PeftModel):
     def _too_long(self, layout: PackedLayout) -> str | None:
         text, prompt = layout.longest_text, max(layout.prompt_lengths)
         self._check_length(text, prompt)
-        limit = self._engine_status().max_tokens
-        if limit is None or prompt + text <= limit:
-            return None
-        return f"{prompt + text} tokens are more than the {limit} of its window, or of its short rotary positions"
+        status, packed = self._engine_status(), layout.position_ids.shape[1]
+        if status.max_tokens is not None and prompt + text > status.max_tokens:
+            return f"{prompt + text} tokens are more than the {status.max_tokens} of its window or its short positions"
+        if status.max_packed_tokens is not None and packed > status.max_packed_tokens:
+            return f"its layers count places, and a pack of {packed} tokens has more than {status.max_packed_tokens}"
+        return None
 
     def _unshared(self, names: list[str]) -> str | None:
         """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
@@ -207,26 +238,31 @@ class SharedPrefixMixin(PeftModel):
             return None
         if bool((layout.last < layout.num_prompt_tokens).any()):  # a row without text ends in its prompt
             return None
-        from .cache import fingerprint, prompt_state
+        if not self._engine_status().keeps_prompts:
+            return None
+        from .cache import prompt_state
+        from .watch import Watch
 
-        base_model = self.get_base_model()
-        now = fingerprint(base_model, next(iter(prompts.values())))
-        if now is None or not self._engine_status().keeps_prompts:
+        base_model, now = self.get_base_model(), self._circumstances()
+        if self._watch is None or not self._watch.holds():
+            self._watch, self._states = Watch(base_model), None
+        if not self._watch.constant:
             return None
         kept = self._states = self._states or {}
         for name, prompt in prompts.items():
             if name not in kept or kept[name][0] != now or not torch.equal(kept[name][1].prompt, prompt):
                 kept[name] = now, prompt_state(base_model, prompt)
+                self._watch.expect()
         return [kept[name][1] for name in prompts]
 
     def train(self, mode: bool = True) -> Any:
         """See torch; prompts run again afterwards, also for `eval()`."""
-        self._states = None
+        self._states = self._watch = None
         return super().train(mode)
 
     def __getstate__(self) -> dict[str, Any]:
         """What the prompts left is not part of the model, nor what was proved on this machine."""
-        return {**self.__dict__, "_states": None, "_status": None, "_proved": None}
+        return {**self.__dict__, "_states": None, "_watch": None, "_status": None, "_proved": None}
 
 
 def engine_status(model: Any) -> EngineStatus:

@@ -9,14 +9,16 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from .cache import prompt_state
 from .choice import AttentionCall, candidates, choose
-from .interface import NotPackable, attach, detach
+from .interface import NotPackable, attach
 from .layout import pack
+from .lengths import FAR, Trial, longest
 from .precision import Tolerance
 from .status import EngineStatus
 
@@ -53,8 +55,6 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
         status = EngineStatus(False, str(refusal))
     except Exception as error:  # an unknown architecture may do anything with one packed sequence
         status = EngineStatus(False, f"its forward cannot run a packed batch ({type(error).__name__}: {error})")
-    if not status.packed:
-        detach(base_model)
     how = f"used, with {status.attention} attention" if status.packed else "not used, PEFT's path is"
     logger.info("The shared prefix is %s: %s.", how, status.reason)
     return status
@@ -62,7 +62,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
 
 def refuse_early(base_model: Any) -> None:
     """Raise NotPackable for what the config or the signature tells without a forward pass."""
-    config = base_model.config.get_text_config()
+    config = base_model.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise NotPackable("an encoder's prompt sees the text, so it is not the same for every row")
     if getattr(config, "alibi", False) or config.model_type in {"bloom", "mpt"}:
@@ -88,8 +88,7 @@ def _probe(
     with _evaluating(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
-        packed = packed_forward(base_model, embeds, layout).logits.float()
-        _every_layer_packed(base_model, calls)
+        packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, layout), calls)
         cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask)
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
@@ -102,9 +101,21 @@ def _probe(
     if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
     keeps = cached is not None and _relative_error(cached, alone) <= tolerance
+    from ..model import max_positions  # which imports this package
+
+    trial = Trial(
+        base_model.config.get_text_config(decoder=True),
+        lambda: pack(mask, (PROMPT_LENGTH,)),
+        lambda layout: packed_forward(base_model, embeds, layout),
+        partial(base_model.base_model, inputs_embeds=embeds, use_cache=False),
+        ROW_LENGTHS[-1],
+        max_positions(base_model) or FAR,
+        tolerance == TOLERANCE.float32,
+    )
+    with _evaluating(base_model):
+        row, packs = longest(trial)
     attention, not_taken = choose(attentions, calls)
-    longest = _longest_row(base_model.config.get_text_config(), calls)
-    return EngineStatus(True, "; ".join([figure, *not_taken]), longest, keeps, attention)
+    return EngineStatus(True, "; ".join([figure, *not_taken]), row, keeps, attention, packs)
 
 
 def _relative_error(got: torch.Tensor, rows: list[torch.Tensor]) -> float:
@@ -127,26 +138,19 @@ def _with_kept_prompt(
         return None
 
 
-def _every_layer_packed(base_model: Any, calls: list[AttentionCall]) -> None:
-    layers = base_model.config.get_text_config().num_hidden_layers
-    if len(calls) != layers:
-        raise NotPackable(f"{len(calls)} of its {layers} layers use transformers' attention interface")
-
-
-def _longest_row(config: Any, calls: list[AttentionCall]) -> int | None:
-    """Rows up to this length have a result of their own.
-
-    A longer one would need a window that the model does not hand to its attention; or it makes the rotary positions
-    of the whole batch other ones (LongRoPE), those of a kept prompt not.
-    """
-    windows = (getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size"))
-    handed = {dict(call.options).get("sliding_window") for call in calls}
-    limits = {window for window in windows if window and window not in handed}
-    rotary = getattr(config, "rope_parameters", None) or {}
-    for kind in (rotary, *(value for value in rotary.values() if isinstance(value, dict))):
-        if kind.get("rope_type") == "longrope":
-            limits.add(kind["original_max_position_embeddings"])
-    return min(limits, default=None)
+def _run_packed(base_model: Any, run: Callable[[], Any], calls: list[AttentionCall]) -> torch.Tensor:
+    layers = base_model.config.get_text_config(decoder=True).num_hidden_layers
+    use = f"of its {layers} layers use transformers' attention interface"
+    try:
+        logits: torch.Tensor = run().logits.float()
+    except NotPackable:
+        raise
+    except Exception as error:  # a layer with an attention of its own fails at the mask
+        reason = f"it reads the attention mask itself, {len(calls)} {use} ({type(error).__name__}: {error})"
+        raise NotPackable(reason) from error
+    if not calls or len(calls) % layers:  # a layer may attend twice
+        raise NotPackable(f"{len(calls)} {use}")
+    return logits
 
 
 @contextmanager

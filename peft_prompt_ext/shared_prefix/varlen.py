@@ -48,16 +48,17 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.packed_attention`, which stands in for dropout.
 
     Raises:
-        NotImplementedError: FlashAttention has no such dtype, or no soft-capping.
+        NotImplementedError: FlashAttention has no such dtype, no soft-capping, or no sinks.
     """
     if query.dtype not in DTYPES:
         raise NotImplementedError(f"FlashAttention has float16 and bfloat16, not {query.dtype}")
-    if softcap is not None:
-        raise NotImplementedError("FlashAttention in PyTorch has no soft-capping")
+    if softcap is not None or sinks is not None:
+        raise NotImplementedError("FlashAttention in PyTorch has neither soft-capping nor sinks")
     if dropout:
         return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]

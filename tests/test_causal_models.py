@@ -1,0 +1,59 @@
+"""Every causal language model that transformers can build tiny is right, or refused with a reason."""
+
+import re
+
+import pytest
+import transformers
+
+from tests.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome
+from tests.helpers import one_thread  # noqa: F401
+
+
+# of every kind: windows, chunks, places counted, sparse attention, sinks, other layers between, no interface
+FEW = [
+    "llama", "gemma3_text", "mixtral", "cohere2", "llama4_text", "qwen2_moe", "deepseek_v32", "minimax_m3_vl_text",
+    "gpt_oss", "diffllama", "roberta", "bamba", "codegen", "bloom",
+]  # fmt: skip
+
+
+def table_rows():
+    rows = [re.split(r" ?(?<!\\)\| ?", line)[1:-1] for line in TABLE.read_text().splitlines() if line.startswith("| ")]
+    return {name: cells for name, *cells in rows[1:]}
+
+
+@pytest.mark.filterwarnings("ignore")  # of model types that warn of their own configs
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=() if t in FEW else pytest.mark.slow) for t in MODEL_TYPES]
+)
+def test_a_model_type_is_right_at_every_length_or_refused_with_a_reason(model_type):
+    alone, packed, _, reason = table_rows()[model_type]
+    if packed == "not run":
+        pytest.skip(reason)
+
+    found = outcome(model_type)
+
+    assert found.error < 1e-4
+    assert found.neutral or model_type == "reformer"
+    assert found.packed == (list(BATCHES) if packed == "yes" else [] if packed == "no" else packed.split(", "))
+    assert (len(found.packed) == len(BATCHES)) or found.reason
+    assert bool(found.reason) == bool(reason)
+    assert (alone == "yes") == found.attention_alone
+
+
+def test_the_table_is_of_the_transformers_that_is_installed():
+    assert f"transformers {transformers.__version__};" in TABLE.read_text()
+    assert list(table_rows()) == MODEL_TYPES
+
+
+def test_four_in_five_of_those_with_attention_alone_run_packed():
+    alone = [packed for alone, packed, *_ in table_rows().values() if alone == "yes"]
+
+    assert len(alone) > 120
+    assert sum(packed != "no" for packed in alone) >= 0.8 * len(alone)
+
+
+def test_the_errors_in_the_table_are_those_of_rounding():
+    errors = [float(error) for _, packed, error, _ in table_rows().values() if packed != "not run"]
+
+    assert len(errors) > 150
+    assert max(errors) < 1e-4
