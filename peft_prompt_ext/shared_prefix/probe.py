@@ -31,6 +31,7 @@ FP32_TOLERANCE = 1e-4
 LOW_PRECISION_TOLERANCE = 5e-2
 
 
+@torch.compiler.disable  # a compiled model is proved as it is, and not traced for it
 def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
     """Decide whether a model may take the packed path.
 
