@@ -30,6 +30,7 @@ ROW_LENGTHS = (5, 1, 9)
 TOLERANCE = Tolerance(float32=1e-4, reduced=1e-2, low=5e-2)  # of the logits
 
 
+@torch.compiler.disable  # a compiled model is proved as it is, and not traced for it
 def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
     """Decide whether a model may take the packed path.
 

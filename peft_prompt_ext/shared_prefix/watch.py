@@ -31,6 +31,7 @@ class Watch:
             mode, none has hooks or a forward of its own that may do anything, and no weights are gathered for a pass.
     """
 
+    @torch.compiler.disable
     def __init__(self, model: nn.Module) -> None:
         modules = list(model.modules())
         self._dicts: list[dict[str, Any]] = [vars(module) for module in modules]
@@ -59,6 +60,7 @@ class Watch:
             or _is_sharded(modules, self._tensors)
         )
 
+    @torch.compiler.disable
     def expect(self) -> None:
         """Take what a pass has written since as what every pass writes (rotary positions); it counts by its values."""
         written = [tensor._version != version for tensor, version in zip(self._tensors, self._written, strict=False)]
@@ -68,6 +70,7 @@ class Watch:
             self._tensors = [tensor for tensor, is_written in pairs if not is_written]
             self._written = self._writes()
 
+    @torch.compiler.disable
     def holds(self) -> bool:
         """Whether nothing has changed since."""
         try:
