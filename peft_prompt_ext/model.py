@@ -7,6 +7,7 @@ Shapes: B batch, P virtual tokens, T text tokens, C labels.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -24,9 +25,16 @@ from .config import PromptTuningExtConfig
 from .frozen_backbone import dequantize_modules, keep_differentiable
 from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
-
-
-IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
+from .tokens import (
+    IGNORE_INDEX,
+    OF_VIRTUAL_TOKENS,
+    check_mask,
+    column_behind,
+    cut_prompt,
+    positions_behind,
+    put_back,
+    widen,
+)
 
 
 class PromptTuningMixin(PeftModel):
@@ -34,8 +42,10 @@ class PromptTuningMixin(PeftModel):
 
     _gathered: Mapping[str, torch.Tensor] = {}
     _heads: ClassVar[tuple[str, ...]] = ()  # modules that PEFT trains beside the prompt
-    _token_inputs: ClassVar[tuple[str, ...]] = ("input_ids", "inputs_embeds", "attention_mask", "token_type_ids")
-    _token_outputs: ClassVar[tuple[str, ...]] = ("hidden_states", "attentions")
+    _token_inputs: ClassVar[Mapping[str, int]] = OF_VIRTUAL_TOKENS
+    _row_inputs: ClassVar[set[str]] = {"labels"}  # not of each token, whatever their shape
+    _row_outputs: ClassVar[set[str]] = {"pooler_output"}
+    _column_inputs: ClassVar[tuple[str, ...]] = ()  # each names a column of the text
 
     def __new__(cls, model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> Any:
         """Build PEFT's own class unless the config is the plugin's (no config at all: a copy is being made)."""
@@ -48,29 +58,84 @@ class PromptTuningMixin(PeftModel):
         dequantize_modules(model, [*self._heads, *(peft_config.modules_to_save or [])])
         super().__init__(model, peft_config, *args, **kwargs)
 
-    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class of the task."""
-        inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if inputs is not None and kwargs.get("past_key_values") is None:
-            self._check_length(inputs.shape[1])
-        if args:
-            return super().forward(input_ids, *args, **kwargs)
-        return self._stock_forward(super().forward, {"input_ids": input_ids, **kwargs})
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class of the task.
 
-    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        """Run PEFT's `forward` with pads behind the text, so that none stands between it and the prompt."""
-        mask = inputs.get("attention_mask")
-        if not _is_padded(mask) or pads_behind(mask):
-            return forward(**inputs)
-        order, return_dict = real_first(mask), inputs.pop("return_dict", None)
-        prompt, back = self.active_peft_config.num_virtual_tokens, order.argsort(1)
-        output = forward(**self._move_pads(inputs, order), return_dict=True)
-        _move_back(output, self._token_outputs, back, prompt)
+        Raises:
+            ValueError: The text has no room behind the prompt, or nobody knows what the prompt has of an argument that
+                is as long as the text.
+        """
+        inputs = {**dict(zip(signature(super().forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        return self._prompted_forward({name: value for name, value in inputs.items() if value is not None})
+
+    def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
+        """Run the base model on the prompt and the text behind it; no pad stands between them."""
+        if "adapter_names" in inputs:
+            raise ValueError(f"{type(self).__name__} takes no adapter_names: set_adapter chooses one for all rows.")
+        return_dict = inputs.pop("return_dict", None)
+        tokens, others = self._behind_prompt(inputs)
+        order = self._order(tokens.get("attention_mask"))
+        for name in filter(others.__contains__, self._column_inputs):
+            others[name] = column_behind(others[name], self.active_peft_config.num_virtual_tokens, order)
+        if order is None:
+            asked = {} if return_dict is None else {"return_dict": return_dict}
+            return self._base_forward({**others, **tokens}, **asked)
+        tokens = {name: reorder(value, order.to(value.device)) for name, value in tokens.items()}
+        if "position_ids" in self._base_arguments and "position_ids" not in tokens:
+            if bool((tokens["attention_mask"][:, 0] == 0).any()):
+                tokens["position_ids"] = _positions(tokens["attention_mask"])
+        output = self._base_forward({**others, **tokens}, return_dict=True)
+        put_back(output, filter(self._is_of_tokens, output), order)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
-    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
-        moved = {name: inputs[name] for name in self._token_inputs if inputs.get(name) is not None}
-        return {**inputs, **{name: reorder(x, order) for name, x in moved.items()}}
+    def _base_forward(self, inputs: dict[str, Any], **options: Any) -> Any:
+        return self.get_base_model()(**inputs, **options)
+
+    def _behind_prompt(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        """Inputs of each token, [B, P+T, ...], and the others."""
+        ids, text = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
+        if ids is None and text is None:
+            raise ValueError("The model got neither input_ids nor inputs_embeds: it needs a text.")
+        rows, columns = (ids if text is None else text).shape[:2]
+        self._check_length(columns)
+        mask, prompt = inputs.get("attention_mask"), self.active_peft_config.num_virtual_tokens
+        check_mask(mask, rows, columns)
+        positions = inputs.pop("position_ids", None)
+        inputs.pop("task_ids", None)  # of other prompt methods
+        self._drop_unused(inputs)
+        tokens = widen(inputs, self._token_inputs, self._row_inputs, (rows, columns), prompt)
+        if positions is not None:
+            positions = positions_behind(positions, mask, rows, prompt)
+            if "position_ids" in self._base_arguments:
+                tokens["position_ids"] = positions
+        text = self.word_embeddings(ids) if text is None else text  # type: ignore[misc]
+        virtual = self.get_prompt(batch_size=rows).to(text.device, text.dtype)
+        tokens["inputs_embeds"] = torch.cat([virtual, text], dim=1)
+        return tokens, inputs
+
+    def _drop_unused(self, inputs: dict[str, Any]) -> None:
+        """Drop what a tokenizer gives and the base model does not read."""
+        if "token_type_ids" in inputs and "token_type_ids" not in self._base_arguments:
+            warnings.warn("The base model has no token types: token_type_ids are left out.", stacklevel=2)
+            del inputs["token_type_ids"]
+        if "attention_mask" in inputs and "attention_mask" not in self._base_arguments:
+            if _is_padded(inputs.pop("attention_mask")):
+                raise ValueError(
+                    f"attention_mask has pads, and {type(self.get_base_model()).__name__} takes no mask: its tokens "
+                    "see every pad. Make batches of texts of one length, or leave the mask out and have pads read."
+                )
+
+    @cached_property
+    def _base_arguments(self) -> set[str]:
+        return set(signature(self.get_base_model().forward).parameters)
+
+    def _order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
+        """Columns of the mask [B, P+T] as the base model should see them; None: as they are."""
+        return real_first(mask) if _is_padded(mask) and not pads_behind(mask) else None
+
+    def _is_of_tokens(self, name: str) -> bool:
+        """Whether an output's field may have something for each token of the text."""
+        return name not in self._row_outputs
 
     def _wants_dict(self, return_dict: bool | None) -> bool:
         return return_dict if return_dict is not None else getattr(self.config, "return_dict", True)
@@ -108,13 +173,23 @@ class PromptTuningMixin(PeftModel):
         gathered = self._gathered.get(f"prompt_encoder.{adapter_name}.embedding.weight")
         return super().get_prompt_embedding_to_save(adapter_name) if gathered is None else gathered.detach().cpu()
 
-    def add_adapter(self, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter as PEFT does; the heads of other adapters stay in training."""
+    def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        """Add an adapter as PEFT does; it is not in training before `set_adapter`, and no other one leaves it.
+
+        Raises:
+            ValueError: The base model has no word embeddings, or the prompt cannot be initialised.
+        """
+        if isinstance(peft_config, PromptTuningExtConfig):
+            fill_sizes(peft_config, self.base_model)
         heads = [module for module in self.modules() if isinstance(module, ModulesToSaveWrapper)]
         trained = [parameter for head in heads for parameter in head.parameters() if parameter.requires_grad]
-        super().add_adapter(*args, **kwargs)
+        super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         for parameter in trained:
             parameter.requires_grad = True
+        if not self.active_adapter:  # the last one was deleted
+            self.set_adapter(adapter_name, inference_mode=peft_config.inference_mode)
+        elif adapter_name != self.active_adapter:
+            self.prompt_encoder[adapter_name].requires_grad_(False)
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
@@ -158,8 +233,8 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}
-    _token_inputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_inputs, "labels")
-    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "logits")
+    _token_inputs: ClassVar = {**OF_VIRTUAL_TOKENS, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+    _row_inputs: ClassVar[set[str]] = set()
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, layout: Any, **options: Any) -> Any:
@@ -171,18 +246,23 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         train_logits = getattr(self.active_peft_config, "train_logits", "all")  # a stock config has no such field
         return {"supervised": self.training and train_logits == "supervised"}
 
-    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if not _is_padded(mask) or inputs.get("past_key_values") is not None:
-            return forward(**inputs)
-        if labels is not None and labels.shape == mask.shape:
-            inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
-        if pads_behind(mask) or inputs.get("shift_labels") is not None:  # those name columns as they stand
-            return forward(**inputs)
-        keep, return_dict = inputs.pop("logits_to_keep", 0), inputs.pop("return_dict", None)
-        output = super()._stock_forward(forward, {**inputs, "return_dict": True})
-        columns = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
-        output["logits"] = output["logits"][:, columns]
+    def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
+        if inputs.get("past_key_values") is not None:
+            return peft.PeftModelForCausalLM.forward(self, **inputs)
+        mask, keep = inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
+        if not _is_padded(mask):
+            return super()._prompted_forward(inputs)
+        for name in ("labels", "shift_labels"):
+            if name in inputs and inputs[name].shape == mask.shape:
+                inputs[name] = inputs[name].masked_fill(mask == 0, IGNORE_INDEX)
+        if pads_behind(mask) or (not isinstance(keep, torch.Tensor) and keep == 0):
+            return super()._prompted_forward(inputs)
+        # columns are named as the caller has them: all of them come back, then those
+        return_dict, _ = inputs.pop("return_dict", None), inputs.pop("logits_to_keep")
+        columns = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+        output = super()._prompted_forward({**inputs, "return_dict": True})
+        if "logits" in output:
+            output["logits"] = output["logits"][:, columns]
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
@@ -229,6 +309,7 @@ class PeftModelForSequenceClassification(
 
     _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
     _heads_of_rows: ClassVar[set[str]] = {"score"}
+    _row_outputs: ClassVar[set[str]] = {"logits"}
     _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
 
     @staticmethod
@@ -240,69 +321,32 @@ class PeftModelForSequenceClassification(
     def _mixed_options(self, names: list[str]) -> dict[str, Any]:
         return {"adapter_names": names}
 
-    def _inputs_of_tokens(self) -> set[str]:
-        return {"token_type_ids"} & set(signature(self.get_base_model().forward).parameters)
+    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class; without a mask a decoder finds its last token by the pad token, as it does alone."""
+        if input_ids is not None and not args and kwargs.get("attention_mask") is None and self._pools_last:
+            kwargs["attention_mask"] = self._mask_of_text(input_ids)
+        return super().forward(input_ids, *args, **kwargs)
 
-    def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
-        mask = inputs.get("attention_mask")
-        base_model: Any = self.get_base_model()
-        if not _is_padded(mask) or not hasattr(base_model, "score"):
-            return super()._stock_forward(forward, inputs)
+    @cached_property
+    def _pools_last(self) -> bool:
+        return hasattr(self.get_base_model(), "score")
+
+    def _mask_of_text(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Mask [B, T] without the pads behind each text; None if there are none."""
+        pad = self.config.get_text_config().pad_token_id
+        if pad is None:
+            return None
+        real = (input_ids != pad).long()
+        mask = real.flip(1).cummax(1).values.flip(1)
+        return None if bool(mask.all()) else mask
+
+    def _order(self, mask: torch.Tensor | None) -> torch.Tensor | None:
         # without input_ids a decoder pools the last column: let it be a real token
-        rows = len(mask)
-        prompt = self.get_prompt(batch_size=rows)
-        text = inputs.pop("inputs_embeds", None)
-        ids = inputs.pop("input_ids", None)
-        text = text if text is not None else base_model.get_input_embeddings()(ids)
-        embeds = torch.cat([prompt.to(text.dtype), text], dim=1)
-        mask = torch.cat([mask.new_ones(rows, prompt.shape[1]), mask], dim=1)
-        order = real_last(mask)
-        inputs = {name: value for name, value in inputs.items() if value is not None}
-        types = inputs.pop("token_type_ids", None)
-        if types is not None and self._inputs_of_tokens():
-            types = torch.cat([types.new_zeros(rows, prompt.shape[1]), types], dim=1)
-            inputs["token_type_ids"] = types.gather(1, order)
-        for name in ("position_ids", "task_ids"):
-            inputs.pop(name, None)
-        return_dict = inputs.pop("return_dict", None)
-        inputs["attention_mask"] = mask.gather(1, order)
-        if "position_ids" in signature(base_model.forward).parameters:
-            inputs["position_ids"] = _positions(inputs["attention_mask"])
-        output = base_model(inputs_embeds=reorder(embeds, order), return_dict=True, **inputs)
-        _move_back(output, self._token_outputs, order.argsort(1), 0)
-        return output if self._wants_dict(return_dict) else output.to_tuple()
+        return real_last(mask) if _is_padded(mask) and self._pools_last else super()._order(mask)
 
 
 def _is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
-
-
-def _move_back(output: Any, names: tuple[str, ...], back: torch.Tensor, prompt: int) -> None:
-    """Give the named outputs the order of columns that the caller has; `prompt` columns before them stay."""
-    for name in names:
-        value = output.get(name)
-        if isinstance(value, torch.Tensor):
-            output[name] = reorder(value, back, prompt)
-        elif value is not None:  # of each layer
-            moving = _MOVING.get(name, reorder)
-            output[name] = tuple(moving(x, back, prompt) for x in value)
-
-
-def _reorder_attention(weights: torch.Tensor, order: torch.Tensor, prompt: int) -> torch.Tensor:
-    """Queries and keys of weights [B, heads, P+T, P+T] in the given order of the text."""
-    weights = reorder(weights.transpose(1, 2), order, prompt).transpose(1, 2)
-    return _reorder_keys(weights, order, prompt)
-
-
-def _reorder_keys(weights: torch.Tensor, order: torch.Tensor, prompt: int) -> torch.Tensor:
-    return reorder(weights.transpose(1, 3), order, prompt).transpose(1, 3)
-
-
-_MOVING = {
-    "attentions": _reorder_attention,
-    "encoder_attentions": _reorder_attention,
-    "cross_attentions": _reorder_keys,
-}
 
 
 def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
@@ -313,108 +357,60 @@ def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
 class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
     """Output: as PEFT's, logits of the decoder, which has no prompt."""
 
-    _token_outputs: ClassVar[tuple[str, ...]] = (
-        "encoder_last_hidden_state",
-        "encoder_hidden_states",
-        "encoder_attentions",
-        "cross_attentions",
-    )
+    def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
+        if "encoder_outputs" in inputs:
+            raise ValueError(
+                "encoder_outputs stand for a text that the encoder has read, where no prompt can be put in front. "
+                "Give input_ids; to read a text once for many outputs, use generate."
+            )
+        return super()._prompted_forward(inputs)
+
+    def _is_of_tokens(self, name: str) -> bool:
+        return name.startswith(("encoder_", "cross_"))
 
     def generate(self, **kwargs: Any) -> Any:
         """See PEFT's class; pads in front of the text go behind it."""
-        mask = kwargs.get("attention_mask")
-        if _is_padded(mask) and not self._adapters_disabled:
-            kwargs = self._move_pads(kwargs, real_first(mask))
+        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
+        if ids is not None and not self._adapters_disabled:
+            check_mask(mask, *ids.shape)
+            if _is_padded(mask) and not pads_behind(mask):
+                order = real_first(mask)
+                moved = ("input_ids", "attention_mask")
+                kwargs.update({name: reorder(kwargs[name], order.to(kwargs[name].device)) for name in moved})
         return super().generate(**kwargs)
 
 
 class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureExtraction):
     """Output: as PEFT's, hidden states [B, P+T, H]."""
 
-    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "last_hidden_state")
+
+class OfTextMixin(PromptTuningMixin):
+    """Outputs are [B, T, ...], one for each text token."""
+
+    def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
+        return_dict = inputs.pop("return_dict", None)
+        text = inputs.get("inputs_embeds", inputs.get("input_ids"))
+        output = super()._prompted_forward({**inputs, "return_dict": True})
+        cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr]
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
-class PeftModelForTokenClassification(PromptTuningMixin, peft.PeftModelForTokenClassification):
+class PeftModelForTokenClassification(OfTextMixin, peft.PeftModelForTokenClassification):
     """Output: logits [B, T, C], one for each text token; PEFT returns P+T of them and cannot take labels [B, T]."""
 
     _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
-    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "logits")
-
-    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
-        inputs = super()._move_pads(inputs, order)
-        if inputs.get("labels") is not None:
-            inputs["labels"] = reorder(inputs["labels"], order, self.active_peft_config.num_virtual_tokens)
-        return inputs
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """See PEFT's class; `labels` [B, T] belong to the text tokens."""
-        if labels is not None:
-            prompt_labels = labels.new_full((len(labels), self.active_peft_config.num_virtual_tokens), IGNORE_INDEX)
-            labels = torch.cat([prompt_labels, labels], dim=1)
-        inputs: dict[str, Any] = {"attention_mask": attention_mask, "inputs_embeds": inputs_embeds, "labels": labels}
-        return _of_text(self, super().forward, ["logits"], input_ids, **inputs, **kwargs)
+    _token_inputs: ClassVar[Mapping[str, int]] = {**OF_VIRTUAL_TOKENS, "labels": IGNORE_INDEX}
+    _row_inputs: ClassVar[set[str]] = set()
 
 
-class PeftModelForQuestionAnswering(PromptTuningMixin, peft.PeftModelForQuestionAnswering):
-    """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them."""
+class PeftModelForQuestionAnswering(OfTextMixin, peft.PeftModelForQuestionAnswering):
+    """Output: start and end logits [B, T], one for each text token; PEFT returns P+T of them.
+
+    `start_positions` and `end_positions` [B] count text tokens from 0.
+    """
 
     _heads: ClassVar[tuple[str, ...]] = ("qa_outputs",)
-    _token_outputs: ClassVar[tuple[str, ...]] = (*PromptTuningMixin._token_outputs, "start_logits", "end_logits")
-
-    def _move_pads(self, inputs: dict[str, Any], order: torch.Tensor) -> dict[str, Any]:
-        inputs, prompt = super()._move_pads(inputs, order), self.active_peft_config.num_virtual_tokens
-        for name in ("start_positions", "end_positions"):
-            if inputs.get(name) is not None:
-                column = inputs[name] - prompt
-                inside = (column >= 0) & (column < order.shape[1])
-                moved = order.argsort(1).gather(1, column.where(inside, 0)[:, None])[:, 0]
-                inputs[name] = torch.where(inside, moved + prompt, inputs[name])
-        return inputs
-
-    def forward(  # type: ignore[override]
-        self,
-        input_ids: torch.Tensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        token_type_ids: torch.Tensor | None = None,
-        position_ids: torch.Tensor | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        start_positions: torch.Tensor | None = None,
-        end_positions: torch.Tensor | None = None,
-        **kwargs: Any,
-    ) -> Any:
-        """See PEFT's class; `start_positions` and `end_positions` [B] count text tokens from 0."""
-        prompt = self.active_peft_config.num_virtual_tokens
-        inputs: dict[str, Any] = {
-            "attention_mask": attention_mask,
-            "token_type_ids": token_type_ids,
-            "position_ids": position_ids,
-            "inputs_embeds": inputs_embeds,
-            "start_positions": None if start_positions is None else start_positions + prompt,
-            "end_positions": None if end_positions is None else end_positions + prompt,
-        }
-        return _of_text(self, super().forward, ["start_logits", "end_logits"], input_ids, **inputs, **kwargs)
-
-
-def _of_text(
-    model: PromptTuningMixin,
-    forward: Any,
-    names: list[str],
-    *args: Any,
-    return_dict: bool | None = None,
-    **kwargs: Any,
-) -> Any:
-    """Run `forward` and cut the virtual tokens off the named outputs, so that item t belongs to text token t."""
-    output = forward(*args, return_dict=True, **kwargs)
-    for name in names:
-        output[name] = output[name][:, model.active_peft_config.num_virtual_tokens :]
-    return output if model._wants_dict(return_dict) else output.to_tuple()
+    _column_inputs: ClassVar[tuple[str, ...]] = ("start_positions", "end_positions", "cls_index")
 
 
 def make_trainable(model: PeftModel, adapter_name: str) -> None:
@@ -425,10 +421,32 @@ def make_trainable(model: PeftModel, adapter_name: str) -> None:
         model.set_adapter(adapter_name)  # also turns on the gradients of modules_to_save
 
 
+def fill_sizes(config: PromptTuningExtConfig, base_model: Any) -> None:
+    """Fill in the sizes that PEFT asks for where the base model's config has names for them that PEFT does not know.
+
+    A prompt needs none but its width, which comes from the word embeddings.
+
+    Raises:
+        ValueError: The base model has no vocabulary.
+    """
+    sizes = base_model.config.get_text_config()
+    if getattr(sizes, "vocab_size", None) is None:
+        raise ValueError(
+            f"{type(base_model).__name__} has no vocabulary (its config has no vocab_size), so no word embeddings "
+            "that a prompt could stand beside. Prompt tuning needs a transformers model with word embeddings."
+        )
+    config.token_dim = config.token_dim or 0
+    for name, name_there in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        value = getattr(config, name) or getattr(sizes, name_there, None)
+        setattr(config, name, value if isinstance(value, int) else 1)
+
+
 def max_positions(base_model: Any) -> int | None:
     """How many tokens the base model has positions for; None if its positions are relative and without end."""
     config = base_model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
+    if limit is not None and limit <= 0:  # XLNet's way to say that there is none
+        return None
     for name, module in base_model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1

@@ -8,6 +8,7 @@ Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidde
 from __future__ import annotations
 
 from collections.abc import Sequence
+from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -15,6 +16,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
 from .._label_smoothing import smooth_labels_of_prompts
+from ..tokens import check_mask
 from .status import EngineStatus
 
 
@@ -47,8 +49,8 @@ class SharedPrefixMixin(PeftModel):
         return {}
 
     def _inputs_of_tokens(self) -> set[str]:
-        """Further inputs that PEFT hands to the base model for each token."""
-        return set()
+        """Further inputs that the base model reads for each token."""
+        return {"token_type_ids"} & set(signature(self.get_base_model().forward).parameters)
 
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of `_packed_forward` that the config decides."""
@@ -72,6 +74,8 @@ class SharedPrefixMixin(PeftModel):
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
         inputs = input_ids if input_ids is not None else inputs_embeds
+        if inputs is not None and kwargs.get("past_key_values") is None:
+            check_mask(attention_mask, *inputs.shape[:2])
         if labels is None and not torch.compiler.is_compiling():
             smooth_labels_of_prompts()
         extras = {
