@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import torch
 
@@ -90,3 +92,23 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
         raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} gave NaN or infinite numbers.")
     config.init_record = ctx.record
     return prompt.detach().to(device="cpu", dtype=torch.float32).clone()
+
+
+def fill_sizes(config: PromptTuningExtConfig, base_model: Any) -> None:
+    """Fill in the sizes that PEFT asks for where the base model's config has names for them that PEFT does not know.
+
+    A prompt needs none but its width, which comes from the word embeddings.
+
+    Raises:
+        ValueError: The base model has no vocabulary.
+    """
+    sizes = base_model.config.get_text_config()
+    if getattr(sizes, "vocab_size", None) is None:
+        raise ValueError(
+            f"{type(base_model).__name__} has no vocabulary (its config has no vocab_size), so no word embeddings "
+            "that a prompt could stand beside. Prompt tuning needs a transformers model with word embeddings."
+        )
+    config.token_dim = config.token_dim or 0
+    for name, name_there in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        value = getattr(config, name) or getattr(sizes, name_there, None)
+        setattr(config, name, value if isinstance(value, int) else 1)

@@ -170,6 +170,8 @@ class SharedPrefixMixin(PeftModel):
         unknown = sorted(set(names) - {*known, BASE})
         if unknown:
             raise ValueError(f"adapter_names has {unknown}; the model's adapters are {known}, or {BASE!r} for none.")
+        if set(names) != {self.active_adapter}:
+            self._check_in_training(names)
         used = list(dict.fromkeys(names))
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
