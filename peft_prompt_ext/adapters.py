@@ -10,6 +10,8 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from ._label_smoothing import smooth_labels_of_prompts
+
 
 _IN_WEIGHTS = "a prompt changes no weights, so there are none to {}. model.get_base_model() is the model without it."
 _NOT_OF_PROMPTS = {
@@ -111,6 +113,8 @@ class AdaptersMixin(PeftModel):
 
     def get_base_model(self) -> Any:
         """The base model, also where no adapter is left."""
+        if not torch.compiler.is_compiling():
+            smooth_labels_of_prompts()  # a Trainer asks for the base model when it is built
         return self.base_model
 
     def __getattr__(self, name: str) -> Any:

@@ -19,6 +19,7 @@ from peft import PeftModel
 from . import _record
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
+from .devices import bring_back
 from .encoder import fill_sizes
 from .frozen_backbone import dequantize_modules, keep_differentiable
 from .pad_side import BEHIND, IN_FRONT
@@ -42,7 +43,9 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
 
     def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
         keep_differentiable(model)
-        dequantize_modules(model, [*self._heads, *(peft_config.modules_to_save or [])])
+        heads = [*self._heads, *(peft_config.modules_to_save or [])]
+        dequantize_modules(model, heads)
+        bring_back(model, heads)
         super().__init__(model, peft_config, *args, **kwargs)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:

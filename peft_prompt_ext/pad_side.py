@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from .devices import device_of
+
 
 logger = logging.getLogger(__name__)
 
@@ -34,9 +36,7 @@ def find_pad_side(model: Any) -> str:
     """
     base_model, words = model.get_base_model(), model.word_embeddings
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(words.num_embeddings, (1, REAL + PADS), generator=generator)
-    weight = next(words.parameters())
-    ids = ids.to("cpu" if weight.is_meta else weight.device)  # an offloaded module moves its input
+    ids = torch.randint(words.num_embeddings, (1, REAL + PADS), generator=generator).to(device_of(words))
     mask = (torch.arange(REAL + PADS, device=ids.device) < REAL).long()[None]
     training, errors = [module for module in base_model.modules() if module.training], {}
     base_model.eval()

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 
+from .devices import device_of
 from .pad_side import BEHIND, find_pad_side
 from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
 from .tokens import OF_VIRTUAL_TOKENS, check_mask, column_behind, positions_behind, put_back, widen
@@ -95,6 +96,14 @@ class PeftPathMixin(PeftModel):
                     f"attention_mask has pads, and {type(self.get_base_model()).__name__} takes no mask: its tokens "
                     "see every pad. Make batches of texts of one length, or leave the mask out and have pads read."
                 )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the base model computes; what is new beside an offloaded one goes there."""
+        base_model: Any = self.base_model
+        device: torch.device = base_model.device
+        words = getattr(self, "word_embeddings", None)
+        return device if device.type != "meta" or words is None else device_of(words)
 
     def _takes(self, name: str) -> bool:
         """Whether the base model reads an argument; one that names none (a wrapper's `*args, **kwargs`) reads all."""

@@ -58,8 +58,8 @@ def fingerprint(base_model: Any, prompt: torch.Tensor) -> Any:
     What writes through raw pointers or `.data` (some optimizers, merging of adapters) changes weights unseen by it:
     states are to be dropped where training or evaluation begins.
     """
-    if _is_sharded(base_model):
-        return None
+    if _is_sharded(base_model) or any(parameter.is_meta for parameter in base_model.parameters()):
+        return None  # offloaded weights are copied anew for each pass
     try:
         weights = tuple((parameter.data_ptr(), parameter._version) for parameter in base_model.parameters())
     except RuntimeError:  # made in inference mode

@@ -15,7 +15,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
-from .._label_smoothing import smooth_labels_of_prompts
+from ..devices import device_of
 from ..tokens import check_mask
 from .status import EngineStatus
 
@@ -76,8 +76,6 @@ class SharedPrefixMixin(PeftModel):
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is not None and kwargs.get("past_key_values") is None:
             check_mask(attention_mask, *inputs.shape[:2])
-        if labels is None and not torch.compiler.is_compiling():
-            smooth_labels_of_prompts()
         extras = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -150,7 +148,7 @@ class SharedPrefixMixin(PeftModel):
         if last and self._status is not None:
             return self._status
         words: Any = self.word_embeddings
-        now = precision(words.weight)
+        now = precision(words.weight.new_empty(0, device=device_of(words)))
         proved = self._proved = self._proved or {}
         if now not in proved:
             probe = getattr(config, "shared_prefix_probe", True)

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ..devices import device_of
 from .cache import precision, prompt_state
 from .choice import AttentionCall, candidates, choose
 from .interface import NotPackable, attach, detach
@@ -43,7 +44,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
     Raises:
         ValueError: An attention is asked for that does not exist.
     """
-    names = candidates(word_embeddings.weight.device)
+    names = candidates(device_of(word_embeddings))
     try:
         refuse_early(base_model)
         attach(base_model)
@@ -78,7 +79,7 @@ def refuse_early(base_model: Any) -> None:
 def _probe(
     base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, attentions: tuple[str, ...]
 ) -> EngineStatus:
-    device = word_embeddings.weight.device
+    device = device_of(word_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(word_embeddings.num_embeddings, (PROMPT_LENGTH + sum(ROW_LENGTHS),), generator=generator).to(
         device
