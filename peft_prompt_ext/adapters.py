@@ -66,14 +66,15 @@ class AdaptersMixin(PeftModel):
 
     def _check_in_training(self, names: Sequence[str]) -> None:
         """Raise ValueError if a training batch names an adapter that is to be trained and would get no gradient."""
-        if not self.training or not torch.is_grad_enabled():
+        if not self.training or not torch.is_grad_enabled() or set(names) == {self.active_adapter}:
             return
-        for name in set(names) & set(self.peft_config):
+        named = sorted(set(names) & set(self.peft_config))
+        for name in named:
             in_training = any(parameter.requires_grad for parameter in self.prompt_encoder[name].parameters())
             if not in_training and not self.peft_config[name].inference_mode:
                 raise ValueError(
                     f"A training batch names the adapter {name!r}, which is not in training: only the active one is "
-                    f"({self.active_adapter!r}). Call model.set_requires_grad({sorted(set(names))}) before the "
+                    f"({self.active_adapter!r}). Call model.set_requires_grad({named}) before the "
                     "optimizer is made."
                 )
 

@@ -128,8 +128,9 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     pad_side = BEHIND
+    _predicts_next: ClassVar[bool] = True
     _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}
-    _token_inputs: ClassVar = {**OF_VIRTUAL_TOKENS, "labels": IGNORE_INDEX, "shift_labels": IGNORE_INDEX}
+    _token_inputs: ClassVar[Mapping[str, int]] = {**OF_VIRTUAL_TOKENS, "labels": IGNORE_INDEX}
     _row_inputs: ClassVar[set[str]] = set()
 
     @staticmethod
@@ -142,24 +143,45 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         train_logits = getattr(self.active_peft_config, "train_logits", "all")  # a stock config has no such field
         return {"supervised": self.training and train_logits == "supervised"}
 
+    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class; `shift_labels` are what each text token predicts, or each of the columns kept."""
+        text, targets = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("shift_labels")
+        if targets is not None and text is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
+            prompt = self.active_peft_config.num_virtual_tokens
+            kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
+        return super().forward(input_ids, *args, **kwargs)
+
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
         if inputs.get("past_key_values") is not None:
             return peft.PeftModelForCausalLM.forward(self, **inputs)
-        mask, keep = inputs.get("attention_mask"), inputs.get("logits_to_keep", 0)
+        mask, labels, targets = (inputs.get(name) for name in ("attention_mask", "labels", "shift_labels"))
         if not is_padded(mask):
             return super()._prompted_forward(inputs)
-        for name in ("labels", "shift_labels"):
-            if name in inputs and inputs[name].shape == mask.shape:
-                inputs[name] = inputs[name].masked_fill(mask == 0, IGNORE_INDEX)
-        if pads_behind(mask) or (not isinstance(keep, torch.Tensor) and keep == 0):
+        if labels is not None and labels.shape == mask.shape:
+            inputs["labels"] = labels.masked_fill(mask == 0, IGNORE_INDEX)
+        if pads_behind(mask) or not _keeps_some(inputs):
             return super()._prompted_forward(inputs)
         # columns are named as the caller has them: all of them come back, then those
-        return_dict, _ = inputs.pop("return_dict", None), inputs.pop("logits_to_keep")
+        return_dict, keep = inputs.pop("return_dict", None), inputs.pop("logits_to_keep")
         columns = keep if isinstance(keep, torch.Tensor) else slice(-keep, None)
+        if targets is not None:
+            width = self.active_peft_config.num_virtual_tokens + mask.shape[1]
+            inputs["shift_labels"] = targets.new_full((len(mask), width), IGNORE_INDEX)
+            inputs["shift_labels"][:, columns] = targets
         output = super()._prompted_forward({**inputs, "return_dict": True})
         if "logits" in output:
             output["logits"] = output["logits"][:, columns]
         return output if self._wants_dict(return_dict) else output.to_tuple()
+
+    def _behind_prompt(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
+        targets = inputs.pop("shift_labels", None)
+        tokens, others = super()._behind_prompt(inputs)
+        if targets is not None and _keeps_some(others):
+            others["shift_labels"] = targets
+        elif targets is not None:
+            mask = tokens.get("attention_mask")
+            tokens["shift_labels"] = targets if mask is None else targets.masked_fill(mask == 0, IGNORE_INDEX)
+        return tokens, others
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; what would give wrong tokens is refused before the first one.
@@ -198,6 +220,12 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         return inputs
 
 
+def _keeps_some(inputs: Mapping[str, Any]) -> bool:
+    """Whether logits of some columns alone are asked for."""
+    keep = inputs.get("logits_to_keep")
+    return isinstance(keep, torch.Tensor) or bool(keep)
+
+
 class PeftModelForSequenceClassification(
     SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForSequenceClassification
 ):
@@ -226,6 +254,11 @@ class PeftModelForSequenceClassification(
     def _mask_of_text(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Mask [B, T] without the pads behind each text, where the base model looks for them; None: no pads."""
         pad = self.config.get_text_config().pad_token_id
+        if pad is None and len(input_ids) > 1 and hasattr(self.get_base_model(), "score"):
+            raise ValueError(
+                f"{len(input_ids)} texts came without attention_mask, and the base model's config has no "
+                "pad_token_id: nobody knows where a text ends. Give attention_mask, or set model.config.pad_token_id."
+            )
         if pad is None or not bool((input_ids[:, -1] == pad).any()) or self._find_pad_side() == BEHIND:
             return None
         return (input_ids != pad).long().flip(1).cummax(1).values.flip(1)

@@ -28,6 +28,7 @@ class PeftPathMixin(PeftModel):
     _row_inputs: ClassVar[set[str]] = {"labels"}  # not of each token, whatever their shape
     _row_outputs: ClassVar[set[str]] = {"pooler_output"}
     _column_inputs: ClassVar[tuple[str, ...]] = ()  # each names a column of the text
+    _predicts_next: ClassVar[bool] = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task.
@@ -57,7 +58,7 @@ class PeftPathMixin(PeftModel):
             if bool((tokens["attention_mask"][:, 0] == 0).any()):
                 tokens["position_ids"] = count_real(tokens["attention_mask"])
         output = self._base_forward({**others, **tokens}, return_dict=True)
-        put_back(output, filter(self._is_of_tokens, output), order)
+        put_back(output, filter(self._is_of_tokens, output), order, self._predicts_next)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _base_forward(self, inputs: dict[str, Any], **options: Any) -> Any:
@@ -153,7 +154,8 @@ def max_positions(base_model: Any) -> int | None:
     """How many tokens the base model has positions for; None if its positions are relative and without end."""
     config = base_model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
-    if limit is not None and limit <= 0:  # XLNet's way to say that there is none
+    # XLNet says so that there is none, and DeBERTa v3
+    if (limit is not None and limit <= 0) or getattr(config, "position_biased_input", True) is False:
         return None
     for name, module in base_model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:

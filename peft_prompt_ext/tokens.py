@@ -116,25 +116,26 @@ def column_behind(column: torch.Tensor, prompt: int, order: torch.Tensor | None)
     return moved.view_as(column).where(inside, column)
 
 
-def put_back(output: Any, names: Iterable[str], order: torch.Tensor) -> None:
+def put_back(output: Any, names: Iterable[str], order: torch.Tensor, predicts_next: bool = False) -> None:
     """Give an output's fields the columns in the order that the caller has.
 
-    What belongs to tokens is told by its shape: [B, W, ...], attention weights [B, heads, W, W] or [B, heads, D, W],
-    [B*W, ...], and [B, W-1, ...], which is what each column predicts of the next one.
+    What belongs to tokens is told by its shape: [B, W, ...], [B*W, ...], attention weights [B, heads, W, W] or
+    [B, heads, D, W], and from a causal model [B, W-1, ...], which is what each column predicts of the next one.
 
     Args:
         output: A mapping whose fields are tensors or tuples of them; changed in place.
         names: Its fields that may belong to the columns.
         order: Which column of the caller's stands in each column that the base model saw, [B, W].
+        predicts_next: Whether the base model is causal.
     """
     back = order.argsort(1)
     for name in list(names):
-        output[name] = _put_back(output[name], back, "cross" in name)
+        output[name] = _put_back(output[name], back, "cross" in name, predicts_next)
 
 
-def _put_back(value: Any, back: torch.Tensor, cross: bool) -> Any:
+def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) -> Any:
     if isinstance(value, (tuple, list)):
-        return tuple(_put_back(x, back, cross) for x in value)
+        return tuple(_put_back(x, back, cross, predicts_next) for x in value)
     if not isinstance(value, torch.Tensor) or value.dim() < 1:
         return value
     back, (rows, columns), shape = back.to(value.device), back.shape, tuple(value.shape)
@@ -144,7 +145,7 @@ def _put_back(value: Any, back: torch.Tensor, cross: bool) -> Any:
         return reorder(value.transpose(1, 3), back).transpose(1, 3)
     if shape[:2] == (rows, columns):
         return reorder(value, back)
-    if shape[:2] == (rows, columns - 1):
+    if predicts_next and shape[:2] == (rows, columns - 1):
         return reorder(value, back[:, 1:] - 1)
     if shape[0] == rows * columns:
         return reorder(value.unflatten(0, (rows, columns)), back).flatten(0, 1)

@@ -95,6 +95,7 @@ class SharedPrefixMixin(PeftModel):
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
                 if labels is not None:
+                    self._check_in_training(names)
                     options["labels"] = labels
                 if adapter_names is not None:
                     options |= self._mixed_options(names)
@@ -168,8 +169,6 @@ class SharedPrefixMixin(PeftModel):
         unknown = sorted(set(names) - {*known, BASE})
         if unknown:
             raise ValueError(f"adapter_names has {unknown}; the model's adapters are {known}, or {BASE!r} for none.")
-        if set(names) != {self.active_adapter}:
-            self._check_in_training(names)
         used = list(dict.fromkeys(names))
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
