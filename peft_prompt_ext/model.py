@@ -1,4 +1,4 @@
-"""PEFT's model classes with what a PromptTuningExtConfig adds: length check, targets, the record, loading to train.
+"""PEFT's model classes with what a PromptTuningExtConfig adds: targets, generation, the record, loading to train.
 
 The classes keep PEFT's names, because AutoPeftModel compares names; with any other config they build PEFT's own class.
 
@@ -192,6 +192,7 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is not None and not self._adapters_disabled:
             self._check_length(inputs.shape[1])
+            check_mask(kwargs.get("attention_mask"), *inputs.shape)
             self._check_chunks(kwargs)
         return super().generate(*args, **kwargs)
 

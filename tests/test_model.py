@@ -423,8 +423,9 @@ def test_a_mask_of_another_width_is_refused_on_every_path(build_model, architect
                 model(**{**make_batch(task_type), "attention_mask": torch.ones(shape)})
 
 
-def test_generate_of_an_encoder_decoder_refuses_a_mask_of_another_width(build_model):
-    model, batch = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM"), make_batch("SEQ_2_SEQ_LM")
+@pytest.mark.parametrize(("architecture", "task_type"), [("t5", "SEQ_2_SEQ_LM"), ("llama", "CAUSAL_LM")])
+def test_generate_refuses_a_mask_of_another_width(build_model, architecture, task_type):
+    model, batch = prompted(build_model(architecture, task_type), task_type), make_batch(task_type)
 
     with pytest.raises(ValueError, match=r"attention_mask is \[3, 8\]"):
         model.generate(input_ids=batch["input_ids"], attention_mask=torch.ones(ROWS, TEXT + 1))

@@ -8,7 +8,6 @@ Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, H hidde
 from __future__ import annotations
 
 from collections.abc import Sequence
-from inspect import signature
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -50,7 +49,7 @@ class SharedPrefixMixin(PeftModel):
 
     def _inputs_of_tokens(self) -> set[str]:
         """Further inputs that the base model reads for each token."""
-        return {"token_type_ids"} & set(signature(self.get_base_model().forward).parameters)
+        return {name for name in ("token_type_ids",) if self._takes(name)}
 
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of `_packed_forward` that the config decides."""
