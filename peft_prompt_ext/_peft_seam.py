@@ -9,12 +9,14 @@ the saved adapter, is the plugin's.
 from __future__ import annotations
 
 import sys
+from contextlib import nullcontext
 from typing import Any
 
 from peft import MODEL_TYPE_TO_PEFT_MODEL_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING, PeftConfig, PeftModel, PeftType
 
 from . import model as models
 from .config import PromptTuningExtConfig
+from .devices import left_dispatched
 from .encoder import PromptEmbedding
 
 
@@ -63,7 +65,8 @@ def _from_pretrained(
         config = _saved_by_plugin(str(model_id), kwargs)
     further = is_trainable and _is_prompt_tuning(config, str(model_id), kwargs)
     was_training = getattr(model, "training", False)
-    loaded = load(model, model_id, adapter_name, is_trainable and not further, config, *args, **kwargs)
+    with left_dispatched(model) if isinstance(config, PromptTuningExtConfig) else nullcontext():
+        loaded = load(model, model_id, adapter_name, is_trainable and not further, config, *args, **kwargs)
     if further:
         loaded.train(was_training)
         models.make_trainable(loaded, adapter_name)

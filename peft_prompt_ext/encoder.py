@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import peft
 import torch
 
@@ -18,8 +20,8 @@ class PromptEmbedding(peft.PromptEmbedding):
         word_embeddings (`torch.nn.Module`): The word embeddings of the base transformer model.
 
     Raises:
-        ValueError: The scheme cannot work with this model or tokenizer, or returned something else than finite
-            numbers of shape [P, H].
+        ValueError: There are no word embeddings, or `token_dim` is not their width; the scheme cannot work with this
+            model or tokenizer, or returned something else than finite numbers of shape [P, H].
 
     Input Shape: (`batch_size`, `total_virtual_tokens`)
 
@@ -30,6 +32,12 @@ class PromptEmbedding(peft.PromptEmbedding):
         if not isinstance(config, PromptTuningExtConfig):
             super().__init__(config, word_embeddings)
             return
+        if word_embeddings is None:
+            raise ValueError(
+                "PEFT found no word embeddings in the base model: none of its parameters has config.vocab_size rows. "
+                "Prompt tuning needs a transformers model with word embeddings."
+            )
+        config.token_dim = token_dim(config, word_embeddings)
         # PEFT's __init__ would draw N(0, 1) from the global random state, then run its own schemes
         super(peft.PromptEmbedding, self).__init__()
         if config.inference_mode:
@@ -41,7 +49,28 @@ class PromptEmbedding(peft.PromptEmbedding):
         )
 
 
-def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module | None) -> torch.Tensor:
+def token_dim(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> int:
+    """Width H of the word embeddings, which some models (ALBERT, ELECTRA) have narrower than their hidden states.
+
+    Raises:
+        ValueError: See [`PromptEmbedding`].
+    """
+    if getattr(word_embeddings, "num_embeddings", None) is None:
+        raise ValueError(
+            f"The base model's word embeddings are a {type(word_embeddings).__name__}, not like a torch.nn.Embedding: "
+            "nobody knows what they give for a word, so no prompt can stand beside it."
+        )
+    width = getattr(word_embeddings, "embedding_dim", None)  # a sharded weight has no shape
+    width = int(word_embeddings.weight.shape[-1] if width is None else width)  # type: ignore[index]
+    if config.token_dim and config.token_dim != width:
+        raise ValueError(
+            f"token_dim is {config.token_dim}, the base model's word embeddings are {width} wide, and a virtual token "
+            "is as wide as they are. Leave token_dim out; a saved prompt of another width is of another base model."
+        )
+    return width
+
+
+def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> torch.Tensor:
     """Run the config's scheme, check what comes out, and keep the record of what was chosen in the config.
 
     Returns:
@@ -50,11 +79,6 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
     Raises:
         ValueError: See [`PromptEmbedding`].
     """
-    if word_embeddings is None:
-        raise ValueError(
-            "PEFT found no word embeddings in the base model: none of its parameters has config.vocab_size rows. "
-            "Prompt tuning needs a transformers model with word embeddings."
-        )
     generator = torch.Generator().manual_seed(config.prompt_tuning_init_seed)
     ctx = InitContext(config=config, word_embeddings=word_embeddings, generator=generator)
     prompt = get_scheme(config.prompt_tuning_init).function(ctx, **(config.prompt_tuning_init_kwargs or {}))
@@ -62,10 +86,29 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
     if tuple(prompt.shape) != wanted:
         raise ValueError(
             f"prompt_tuning_init={config.prompt_tuning_init!r} gave a prompt of shape {tuple(prompt.shape)}, "
-            f"the model needs [P, H] = {wanted}. If the scheme is right, the model's word embeddings are not as wide "
-            "as its hidden states, and prompt tuning cannot work on it."
+            f"the model needs [P, H] = {wanted}: one vector for each virtual token, as wide as a word's."
         )
     if not torch.isfinite(prompt).all():
         raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} gave NaN or infinite numbers.")
     config.init_record = ctx.record
     return prompt.detach().to(device="cpu", dtype=torch.float32).clone()
+
+
+def fill_sizes(config: PromptTuningExtConfig, base_model: Any) -> None:
+    """Fill in the sizes that PEFT asks for where the base model's config has names for them that PEFT does not know.
+
+    A prompt needs none but its width, which comes from the word embeddings.
+
+    Raises:
+        ValueError: The base model has no vocabulary.
+    """
+    sizes = base_model.config.get_text_config()
+    if getattr(sizes, "vocab_size", None) is None:
+        raise ValueError(
+            f"{type(base_model).__name__} has no vocabulary (its config has no vocab_size), so no word embeddings "
+            "that a prompt could stand beside. Prompt tuning needs a transformers model with word embeddings."
+        )
+    config.token_dim = config.token_dim or 0
+    for name, name_there in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
+        value = getattr(config, name) or getattr(sizes, name_there, None)
+        setattr(config, name, value if isinstance(value, int) else 1)

@@ -5,7 +5,14 @@ Shapes: B rows, T columns.
 
 from __future__ import annotations
 
+from typing import Any, TypeGuard
+
 import torch
+
+
+def is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
+    """Whether it is a mask [B, T] that has pads."""
+    return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
 
 
 def pads_behind(attention_mask: torch.Tensor) -> bool:
@@ -29,3 +36,8 @@ def reorder(x: torch.Tensor, order: torch.Tensor, first_column: int = 0) -> torc
     head, body = x[:, :first_column], x[:, first_column:]
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
     return torch.cat([head, body.gather(1, index)], dim=1)
+
+
+def count_real(attention_mask: torch.Tensor) -> torch.Tensor:
+    """Number of each real token in its row, [B, T]; pads have 0."""
+    return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -6,7 +6,7 @@ from peft import LoraConfig, get_peft_model
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_prompt_ext._label_smoothing import smooth_labels_of_prompts
-from tests.helpers import VIRTUAL, dataset, losses_of, make_trainer, one_thread, prompted  # noqa: F401
+from tests.helpers import VIRTUAL, dataset, losses_of, make_batch, make_trainer, one_thread, prompted  # noqa: F401
 
 
 def right_padded():
@@ -72,3 +72,57 @@ def test_a_loss_of_ones_own_gets_pefts_logits(build_model, tmp_path):
     trainer.train()
 
     assert seen == [((4, VIRTUAL + 7, 331), (4, 7))]
+
+
+def smoothed_by_torch(logits, labels):
+    losses = torch.nn.functional.cross_entropy(
+        logits.flatten(0, -2), labels.flatten(), label_smoothing=0.3, reduction="sum"
+    )
+    return losses / (labels != -100).sum()
+
+
+@pytest.mark.parametrize(
+    ("architecture", "task_type"),
+    [
+        *(("t5", "SEQ_2_SEQ_LM"), ("gpt2", "CAUSAL_LM"), ("gpt_neox", "CAUSAL_LM"), ("bloom", "CAUSAL_LM")),
+        *(("bert", "TOKEN_CLS"), ("bert", "SEQ_CLS"), ("gpt2", "SEQ_CLS"), ("llama", "SEQ_CLS")),
+    ],
+)
+def test_it_is_right_whatever_the_base_model_calls_its_backbone(build_model, tmp_path, architecture, task_type):
+    model = prompted(build_model(architecture, task_type), task_type).eval()
+    trainer = make_trainer(model, task_type, tmp_path, label_smoothing_factor=0.3, max_steps=1)
+    batch = make_batch(task_type)
+    decoder = {"decoder_input_ids": batch["labels"]} if task_type == "SEQ_2_SEQ_LM" else {}
+    logits = model(**{k: v for k, v in batch.items() if k != "labels"}, **decoder).logits
+    if task_type == "CAUSAL_LM":
+        logits = logits[:, VIRTUAL - 1 : -1]
+
+    loss, output = trainer.compute_loss(model, {**batch, **decoder}, return_outputs=True)
+
+    torch.testing.assert_close(loss, smoothed_by_torch(logits, batch["labels"]), rtol=1e-5, atol=0)
+    assert output.logits.shape[0] == len(batch["labels"]) and trainer.compute_loss_func is None
+    if task_type != "SEQ_2_SEQ_LM":  # a collator makes decoder_input_ids there
+        trainer.train()
+
+
+def test_the_base_model_alone_has_its_labels_shifted(build_model, tmp_path):
+    model, batch = prompted(build_model("llama"), "CAUSAL_LM"), make_batch("CAUSAL_LM")
+    trainer = make_trainer(model, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3)
+
+    with model.disable_adapter():
+        loss = trainer.compute_loss(model, dict(batch))
+
+    logits = build_model("llama")(input_ids=batch["input_ids"]).logits
+    torch.testing.assert_close(loss, smoothed_by_torch(logits[:, :-1], batch["labels"][:, 1:]))
+
+
+def test_an_encoder_decoder_is_trained_with_a_collators_decoder_inputs(build_model, tmp_path, tokenizer):
+    from transformers import DataCollatorForSeq2Seq
+
+    model = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM")
+    trainer = make_trainer(model, "SEQ_2_SEQ_LM", tmp_path, label_smoothing_factor=0.3, max_steps=2)
+    trainer.data_collator = DataCollatorForSeq2Seq(tokenizer, model=model)
+
+    trainer.train()
+
+    assert all(loss > 0 for loss in losses_of(trainer))

@@ -4,7 +4,8 @@ import peft
 import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, LoraConfig, PromptTuningConfig, get_peft_model
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForTokenClassification
+from transformers.utils import ModelOutput
 
 from tests.helpers import (
     ROWS,
@@ -369,3 +370,226 @@ def test_a_lora_folder_is_not_taken_for_a_prompt(build_model, tmp_path):
         model.load_adapter(tmp_path, "other")
 
     assert list(model.peft_config) == ["default"]
+
+
+# --- arguments and outputs of each token
+
+
+def types_and_pads(task_type):
+    """A batch with token types, pads in front, behind and inside."""
+    batch = make_batch(task_type)
+    batch["token_type_ids"] = batch["input_ids"] % 2
+    batch["attention_mask"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 0, 0, 1, 0]])
+    return batch
+
+
+@pytest.mark.parametrize("task_type", ["SEQ_CLS", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"])
+def test_token_types_are_the_texts_and_the_prompts_are_0(build_model, task_type):
+    model, batch = prompted(build_model("bert", task_type), task_type).eval(), types_and_pads(task_type)
+    asked = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids")}
+
+    together = model(**asked)[0]
+
+    embed = model.get_base_model().get_input_embeddings()
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        text = embed(batch["input_ids"][row, real])[None]
+        types = torch.nn.functional.pad(batch["token_type_ids"][row, real][None], (VIRTUAL, 0))
+        whole = torch.cat([prompt_of(model)[None], text], 1)
+        wanted = model.get_base_model()(inputs_embeds=whole, token_type_ids=types)[0][0]
+        got = together[row]
+        if task_type == "FEATURE_EXTRACTION":
+            got = torch.cat([got[:VIRTUAL], got[VIRTUAL:][real]])
+        elif task_type != "SEQ_CLS":
+            got, wanted = got[real], wanted[VIRTUAL:]
+        torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+    assert not torch.allclose(together, model(**{**asked, "token_type_ids": None})[0])
+
+
+def test_token_types_of_a_base_model_that_has_none_are_left_out_with_a_warning(build_model):
+    model, batch = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM"), make_batch("SEQ_2_SEQ_LM")
+
+    with pytest.warns(UserWarning, match="no token types"):
+        loss = model(**batch, token_type_ids=torch.zeros_like(batch["input_ids"])).loss
+
+    assert torch.equal(loss, model(**batch).loss)
+
+
+@cases
+def test_a_mask_of_another_width_is_refused_on_every_path(build_model, architecture, task_type):
+    for shared_prefix in (True, False):
+        model = prompted(build_model(architecture, task_type), task_type, shared_prefix=shared_prefix)
+        for shape in ((ROWS, TEXT + 1), (ROWS, VIRTUAL + TEXT), (ROWS, 1, TEXT, TEXT)):
+            with pytest.raises(ValueError, match=r"attention_mask is .*\[3, 7\]"):
+                model(**{**make_batch(task_type), "attention_mask": torch.ones(shape)})
+
+
+@pytest.mark.parametrize(("architecture", "task_type"), [("t5", "SEQ_2_SEQ_LM"), ("llama", "CAUSAL_LM")])
+def test_generate_refuses_a_mask_of_another_width(build_model, architecture, task_type):
+    model, batch = prompted(build_model(architecture, task_type), task_type), make_batch(task_type)
+
+    with pytest.raises(ValueError, match=r"attention_mask is \[3, 8\]"):
+        model.generate(input_ids=batch["input_ids"], attention_mask=torch.ones(ROWS, TEXT + 1))
+
+
+@cases
+def test_an_argument_that_nobody_knows_is_refused_if_it_is_as_long_as_the_text(build_model, architecture, task_type):
+    model, batch = prompted(build_model(architecture, task_type), task_type), make_batch(task_type)
+
+    with pytest.raises(ValueError, match=r"loss_weights is \[3, 7\], as long as the text"):
+        model(**batch, loss_weights=torch.ones(ROWS, TEXT))
+
+
+def test_labels_of_a_row_may_be_as_many_as_the_columns(build_model):
+    """By its shape alone [B, C] would be taken for something of each token."""
+    labels = TEXT
+    base = build_model("bert", "SEQ_CLS", num_labels=labels, problem_type="multi_label_classification")
+    wide = build_model("bert", "SEQ_CLS", num_labels=VIRTUAL + TEXT)
+    batch = types_and_pads("SEQ_CLS")
+
+    assert torch.isfinite(prompted(base, "SEQ_CLS")(**{**batch, "labels": torch.ones(ROWS, labels)}).loss)
+    model = prompted(wide, "SEQ_CLS").eval()
+    alone = {name: batch[name][:1, 3:] for name in ("input_ids", "attention_mask", "token_type_ids")}
+    torch.testing.assert_close(model(**batch).logits[0], model(**alone).logits[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(("architecture", "task_type"), [("bert", "TOKEN_CLS"), ("roberta", "SEQ_CLS")])
+def test_positions_that_say_what_the_model_does_change_nothing(build_model, architecture, task_type):
+    model, batch = prompted(build_model(architecture, task_type), task_type).eval(), make_batch(task_type)
+    first = 2 if architecture == "roberta" else 0
+    positions = first + torch.arange(TEXT)[None]
+
+    assert torch.equal(model(**batch, position_ids=positions).loss, model(**batch).loss)
+
+
+def test_positions_that_begin_elsewhere_are_the_texts_with_the_prompt_in_front(build_model):
+    model, batch = prompted(build_model("bert", "TOKEN_CLS"), "TOKEN_CLS").eval(), make_batch("TOKEN_CLS")
+    whole = torch.cat([prompt_of(model).expand(ROWS, -1, -1), model.word_embeddings(batch["input_ids"])], 1)
+    positions = (11 + torch.arange(VIRTUAL + TEXT)).expand(ROWS, -1)
+    wanted = model.get_base_model()(inputs_embeds=whole, position_ids=positions).logits[:, VIRTUAL:]
+
+    got = model(**batch, position_ids=(11 + torch.arange(TEXT)).expand(ROWS, -1)).logits
+
+    torch.testing.assert_close(got, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("task_type", ["TOKEN_CLS", "QUESTION_ANS", "SEQ_CLS", "FEATURE_EXTRACTION"])
+def test_several_texts_in_a_row_are_refused(build_model, task_type):
+    model, batch = prompted(build_model("bert", task_type), task_type), make_batch(task_type)
+
+    with pytest.raises(ValueError, match=r"position_ids .* one by one"):
+        model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
+
+
+def test_what_an_encoder_has_read_already_is_refused(build_model):
+    model, batch = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM"), make_batch("SEQ_2_SEQ_LM")
+    read = model.get_base_model().encoder(batch["input_ids"])
+
+    with pytest.raises(ValueError, match="encoder_outputs"):
+        model(**batch, encoder_outputs=read)
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "TOKEN_CLS", "SEQ_CLS"])
+def test_a_call_without_a_text_is_refused(build_model, task_type):
+    model = prompted(build_model("llama" if task_type != "TOKEN_CLS" else "bert", task_type), task_type)
+
+    with pytest.raises(ValueError, match="neither input_ids nor inputs_embeds"):
+        model(attention_mask=torch.ones(ROWS, TEXT))
+
+
+@pytest.mark.parametrize("task_type", ["CAUSAL_LM", "SEQ_CLS", "TOKEN_CLS"])
+def test_a_mask_given_by_position_is_one_given_by_name(build_model, task_type):
+    architecture = "bert" if task_type == "TOKEN_CLS" else "llama"
+    model, batch = (
+        prompted(build_model(architecture, task_type), task_type, shared_prefix=False),
+        types_and_pads(task_type),
+    )
+    inputs = batch["input_ids"], batch["attention_mask"]
+
+    assert torch.equal(model(*inputs).logits, model(input_ids=inputs[0], attention_mask=inputs[1]).logits)
+
+
+@pytest.mark.parametrize("name", ["log_probs", "anything"])
+@pytest.mark.parametrize("layers", [False, True])
+def test_an_output_without_logits_comes_back_in_the_callers_order(build_model, name, layers):
+    base = build_model("llama")
+
+    def forward(inputs_embeds, attention_mask, labels, fused, return_dict=True, use_cache=None):
+        states = base.model(inputs_embeds=inputs_embeds, attention_mask=attention_mask).last_hidden_state
+        scores = base.lm_head(states[:, :-1]).log_softmax(-1)
+        each = scores.gather(-1, labels[:, 1:, None].clamp(min=0))[..., 0].masked_fill(labels[:, 1:] == -100, 0)
+        return ModelOutput({name: (each, states) if layers else each, "loss": -each.sum()})
+
+    base.forward = forward
+    model, batch = prompted(base, "CAUSAL_LM"), types_and_pads("CAUSAL_LM")
+    inputs = {key: batch[key] for key in ("input_ids", "attention_mask", "labels")}
+
+    together = model(**inputs, fused=True)
+
+    total = 0.0
+    for row, real in enumerate(batch["attention_mask"].bool()):
+        alone = model(**{key: value[row, real][None] for key, value in inputs.items()}, fused=True)
+        total += alone.loss
+        got, wanted = (output[name][0] if layers else output[name] for output in (together, alone))
+        torch.testing.assert_close(got[row, VIRTUAL - 1 :][real], wanted[0, VIRTUAL - 1 :], rtol=1e-4, atol=1e-5)
+        if layers:
+            states, states_alone = together[name][1][row], alone[name][1][0]
+            torch.testing.assert_close(states[VIRTUAL:][real], states_alone[VIRTUAL:], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(together.loss, total, rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_labels_shifted_already_are_what_each_token_predicts(build_model, shared_prefix, side):
+    model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix).eval()
+    ids = make_batch("CAUSAL_LM")["input_ids"]
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 1, 1, 1, 1]])
+    mask = mask if side == "left" else mask.flip(1)
+    labels = ids.masked_fill(mask == 0, -100)
+    shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
+    first = mask.cumsum(1) == 1  # nobody predicts it: the prompt's last column has no such label
+    wanted = model(input_ids=ids, attention_mask=mask, labels=labels.masked_fill(first & (mask == 1), -100)).loss
+
+    got = model(input_ids=ids, attention_mask=mask, labels=labels, shift_labels=shifted).loss
+
+    torch.testing.assert_close(got, wanted)
+
+
+# --- a decoder's classifier without a mask
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_a_decoder_finds_the_last_token_by_the_pad_token(build_model, architecture, shared_prefix):
+    model = prompted(build_model(architecture, "SEQ_CLS"), "SEQ_CLS", shared_prefix=shared_prefix).eval()
+    ids = make_batch("SEQ_CLS")["input_ids"]
+    ids[0, 4:] = ids[1, 6:] = ids[2, 2] = 2  # the third is text: no pad stands before a token
+
+    together = model(input_ids=ids).logits
+
+    for row, length in enumerate((4, 6, 7)):
+        torch.testing.assert_close(together[row], model(input_ids=ids[row : row + 1, :length]).logits[0])
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_without_a_pad_token_and_a_mask_several_texts_are_refused(build_model, shared_prefix):
+    base = build_model("llama", "SEQ_CLS", pad_token_id=None)
+    model, ids = prompted(base, "SEQ_CLS", shared_prefix=shared_prefix).eval(), make_batch("SEQ_CLS")["input_ids"]
+
+    with pytest.raises(ValueError, match=r"without attention_mask.*no pad_token_id"):
+        model(input_ids=ids)
+
+    one = model(input_ids=ids[:1]).logits
+    torch.testing.assert_close(one, model(input_ids=ids[:1], attention_mask=torch.ones(1, TEXT)).logits)
+    if shared_prefix:
+        torch.testing.assert_close(model(input_ids=ids, attention_mask=torch.ones(ROWS, TEXT)).logits[:1], one)
+
+
+@pytest.mark.parametrize(("architecture", "changes"), [("deberta-v2", {"position_biased_input": False})])
+def test_models_whose_config_has_no_absolute_positions_take_long_texts(architecture, changes):
+    sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 41}
+    config = AutoConfig.for_model(
+        architecture, vocab_size=331, max_position_embeddings=POSITIONS, relative_attention=True, **sizes, **changes
+    )
+    model = prompted(AutoModelForTokenClassification.from_config(config), "TOKEN_CLS")
+
+    assert torch.isfinite(model(**make_batch("TOKEN_CLS", text=POSITIONS + 3)).loss)

@@ -531,7 +531,13 @@ def test_mixed_batches_equal_each_row_with_its_own_adapter(build_model, kind):
 def test_a_mixed_batch_trains_every_adapter_in_it(build_model):
     model = mixed_model(build_model).train()
     batch = padded("right", "CAUSAL_LM")
-    model(**batch, adapter_names=["default", "b", "c"]).loss.backward()
+    names = ["default", "b", "c"]
+    with pytest.raises(ValueError, match=r"'[bc]', which is not in training.*set_requires_grad"):
+        model(**batch, adapter_names=names)
+
+    model.set_requires_grad(names)
+    model(**batch, adapter_names=names).loss.backward()
+
     assert prompt_of(model).grad.abs().sum() > 0
     assert prompt_of(model, "c").grad is not None
 

@@ -100,8 +100,3 @@ def test_a_tokenizer_larger_than_the_table_is_refused(sample, build_model):
 def test_weights_that_are_not_loaded_yet_are_refused(sample, build_model):
     with pytest.raises(ValueError, match=r"no data \(device meta\)"):
         sample(build_model("llama").to("meta"))
-
-
-def test_embeddings_narrower_than_the_hidden_states_are_refused(sample, build_model):
-    with pytest.raises(ValueError, match=r"shape \(7, 12\).*not as wide"):
-        sample(build_model("opt", word_embed_proj_dim=12))

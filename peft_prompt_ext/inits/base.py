@@ -15,6 +15,7 @@ import torch
 from peft.utils.integrations import gather_params_ctx
 
 from .._choices import nearest
+from ..devices import device_of
 
 
 if TYPE_CHECKING:
@@ -71,10 +72,9 @@ class InitContext:
         Raises:
             ValueError: The rows have no data because the module is on the meta device.
         """
-        weight = next(self.word_embeddings.parameters())
-        device = torch.device("cpu") if weight.is_meta else weight.device  # an offloaded module moves its input
+        ids = torch.tensor(list(token_ids), dtype=torch.long, device=device_of(self.word_embeddings))
         with torch.no_grad(), gather_params_ctx(self.word_embeddings.parameters()):
-            rows = self.word_embeddings(torch.tensor(list(token_ids), dtype=torch.long, device=device))
+            rows = self.word_embeddings(ids)
         if rows.is_meta:
             raise ValueError(
                 "The word embeddings have no data (device meta). Load the model's weights before get_peft_model."

@@ -168,34 +168,24 @@ def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
-def begins(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+def find_texts(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
     """Find the texts that rows already hold, as batches without padding have them: positions begin again at 0.
 
     Args:
-        position_ids: [B, T] on the host. Each text's tokens are counted from 0, or columns are.
+        position_ids: [B, T] on the host.
         attention_mask: [B, T], nonzero at real tokens.
 
     Returns:
-        True at the first token of every text but the first of a row, [B, T].
-
-    Raises:
-        ValueError: Positions mean something else.
+        True at the first token of every text but the first of a row, [B, T]; None if positions do not count the
+        tokens of each text from 0.
     """
     row, column = (attention_mask != 0).nonzero(as_tuple=True)
     position = position_ids[row, column]
-    follows = torch.zeros_like(row, dtype=torch.bool)
-    follows[1:] = row[1:] == row[:-1]
-    before, column_before = position.roll(1), column.roll(1)
-    again = follows & (position == 0)
-    wrong = follows & ~again & (position != before + 1) & (position - before != column - column_before)
-    wrong |= ~follows & (position != 0) & (position != column)
-    if bool(wrong.any()):
-        place = int(wrong.nonzero()[0, 0])
-        where = f"after {int(before[place])}" if follows[place] else "at its first token"
-        raise ValueError(
-            f"position_ids of row {int(row[place])} have {int(position[place])} {where}; wanted are positions from 0 "
-            "for each text, or numbers of columns. Leave position_ids out for rows of one text."
-        )
+    first = row != row.roll(1)
+    first[:1] = True
+    again = ~first & (position == 0)
+    if bool((position != torch.where(first | again, 0, position.roll(1) + 1)).any()):
+        return None
     found = torch.zeros_like(position_ids, dtype=torch.bool)
     found[row[again], column[again]] = True
     return found

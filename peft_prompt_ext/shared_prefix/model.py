@@ -15,7 +15,8 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
-from .._label_smoothing import smooth_labels_of_prompts
+from ..devices import device_of
+from ..tokens import OF_PACKED_ROWS, check_mask
 from .status import EngineStatus
 
 
@@ -40,6 +41,7 @@ class SharedPrefixMixin(PeftModel):
     _states: dict[str, tuple[Any, PromptState]] | None = None
     _watch: Watch | None = None
     _packed_arguments: ClassVar[set[str]] = set()
+    _packs_packed_rows: ClassVar[bool] = False
     _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
 
     @staticmethod
@@ -52,8 +54,8 @@ class SharedPrefixMixin(PeftModel):
         return {}
 
     def _inputs_of_tokens(self) -> set[str]:
-        """Further inputs that PEFT hands to the base model for each token."""
-        return set()
+        """Further inputs that the base model reads for each token."""
+        return {name for name in ("token_type_ids",) if self._takes(name)}
 
     def _packed_options(self) -> dict[str, Any]:
         """Arguments of `_packed_forward` that the config decides."""
@@ -79,8 +81,8 @@ class SharedPrefixMixin(PeftModel):
         from .interface import NotPackable
 
         inputs = input_ids if input_ids is not None else inputs_embeds
-        if labels is None and not torch.compiler.is_compiling():
-            smooth_labels_of_prompts()
+        if inputs is not None and kwargs.get("past_key_values") is None:
+            check_mask(attention_mask, *inputs.shape[:2])
         extras = {
             "output_attentions": output_attentions,
             "output_hidden_states": output_hidden_states,
@@ -89,17 +91,21 @@ class SharedPrefixMixin(PeftModel):
         }
         obstacle = "it has no text" if inputs is None else self._obstacle(attention_mask, extras)
         if inputs is not None and obstacle is None:
-            from .transfer import download
-
-            mask = torch.ones(inputs.shape[:2]) if attention_mask is None else download(attention_mask)[0]
+            mask, texts = self._read(inputs, attention_mask, kwargs.get("position_ids"))
             names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
-            layout = self._layout(mask, names)
-            obstacle = self._too_long(layout) or self._unshared(names)
+            if texts is None:
+                obstacle = "position_ids do not count the tokens of each text from 0"
+            elif bool(texts.any()) and not self._packs_packed_rows:
+                obstacle = "a row holds several texts"
+            else:
+                layout = self._layout(mask, names, texts)
+                obstacle = self._too_long(layout) or self._unshared(names)
             if obstacle is None:
                 self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
                 if labels is not None:
+                    self._check_in_training(names)
                     options["labels"] = labels
                 if adapter_names is not None:
                     options |= self._mixed_options(names)
@@ -107,7 +113,8 @@ class SharedPrefixMixin(PeftModel):
                 embed: Any = self.word_embeddings
                 words = inputs_embeds if inputs_embeds is not None else embed(input_ids)
                 prompts = self._prompts(names, words)
-                layout.cached = self._kept_states(layout, prompts)
+                if not options.get("fused_lm_head"):  # it predicts from hidden states, which are not kept
+                    layout.cached = self._kept_states(layout, prompts)
                 text = words.flatten(0, 1)[layout.to(words.device).source]  # [S, H]
                 embeds = torch.cat([*prompts.values(), text] if layout.cached is None else [text])[None]
                 try:
@@ -136,8 +143,9 @@ class SharedPrefixMixin(PeftModel):
         """What one packed sequence cannot give of this call; None if there is nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
             return "attention_mask is not a tensor [B, T]"
-        # PEFT ignores these, and the packed path returns no cache in any case
         allowed = self._packed_arguments | {"position_ids"} | ({"token_type_ids"} - self._inputs_of_tokens())
+        if extras.get("position_ids") is not None:  # which say the same
+            allowed |= OF_PACKED_ROWS
         config: Any = self.get_base_model().config
         asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
         asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)}
@@ -173,7 +181,8 @@ class SharedPrefixMixin(PeftModel):
         from .precision import precision
 
         words: Any = self.word_embeddings
-        return precision(words.weight), attention_of(self.get_base_model())
+        weight = words.weight.new_empty(0, device=device_of(words))  # an offloaded one lies on no device
+        return precision(weight), attention_of(self.get_base_model())
 
     def _ran(self, status: EngineStatus) -> EngineStatus:
         from .interface import attention_of
@@ -188,7 +197,23 @@ class SharedPrefixMixin(PeftModel):
         self._proved = {**(self._proved or {}), self._circumstances(): EngineStatus(False, obstacle)}
         return obstacle
 
-    def _layout(self, attention_mask: torch.Tensor, names: list[str]) -> PackedLayout:
+    def _read(
+        self, inputs: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """The mask on the host, and where further texts of a row begin; None if the positions mean something else."""
+        from .layout import find_texts
+        from .transfer import download
+
+        shape = inputs.shape[:2]
+        read = download(*(x for x in (attention_mask, position_ids) if x is not None))
+        mask = torch.ones(shape, dtype=torch.long) if attention_mask is None else read[0]
+        if position_ids is None:
+            return mask, torch.zeros(shape, dtype=torch.bool)
+        if position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+            return mask, None
+        return mask, find_texts(read[-1].expand(shape), mask)
+
+    def _layout(self, attention_mask: torch.Tensor, names: list[str], texts: torch.Tensor) -> PackedLayout:
         from .choice import ATTENTIONS
         from .layout import pack
 
@@ -202,7 +227,7 @@ class SharedPrefixMixin(PeftModel):
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
         prompt_of_row = torch.tensor([used.index(name) for name in names], dtype=torch.long)
-        layout = pack(attention_mask, lengths, prompt_of_row)
+        layout = pack(attention_mask, lengths, prompt_of_row, texts)
         layout.attention = ATTENTIONS[self._engine_status().attention or "sdpa"]
         return layout
 

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ..devices import device_of
+from ..peft_path import max_positions
 from .cache import prompt_state
 from .choice import AttentionCall, candidates, choose
 from .interface import NotPackable, attach
@@ -45,7 +47,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
     Raises:
         ValueError: An attention is asked for that does not exist.
     """
-    names = candidates(word_embeddings.weight.device)
+    names = candidates(device_of(word_embeddings))
     try:
         refuse_early(base_model)
         attach(base_model)
@@ -78,7 +80,7 @@ def refuse_early(base_model: Any) -> None:
 def _probe(
     base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, attentions: tuple[str, ...]
 ) -> EngineStatus:
-    device = word_embeddings.weight.device
+    device = device_of(word_embeddings)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(word_embeddings.num_embeddings, (PROMPT_LENGTH + sum(ROW_LENGTHS),), generator=generator).to(
         device
@@ -102,8 +104,6 @@ def _probe(
     if not error <= tolerance:  # NaN is refused as well
         raise NotPackable(f"{figure}: its layers mix rows, or do not see where a row begins")
     keeps = cached is not None and _relative_error(cached, alone) <= tolerance
-    from ..model import max_positions  # which imports this package
-
     trial = Trial(
         base_model.config.get_text_config(decoder=True),
         lambda: pack(mask, (PROMPT_LENGTH,)),

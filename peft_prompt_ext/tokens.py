@@ -1,0 +1,167 @@
+"""What of a call belongs to each token: told by its shape, widened by the prompt, moved with the pads and back again.
+
+Shapes: B rows, T text tokens, P virtual tokens, W = P + T columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from .padding import reorder
+
+
+IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
+
+# what a virtual token has of an argument that has a value, or a vector, for each token
+OF_VIRTUAL_TOKENS = {"attention_mask": 1, "token_type_ids": 0, "bbox": 0, "global_attention_mask": 0}
+# arguments that begin so belong to something else, also where they happen to be as long as the text
+_OF_OTHERS = (
+    *("decoder_", "entity_", "pixel_", "image_", "video_", "audio_", "feature_", "input_features", "start_", "end_"),
+    *("output_", "return_", "logits_to_keep", "num_items_in_batch"),
+)
+# where the texts of a packed row begin and end, as kernels are told it
+OF_PACKED_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+
+
+def check_mask(attention_mask: Any, rows: int, columns: int) -> None:
+    """Raise ValueError for a mask that is not one value for each text token, [B, T]."""
+    if attention_mask is None or getattr(attention_mask, "shape", None) == (rows, columns):
+        return
+    shape = getattr(attention_mask, "shape", None)
+    got = f"is {list(shape)}" if shape is not None else f"is a {type(attention_mask).__name__}"
+    raise ValueError(
+        f"attention_mask {got}; wanted one value for each text token, {[rows, columns]}: 1 for a real one, 0 for a "
+        "pad. The prompt's columns are added by the model; leave them out, and masks of more dimensions as well."
+    )
+
+
+def widen(
+    arguments: dict[str, Any], fills: Mapping[str, int], of_rows: set[str], text: tuple[int, int], prompt: int
+) -> dict[str, torch.Tensor]:
+    """Take the arguments that have something for each text token, and put what virtual tokens have in front.
+
+    Args:
+        arguments: What the base model is called with; what is taken leaves it.
+        fills: What a virtual token has, by the argument's name.
+        of_rows: Arguments that have something for each row.
+        text: B and T.
+        prompt: P.
+
+    Returns:
+        The arguments of each token, [B, P+T, ...].
+
+    Raises:
+        ValueError: A known argument is not as long as the text, or an unknown one is; or rows are packed.
+    """
+    (rows, columns), names = text, list(arguments)
+    wide = {}
+    for name in names:
+        value = arguments[name]
+        if name in OF_PACKED_ROWS:
+            raise ValueError(
+                f"{name} tells where the texts of a packed row lie, and only the shared prefix can put a prompt in front "
+                "of each: give position_ids that begin again at 0 with each text, or give every text a row of its own."
+            )
+        if name in fills and name not in of_rows:
+            del arguments[name]
+            if tuple(value.shape[:2]) != (rows, columns):
+                raise ValueError(
+                    f"{name} is {list(value.shape)}; wanted one for each text token, {[rows, columns]}: the model "
+                    "adds what virtual tokens have."
+                )
+            front = value.new_full((rows, prompt, *value.shape[2:]), fills[name])
+            wide[name] = torch.cat([front, value], dim=1)
+        elif name not in of_rows and _is_of_tokens(name, value, rows, columns):
+            raise ValueError(
+                f"{name} is {list(value.shape)}, as long as the text ({rows} rows of {columns} tokens), and nobody "
+                f"knows what the {prompt} virtual tokens should have there. Leave it out, or run the base model "
+                "without the prompt (disable_adapter())."
+            )
+    return wide
+
+
+def _is_of_tokens(name: str, value: Any, rows: int, columns: int) -> bool:
+    if not isinstance(value, torch.Tensor) or name.startswith(_OF_OTHERS):
+        return False
+    shape = tuple(value.shape)
+    if columns > 1 and (shape == (1, columns) or (shape == (columns,) and rows != columns)):
+        return True  # the same for every row
+    return (rows, columns) in (shape[:2], shape[1:3])
+
+
+def positions_behind(
+    position_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int, prompt: int
+) -> torch.Tensor:
+    """Positions [B, P+T] that count on from the prompt's first one as the text's positions [B, T] count.
+
+    Raises:
+        ValueError: A row's real tokens are not counted one by one: several texts in a row, gaps, or several axes.
+    """
+    if position_ids.dim() == 2:
+        position_ids = position_ids.expand(rows, -1)
+        real = torch.ones_like(position_ids) if attention_mask is None else (attention_mask != 0).to(position_ids)
+        place = real.cumsum(1) - 1  # of each real token in its row
+        first = (position_ids - place).masked_fill(real == 0, int(position_ids.max())).amin(1, keepdim=True)
+        if not bool(((position_ids != first + place) & (real != 0)).any()):
+            return torch.cat([first + torch.arange(prompt, device=first.device), position_ids + prompt], dim=1)
+    raise ValueError(
+        f"position_ids {list(position_ids.shape)} do not count each row's real tokens one by one. A prompt stands in "
+        "front of one text a row: give every text a row of its own, or leave position_ids out."
+    )
+
+
+def column_behind(column: torch.Tensor, prompt: int, order: torch.Tensor | None) -> torch.Tensor:
+    """Where a column of the text, one for each row, stands behind the prompt; one beyond the text stays beyond."""
+    column = column.clamp(min=0) + prompt
+    if order is None:
+        return column
+    inside = column < order.shape[1]
+    moved = order.argsort(1).to(column.device).gather(1, column.where(inside, 0).view(len(order), -1))
+    return moved.view_as(column).where(inside, column)
+
+
+def put_back(output: Any, names: Iterable[str], order: torch.Tensor, predicts_next: bool = False) -> None:
+    """Give an output's fields the columns in the order that the caller has.
+
+    What belongs to tokens is told by its shape: [B, W, ...], [B*W, ...], attention weights [B, heads, W, W] or
+    [B, heads, D, W], and from a causal model [B, W-1, ...], which is what each column predicts of the next one.
+
+    Args:
+        output: A mapping whose fields are tensors or tuples of them; changed in place.
+        names: Its fields that may belong to the columns.
+        order: Which column of the caller's stands in each column that the base model saw, [B, W].
+        predicts_next: Whether the base model is causal.
+    """
+    back = order.argsort(1)
+    for name in list(names):
+        output[name] = _put_back(output[name], back, "cross" in name, predicts_next)
+
+
+def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) -> Any:
+    if isinstance(value, (tuple, list)):
+        return tuple(_put_back(x, back, cross, predicts_next) for x in value)
+    if not isinstance(value, torch.Tensor) or value.dim() < 1:
+        return value
+    back, (rows, columns), shape = back.to(value.device), back.shape, tuple(value.shape)
+    if len(shape) == 4 and shape[0] == rows and shape[3] == columns:  # weights over keys
+        if shape[2] == columns and not cross:
+            value = reorder(value.transpose(1, 2), back).transpose(1, 2)
+        return reorder(value.transpose(1, 3), back).transpose(1, 3)
+    if shape[:2] == (rows, columns):
+        return reorder(value, back)
+    if predicts_next and shape[:2] == (rows, columns - 1):
+        return reorder(value, back[:, 1:] - 1)
+    if shape[0] == rows * columns:
+        return reorder(value.unflatten(0, (rows, columns)), back).flatten(0, 1)
+    return value
+
+
+def cut_prompt(output: Any, text: Sequence[int], prompt: int) -> None:
+    """Cut the virtual tokens off the tensors [B, P+T, ...] of an output, so that item t belongs to text token t."""
+    rows, columns = text
+    for name, value in output.items():
+        if isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (rows, prompt + columns):
+            output[name] = value[:, prompt:]
