@@ -62,8 +62,8 @@ def widen(
         value = arguments[name]
         if name in OF_PACKED_ROWS:
             raise ValueError(
-                f"{name} tells where the texts of a packed row lie, and only the shared prefix can put a prompt in front "
-                "of each: give position_ids that begin again at 0 with each text, or give every text a row of its own."
+                f"{name} tells where the texts of a packed row lie, and only the shared prefix puts a prompt in front "
+                "of each: give position_ids that begin again at 0 with each text, or every text a row of its own."
             )
         if name in fills and name not in of_rows:
             del arguments[name]

@@ -138,28 +138,20 @@ def causal_lm_with_own_head(
         raise ValueError(f"labels are {got}; wanted one for each text token, {list(layout.shape)}.")
     if not isinstance(base_model.forward, MethodType):
         raise NotPackable(f"its forward is a {type(base_model.forward).__name__}")
-    prefix = base_model.base_model_prefix
-    places = layout.predicting()
-    view = copy(base_model)  # whose backbone gives what the packed one gave
-    view._modules = {**base_model._modules, prefix: _Unpacked(base_model._modules[prefix], embeds, layout, places)}
+    name, places = base_model.base_model_prefix, layout.predicting()
+    backbone = base_model._modules[name]
+
+    def unpacked(*_: Any, **__: Any) -> Any:
+        output = run(backbone, embeds, layout)
+        hidden = output.last_hidden_state[0]
+        where, empty = upload(hidden.device, places.clamp(min=0), places < 0)
+        return type(output)(last_hidden_state=hidden[where].masked_fill(empty[..., None], 0))  # [B, P+T, H]
+
+    view, inside = copy(base_model), copy(backbone)  # a head may look for more than the backbone's forward
+    inside.forward, inside._forward_hooks, inside._forward_pre_hooks = unpacked, {}, {}
+    view._modules = {**base_model._modules, name: inside}
     empty = labels.new_full((len(labels), places.shape[1] - labels.shape[1]), IGNORE_INDEX)
     return base_model.forward.__func__(view, labels=torch.cat([empty, labels], dim=1), **kwargs)
-
-
-class _Unpacked(torch.nn.Module):
-    """Stands in for a backbone: hidden states [B, P+T, H] of the packed batch, 0 where there is no place."""
-
-    def __init__(self, backbone: Any, embeds: torch.Tensor, layout: PackedLayout, places: torch.Tensor) -> None:
-        super().__init__()
-        self._run = lambda: run(backbone, embeds, layout)
-        self._places = places
-
-    def forward(self, *_: Any, **__: Any) -> Any:
-        """Run the packed batch, whatever the arguments."""
-        output = self._run()
-        hidden = output.last_hidden_state[0]
-        places, empty = upload(hidden.device, self._places.clamp(min=0), self._places < 0)
-        return type(output)(last_hidden_state=hidden[places].masked_fill(empty[..., None], 0))
 
 
 def sequence_classification(

@@ -101,7 +101,7 @@ class SharedPrefixMixin(PeftModel):
                 layout = self._layout(mask, names, texts)
                 obstacle = self._too_long(layout) or self._unshared(names)
             if obstacle is None:
-                self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
+                self._drop_unused(dict(kwargs))  # and say so
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
                 if labels is not None:
