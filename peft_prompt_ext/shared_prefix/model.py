@@ -71,6 +71,7 @@ class SharedPrefixMixin(PeftModel):
 
         `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
         """
+        self._check_token_path(kwargs)
         inputs = input_ids if input_ids is not None else inputs_embeds
         if labels is None and not torch.compiler.is_compiling():
             smooth_labels_of_prompts()
