@@ -192,7 +192,8 @@ class PromptTuningMixin(PeftModel):
         if adapter_name not in self.peft_config:
             self._add_saved_adapter(str(model_id), adapter_name, kwargs)
         result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        check_base(self, adapter_name, str(model_id), self._split_kwargs(kwargs)[0])
+        record = _record.read(str(model_id), **self._split_kwargs(kwargs)[0])
+        check_base(self, adapter_name, str(model_id), (record or {}).get("base_model"))
         if is_trainable:
             make_trainable(self, adapter_name)
         return result
@@ -493,10 +494,12 @@ def remember_base(model: PeftModel, adapter_name: str) -> None:
         config.base_fingerprint = fingerprint(_init_context(model, adapter_name), _model_type(model))
 
 
-def check_base(model: PeftModel, adapter_name: str, source: str, hub_kwargs: Mapping[str, Any]) -> None:
-    """Warn if a loaded prompt was trained on another base model, or its base model has random modules it lacks."""
+def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = None) -> None:
+    """Warn if a loaded prompt was trained on another base model, or its base model has random modules it lacks.
+
+    `saved` is the fingerprint beside it, if there is one.
+    """
     kept, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
-    saved = (_record.read(source, **hub_kwargs) or {}).get("base_model")
     prompt = cast(Any, model.prompt_encoder)[adapter_name].embedding.weight.detach()
     check_saved(_init_context(model, adapter_name), prompt, saved, name, _model_type(model))
     lacks = [path for path in new_modules(model.base_model, False) if not _is_covered(path, kept or [])]

@@ -28,8 +28,10 @@ def fingerprint(ctx: InitContext, model_type: str | None = None) -> dict[str, An
     Returns:
         What `prompt_init.json` holds of them: `model_type`, `vocab_size`, `hidden_size`, and of some rows as they
         enter the model `embedding_scale`, the root of their mean square, and `row_norms`. None where the table has
-        no data yet.
+        no data yet, or is no table.
     """
+    if not hasattr(ctx.word_embeddings, "num_embeddings"):
+        return None
     try:
         rows = ctx.embed(_spread(ctx.num_embeddings))
     except ValueError:  # on the meta device
@@ -55,9 +57,11 @@ def check_saved(
         source: What to call it in the warning.
         model_type: Of the base model, if it is known.
     """
+    if not hasattr(ctx.word_embeddings, "num_embeddings"):
+        return
     try:
         found = _other_base(ctx, saved, model_type) if saved else _other_scale(ctx, prompt)
-    except (KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError):
         found = "has a fingerprint of its base model that is not whole: whether it is this one is not known."
     except ValueError:  # the base model has no data yet
         return
@@ -71,6 +75,8 @@ def _spread(rows: int) -> list[int]:
 
 def _other_base(ctx: InitContext, saved: Mapping[str, Any], model_type: str | None) -> str | None:
     """What is wrong with the base model for a prompt that has a fingerprint."""
+    if len(saved["row_norms"]) != ROWS:
+        raise TypeError(f"{len(saved['row_norms'])} norms instead of {ROWS}")
     ids = _spread(saved["vocab_size"])
     was = f"a {saved.get('model_type') or 'model'} with {saved['vocab_size']} words"
     trained_on = f"was trained on another base model ({was})"
