@@ -346,8 +346,10 @@ def test_without_its_adapter_a_refused_model_is_the_base_model():
 
     with model.disable_adapter():
         got = model(**batch)
+        tokens = model.generate(input_ids=batch["input_ids"], **OPTIONS)
 
     assert torch.equal(got.logits, want.logits)
+    assert torch.equal(tokens, base.generate(input_ids=batch["input_ids"], **OPTIONS))
 
 
 def test_a_stock_config_is_not_asked():
