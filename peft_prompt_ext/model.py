@@ -50,6 +50,7 @@ class PromptTuningMixin(PeftModel):
         token_path.check_task(model, peft_config.task_type)
         keep_differentiable(model)
         super().__init__(model, peft_config, *args, **kwargs)
+        self._proved_token_paths: set[Any] = set()  # one for all of a model's replicas
 
     def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task."""
@@ -92,10 +93,9 @@ class PromptTuningMixin(PeftModel):
         decodes = self._has_decoder or any(name.startswith("decoder_") for name in inputs)
         words: Any = self.word_embeddings
         now = *precision(words.weight), decodes
-        proved: set[Any] = self.__dict__.setdefault("_proved_token_paths", set())
-        if now not in proved:
+        if now not in self._proved_token_paths:
             token_path.prove(self.get_base_model(), words, self._max_positions, decodes)
-            proved.add(now)
+            self._proved_token_paths.add(now)
 
     def _check_length(self, text_tokens: int, virtual_tokens: int | None = None) -> None:
         limit = self._max_positions

@@ -27,7 +27,16 @@ FP32_TOLERANCE = 1e-5
 LOW_PRECISION_TOLERANCE = 1e-2
 # what the text of a model with images or sounds comes with
 TEXT_INPUTS = {
-    *("input_ids", "inputs_embeds", "attention_mask", "position_ids", "token_type_ids", "labels", "task_ids"),
+    *(
+        "input_ids",
+        "inputs",
+        "inputs_embeds",
+        "attention_mask",
+        "position_ids",
+        "token_type_ids",
+        "labels",
+        "task_ids",
+    ),
     *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "past_key_values", "cache_position"),
     *("logits_to_keep", "num_items_in_batch", "shift_labels", "start_positions", "end_positions"),
 }
@@ -68,8 +77,9 @@ def check_inputs(base_model: Any, inputs: Mapping[str, Any]) -> None:
     Raises:
         ValueError: Names the inputs.
     """
-    modalities = getattr(base_model, "input_modalities", "text")
-    if set([modalities] if isinstance(modalities, str) else modalities) <= {"text"}:
+    modalities, config = getattr(base_model, "input_modalities", "text"), base_model.config
+    has_text_alone = set([modalities] if isinstance(modalities, str) else modalities) <= {"text"}
+    if has_text_alone and config.get_text_config() is config:
         return
     found = sorted(name for name, value in inputs.items() if name not in TEXT_INPUTS and _holds_something(value))
     if found:
@@ -102,7 +112,7 @@ def prove(base_model: Any, word_embeddings: Any, limit: int | None = None, decod
     Raises:
         ValueError: The results differ, with the figure; or the model cannot run with `inputs_embeds`.
     """
-    weight, name = next(word_embeddings.parameters()), type(base_model).__name__
+    weight, name = word_embeddings.weight, type(base_model).__name__
     length = min(TOKENS, limit) if limit is not None and limit > 0 else TOKENS
     if length < 2 or (weight.is_meta and not hasattr(word_embeddings, "_hf_hook")):
         logger.info("%s is not proved to take a prompt: it has no room for one, or no weights yet.", name)

@@ -321,6 +321,18 @@ def test_an_image_beside_the_text_is_refused(call):
         getattr(model, call)(input_ids=ids, **image(ids))
 
 
+def test_an_image_is_known_by_the_parts_of_the_config_as_well():  # Qwen3.5's classifier says that it takes text
+    base = qwen2_vl()
+    base.input_modalities = "text"
+
+    with pytest.raises(ValueError, match="got pixel_values beside the text"):
+        prompted(base, "CAUSAL_LM")(**make_batch("CAUSAL_LM"), pixel_values=torch.ones(16, 96))
+
+
+def test_other_inputs_of_a_model_of_text_are_not_asked_about(build_model):
+    token_path.check_inputs(build_model("llama"), {"anything": torch.ones(3)})
+
+
 def test_marks_of_text_are_no_image():
     model, batch = prompted(qwen2_vl(), "CAUSAL_LM"), make_batch("CAUSAL_LM")
 
