@@ -264,7 +264,7 @@ def new_modules(model: Any, has_head: bool) -> list[str]:
         Heads as a whole, and modules in the trunk that the checkpoint has no weights for. Where nobody knows what the
         checkpoint had (a model made from its config, or a copy), heads alone.
     """
-    names = _new_modules(model, _missing_weights(model))
+    names = _known_to_be_new(model)
     children = dict(model.named_children())
     if has_head and getattr(model, "base_model_prefix", None) in children:
         heads = (name for name, child in children.items() if next(child.parameters(), None) is not None)
@@ -275,7 +275,12 @@ def new_modules(model: Any, has_head: bool) -> list[str]:
 
 def new_tables(model: Any) -> list[str]:
     """Tables of words that the checkpoint has no or not all rows of, as names; see [`new_modules`]."""
-    return sorted(set(_new_modules(model, _missing_weights(model))) & _embeddings(model))
+    return sorted(set(_known_to_be_new(model)) & _embeddings(model))
+
+
+def _known_to_be_new(model: Any) -> list[str]:
+    """By the marks of `from_pretrained`, or by what [`load_frozen_backbone`] was told."""
+    return [*_new_modules(model, _missing_weights(model)), *getattr(model, "new_modules", [])]
 
 
 def _missing_weights(model: Any) -> list[str]:
