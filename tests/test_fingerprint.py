@@ -237,6 +237,13 @@ def test_no_size_is_wrong_where_nothing_is_scaled(stock, build_model, scale, loa
     load(build_model("llama"), stock("llama", scale), "CAUSAL_LM")
 
 
+def test_a_little_more_or_less_is_no_scale(stock, build_model):
+    base = build_model("gemma")
+    base.get_input_embeddings().embed_scale.fill_(1.2)
+
+    PeftModel.from_pretrained(base, stock())
+
+
 @every_load
 def test_a_prompt_that_an_older_version_of_the_plugin_saved_is_like_a_stock_one(saved, build_model, load):
     folder = saved("gemma")
