@@ -67,6 +67,8 @@ def _from_pretrained(
     was_training = getattr(model, "training", False)
     with left_dispatched(model) if isinstance(config, PromptTuningExtConfig) else nullcontext():
         loaded = load(model, model_id, adapter_name, is_trainable and not further, config, *args, **kwargs)
+    if not isinstance(loaded, models.PromptTuningMixin) and _is_prompt_tuning(config, str(model_id), kwargs):
+        models.check_base(loaded, adapter_name, str(model_id))
     if further:
         loaded.train(was_training)
         models.make_trainable(loaded, adapter_name)

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 FILE_NAME = "prompt_init.json"
 FIELDS = (
+    "prompt_tuning_init",
+    "tokenizer_name_or_path",
+    "tokenizer_kwargs",
     "prompt_tuning_init_kwargs",
     "prompt_tuning_init_seed",
     "shared_prefix",
@@ -32,12 +35,12 @@ _LONGEST_LIST = 1000
 def write(folder: str | Path, config: PromptTuningExtConfig) -> None:
     """Write the record of one adapter into its folder; the file is replaced whole, so a kill leaves the old one."""
     record = {
-        "prompt_tuning_init": config.prompt_tuning_init,
         **{name: getattr(config, name) for name in FIELDS},
         "prompt_tuning_init_text": config.prompt_tuning_init_text,
         "base_model_name_or_path": config.base_model_name_or_path,
         "peft_prompt_ext_version": version("peft-prompt-ext"),
         **(config.init_record or {}),
+        **({} if config.base_fingerprint is None else {"base_model": config.base_fingerprint}),
     }
     path = Path(folder) / FILE_NAME
     partial = path.with_name(f"{FILE_NAME}.{os.getpid()}.partial")

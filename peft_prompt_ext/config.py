@@ -90,12 +90,14 @@ class PromptTuningExtConfig(PromptTuningConfig):
         # PromptTuningConfig's own checks ask TEXT for a tokenizer name, which here defaults to the base model's, and
         # refuse tokenizer_kwargs for every other scheme.
         super(PromptTuningConfig, self).__post_init__()
-        # What the scheme chose; None where nobody knows. No field: PEFT writes every field into adapter_config.json.
-        self.init_record: dict[str, Any] | None = None
+        # What the scheme chose; None where nobody knows. And which word embeddings the prompt is for; see
+        # `inits.fingerprint`. No fields: PEFT writes every field into adapter_config.json.
+        self.init_record: dict[str, Any] | None = {}
+        self.base_fingerprint: dict[str, Any] | None = None
         self.peft_type = PeftType.PROMPT_TUNING
         self._check_sizes()
         self._check_tokenizer_kwargs()
-        self._check_init()
+        self.check_init()
         self._check_engine()
         if self.num_transformer_submodules is None:
             # PEFT would make two prompts for an encoder-decoder and read only the first of them
@@ -120,7 +122,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
                 "tokenizer to a folder yourself and set tokenizer_name_or_path to it."
             )
 
-    def _check_init(self) -> None:
+    def check_init(self) -> None:
+        """Raise ValueError unless the scheme is known and its arguments can work."""
         init = self.prompt_tuning_init
         self.prompt_tuning_init = str(init.value if isinstance(init, Enum) else init).upper()
         scheme = get_scheme(self.prompt_tuning_init)
@@ -155,9 +158,20 @@ class PromptTuningExtConfig(PromptTuningConfig):
         if self.prompt_tuning_init == "TEXT":
             # PromptTuningConfig refuses TEXT without a tokenizer name
             stock["tokenizer_name_or_path"] = self.tokenizer_name_or_path or self.base_model_name_or_path
-        else:
+            if not stock["tokenizer_name_or_path"]:
+                stock["prompt_tuning_init"] = "RANDOM"
+        if stock["prompt_tuning_init"] != "TEXT":
             stock["tokenizer_kwargs"] = None  # PromptTuningConfig refuses it for any other scheme
         return stock
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
+        """Write what stock PEFT knows into `adapter_config.json`, and all of the plugin's into `prompt_init.json`.
+
+        There is no record of a prompt that stock PEFT made.
+        """
+        super().save_pretrained(str(save_directory), **kwargs)
+        if self.init_record is not None:
+            _record.write(save_directory, self)
 
     @classmethod
     def from_pretrained(
@@ -194,4 +208,5 @@ class PromptTuningExtConfig(PromptTuningConfig):
             if record and name in record:
                 setattr(config, name, record[name])
         config.init_record = record
+        config.base_fingerprint = (record or {}).get("base_model")
         return config

@@ -29,6 +29,8 @@ class PromptEmbedding(peft.PromptEmbedding):
     """
 
     def __init__(self, config: peft.PromptTuningConfig, word_embeddings: torch.nn.Module | None) -> None:
+        if config.inference_mode:
+            _check_width(config, word_embeddings)
         if not isinstance(config, PromptTuningExtConfig):
             super().__init__(config, word_embeddings)
             return
@@ -46,6 +48,17 @@ class PromptEmbedding(peft.PromptEmbedding):
             prompt = initial_prompt(config, word_embeddings)
         self.embedding = torch.nn.Embedding.from_pretrained(
             prompt.repeat(config.num_transformer_submodules or 1, 1), freeze=False
+        )
+
+
+def _check_width(config: peft.PromptTuningConfig, word_embeddings: Any) -> None:
+    """Refuse a saved prompt that the text's embeddings cannot stand behind, before it is loaded."""
+    width = getattr(word_embeddings, "embedding_dim", config.token_dim)
+    if config.token_dim != width:
+        raise ValueError(
+            f"The prompt was trained for word embeddings of width {config.token_dim} (of "
+            f"{config.base_model_name_or_path!r}), those of this base model have {width}. Load it with the base model "
+            "that it was trained on."
         )
 
 
@@ -79,6 +92,7 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
     Raises:
         ValueError: See [`PromptEmbedding`].
     """
+    config.check_init()  # a config that was read from a file has not been checked
     generator = torch.Generator().manual_seed(config.prompt_tuning_init_seed)
     ctx = InitContext(config=config, word_embeddings=word_embeddings, generator=generator)
     prompt = get_scheme(config.prompt_tuning_init).function(ctx, **(config.prompt_tuning_init_kwargs or {}))

@@ -252,9 +252,70 @@ def keep_differentiable(model: torch.nn.Module) -> None:
                 module.state_dict()  # unpacks it in place
 
 
+def new_modules(model: Any, has_head: bool) -> list[str]:
+    """Modules outside the pretrained part of a model, to be trained and saved with an adapter, as names.
+
+    Args:
+        model: A model of transformers.
+        has_head: Whether it is made for a task whose head no pretraining has: then all of its modules beside the
+            trunk are meant, also where a checkpoint has them.
+
+    Returns:
+        Heads as a whole, and modules in the trunk that the checkpoint has no weights for. Where nobody knows what the
+        checkpoint had (a model made from its config, or a copy), heads alone.
+    """
+    names = _known_to_be_new(model)
+    children = dict(model.named_children())
+    if has_head and getattr(model, "base_model_prefix", None) in children:
+        heads = (name for name, child in children.items() if next(child.parameters(), None) is not None)
+        names += [name for name in heads if name != model.base_model_prefix]
+    unwrappable = {"", getattr(model, "base_model_prefix", ""), *_embeddings(model)}
+    return sorted(set(names) - unwrappable)
+
+
+def new_tables(model: Any) -> list[str]:
+    """Tables of words that the checkpoint has no or not all rows of, as names; see [`new_modules`]."""
+    return sorted(set(_known_to_be_new(model)) & _embeddings(model))
+
+
+def _known_to_be_new(model: Any) -> list[str]:
+    """By the marks of `from_pretrained`, or by what [`load_frozen_backbone`] was told."""
+    return [*_new_modules(model, _missing_weights(model)), *getattr(model, "new_modules", [])]
+
+
+def _missing_weights(model: Any) -> list[str]:
+    """Names of the parameters that `from_pretrained` made anew, by the marks that it leaves on all others.
+
+    FSDP's loading leaves them in one process only, and all processes have to agree: it counts as unknown.
+    """
+    from transformers.modeling_utils import is_fsdp_enabled
+
+    mark = "_is_hf_initialized"
+    if is_fsdp_enabled() or not any(hasattr(parameter, mark) for parameter in model.parameters()):
+        return []
+    missing = []
+    for path, module in model.named_modules():
+        if mark in vars(module) and ".modules_to_save." not in f"{path}.":  # what came later has no mark, as LoRA's
+            owner = path.partition(".original_module")[0]  # as `modules_to_save` had it
+            names = (name for name, p in module.named_parameters(recurse=False) if not hasattr(p, mark))
+            missing += [f"{owner}.{name}".removeprefix(".") for name in names]
+    return missing
+
+
+def _embeddings(model: Any) -> set[str]:
+    """Paths of the tables of words. Their rows may be new because they were resized, which leaves the same marks."""
+    tables = []
+    for get in ("get_input_embeddings", "get_output_embeddings"):
+        try:
+            tables.append(getattr(model, get)())
+        except (AttributeError, NotImplementedError):
+            continue
+    return {name for name, module in model.named_modules() if any(module is table for table in tables)}
+
+
 def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
     """Where the missing weights lie: a head as a whole, in the trunk the module that owns the weight."""
-    trunk, children = model.base_model_prefix, dict(model.named_children())
+    trunk, children = getattr(model, "base_model_prefix", None), dict(model.named_children())
     heads = set(children) - {trunk} if trunk in children else set()
     owners = {key: key.rpartition(".")[0] for key in missing}
     return sorted({top if (top := key.partition(".")[0]) in heads else owner for key, owner in owners.items()})

@@ -7,21 +7,23 @@ Shapes: B batch, P virtual tokens, T text tokens, C labels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, cast
 
 import peft
 import torch
 from peft import PeftModel
 
-from . import _record
+from . import _record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
 from .devices import bring_back
 from .encoder import fill_sizes
-from .frozen_backbone import dequantize_modules, keep_differentiable
+from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
+from .inits.base import InitContext
+from .inits.fingerprint import check_saved, fingerprint
 from .pad_side import BEHIND, IN_FRONT
 from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
 from .peft_path import PeftPathMixin
@@ -33,6 +35,7 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
     """Goes in front of PEFT's model class of a task."""
 
     _gathered: Mapping[str, torch.Tensor] = {}
+    _has_decoder: ClassVar[bool] = False  # beside the part that the prompt enters
     _heads: ClassVar[tuple[str, ...]] = ()  # modules that PEFT trains beside the prompt
 
     def __new__(cls, model: Any = None, peft_config: Any = None, *args: Any, **kwargs: Any) -> Any:
@@ -42,25 +45,51 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
         return cls.__bases__[-1](model, peft_config, *args, **kwargs)
 
     def __init__(self, model: Any, peft_config: Any, *args: Any, **kwargs: Any) -> None:
+        token_path.check_task(model, peft_config.task_type)
         keep_differentiable(model)
-        heads = [*self._heads, *(peft_config.modules_to_save or [])]
-        dequantize_modules(model, heads)
-        bring_back(model, heads)
         super().__init__(model, peft_config, *args, **kwargs)
+        self._proved_token_paths: set[Any] = set()  # one for all of a model's replicas
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class of the task."""
+        self._check_token_path(kwargs)
+        return super().forward(*args, **kwargs)
+
+    def _check_token_path(self, inputs: Mapping[str, Any]) -> None:
+        """Refuse a base model that makes more of ids than embeddings, and inputs beside the text, before they are run.
+
+        `inputs` are by name. The base model runs once for each device and precision.
+        """
+        from .shared_prefix.precision import precision_of
+
+        if self._adapters_disabled:
+            return
+        token_path.check_inputs(self.get_base_model(), inputs)
+        decodes = self._has_decoder or any(name.startswith("decoder_") for name in inputs)
+        words: Any = self.word_embeddings
+        now = *precision_of(words), decodes
+        if now not in self._proved_token_paths:
+            token_path.prove(self.get_base_model(), words, self._max_positions, decodes)
+            self._proved_token_paths.add(now)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:
-        """Save as PEFT does, and beside each adapter the record of how its prompt began (`prompt_init.json`)."""
+        """Save as PEFT does, and beside each adapter the record of how its prompt began (`prompt_init.json`).
+
+        What is trained and belongs to no adapter, so that it is not saved, is a warning.
+        """
+        trained = (name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad)
+        unsaved = [name for name in trained if ".modules_to_save." not in name]
+        if unsaved:
+            warnings.warn(
+                f"{_listed(unsaved)} can be trained and belong to no adapter, so they are not saved. Name their "
+                "modules in the config's modules_to_save, or freeze them.",
+                stacklevel=2,
+            )
         self._gathered = kwargs.get("state_dict") or {}
         try:
             super().save_pretrained(save_directory, *args, **kwargs)
         finally:
             self._gathered = {}
-        if not kwargs.get("is_main_process", True):
-            return
-        for name in kwargs.get("selected_adapters") or list(self.peft_config):
-            config = self.peft_config[name]
-            if isinstance(config, PromptTuningExtConfig) and config.init_record is not None:
-                _record.write(save_directory if name == "default" else Path(save_directory, name), config)
 
     def get_prompt_embedding_to_save(self, adapter_name: str) -> torch.Tensor:
         """The prompt [P, H], from the gathered state if there is one: the process that saves cannot gather alone."""
@@ -68,19 +97,41 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
         return super().get_prompt_embedding_to_save(adapter_name) if gathered is None else gathered.detach().cpu()
 
     def add_adapter(self, adapter_name: str, peft_config: Any, *args: Any, **kwargs: Any) -> None:
-        """Add an adapter as PEFT does; it is not in training before `set_adapter`, and no other one leaves it.
+        """Add an adapter as PEFT does, with all that is new beside the prompt.
+
+        It is not in training before `set_adapter`, and no other one leaves it.
 
         Raises:
             ValueError: The base model has no word embeddings, or the prompt cannot be initialised.
         """
         if isinstance(peft_config, PromptTuningExtConfig):
             fill_sizes(peft_config, self.base_model)
+        base_model, names = self.base_model, [*self._heads, *(peft_config.modules_to_save or [])]
+        if not peft_config.inference_mode:  # a saved adapter has what it has
+            new = [path for path in new_modules(base_model, bool(self._heads)) if not _is_covered(path, names)]
+            if new:
+                peft_config.modules_to_save = [*(peft_config.modules_to_save or []), *new]
+                names += new
+            tables = [path for path in new_tables(base_model) if not _is_covered(path, names)]
+            if tables:
+                warnings.warn(
+                    f"The base model's {_listed(tables)} is not as its checkpoint has it: it is new, or was resized. "
+                    "A prompt neither trains nor saves it, so it would be another one when the prompt is loaded. Save "
+                    "the base model and load it again, or name it in the config's modules_to_save.",
+                    stacklevel=2,
+                )
+        dequantize_modules(base_model, names)
+        bring_back(base_model, names)
         trained = [
             parameter for head in self._wrapped_heads() for parameter in head.parameters() if parameter.requires_grad
         ]
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         for parameter in trained:
             parameter.requires_grad = True
+        for parameter in base_model.parameters(recurse=False):
+            parameter.requires_grad = False  # PEFT freezes those of the modules inside alone
+        if not peft_config.inference_mode:
+            remember_base(self, adapter_name)
         if not self.active_adapter:  # the last one was deleted
             self.set_adapter(adapter_name)
         elif adapter_name != self.active_adapter:  # a process group waits for every gradient that is asked for
@@ -113,6 +164,8 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
         if adapter_name not in self.peft_config:
             self._add_saved_adapter(str(model_id), adapter_name, kwargs)
         result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
+        record = _record.read(str(model_id), **self._split_kwargs(kwargs)[0])
+        check_base(self, adapter_name, str(model_id), (record or {}).get("base_model"))
         if is_trainable:
             make_trainable(self, adapter_name)
         return result
@@ -194,6 +247,7 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         Raises:
             ValueError: The text has no room behind the prompt, or a padded batch is to be read in chunks.
         """
+        self._check_token_path(kwargs)
         inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
         if inputs is not None and not self._adapters_disabled:
             self._check_length(inputs.shape[1])
@@ -278,6 +332,7 @@ class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
     """Output: as PEFT's, logits of the decoder, which has no prompt."""
 
     pad_side = BEHIND
+    _has_decoder: ClassVar[bool] = True
 
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
         if "encoder_outputs" in inputs:
@@ -292,6 +347,7 @@ class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
 
     def generate(self, **kwargs: Any) -> Any:
         """See PEFT's class; pads in front of the text go behind it."""
+        self._check_token_path(kwargs)
         ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
         if ids is not None and not self._adapters_disabled:
             check_mask(mask, *ids.shape)
@@ -335,8 +391,53 @@ class PeftModelForQuestionAnswering(OfTextMixin, peft.PeftModelForQuestionAnswer
     _column_inputs: ClassVar[tuple[str, ...]] = ("start_positions", "end_positions", "cls_index")
 
 
+def _is_covered(path: str, names: Sequence[str]) -> bool:
+    """Whether PEFT's `modules_to_save` mean a module, or one around it: it goes by the ends of paths."""
+    parts = path.split(".")
+    return any(".".join(parts[: end + 1]).endswith(tuple(names)) for end in range(len(parts)))
+
+
+def _listed(names: Sequence[str], most: int = 5) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _init_context(model: PeftModel, adapter_name: str) -> InitContext:
+    config: Any = model.peft_config[adapter_name]
+    words: Any = model.word_embeddings
+    return InitContext(config=config, word_embeddings=words, generator=torch.Generator())
+
+
+def remember_base(model: PeftModel, adapter_name: str) -> None:
+    """Keep in the config which word embeddings its prompt is trained for."""
+    config = model.peft_config[adapter_name]
+    if isinstance(config, PromptTuningExtConfig):
+        config.base_fingerprint = fingerprint(_init_context(model, adapter_name), _model_type(model))
+
+
+def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = None) -> None:
+    """Warn if a loaded prompt was trained on another base model, or its base model has random modules it lacks.
+
+    `saved` is the fingerprint beside it, if there is one.
+    """
+    kept, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
+    prompt = cast(Any, model.prompt_encoder)[adapter_name].embedding.weight.detach()
+    check_saved(_init_context(model, adapter_name), prompt, saved, name, _model_type(model))
+    lacks = [path for path in new_modules(model.base_model, False) if not _is_covered(path, kept or [])]
+    if lacks:
+        warnings.warn(
+            f"{name} has no weights for {_listed(lacks)}, and the base model's checkpoint had none: they are random, "
+            "and were so when it was trained. Train it again, or load the base model that it was trained on.",
+            stacklevel=2,
+        )
+
+
+def _model_type(model: PeftModel) -> str | None:
+    return getattr(getattr(model.base_model, "config", None), "model_type", None)
+
+
 def make_trainable(model: PeftModel, adapter_name: str) -> None:
     """Put a loaded prompt and its `modules_to_save` into training: at once if it is active, else by `set_adapter`."""
     model.peft_config[adapter_name].inference_mode = False
+    remember_base(model, adapter_name)
     if adapter_name in model.active_adapters:
         model.set_adapter(adapter_name)  # also turns on the gradients of modules_to_save

@@ -3,6 +3,7 @@
 Axes are distinct primes where the architecture allows it, so that a swapped axis cannot pass.
 """
 
+import copy
 import os
 
 import pytest
@@ -92,7 +93,8 @@ def make(tokenizer_folder, tmp_path, build_model):
     def build(init, model=None, size=7, seed=0, task_type="CAUSAL_LM", text="great film", tokenizer=None, **kwargs):
         if init == "TRANSFER" and "source" not in kwargs:
             kwargs["source"] = str(tmp_path / "source")
-            build("RANDOM_UNIFORM", size=3, seed=5).save_pretrained(kwargs["source"])
+            source = build("RANDOM_UNIFORM", copy.deepcopy(model), size=3, seed=5, task_type=task_type)
+            source.save_pretrained(kwargs["source"])
         config = PromptTuningExtConfig(
             task_type=task_type,
             num_virtual_tokens=size,

@@ -3,9 +3,10 @@ from dataclasses import fields
 from pathlib import Path
 
 import pytest
+import torch
 from peft import LoraConfig, PromptTuningConfig, PromptTuningInit, TaskType, get_peft_model
 
-from peft_prompt_ext import PromptTuningExtConfig, _record, available_inits
+from peft_prompt_ext import PromptTuningExtConfig, available_inits
 
 
 def config(init="SAMPLE_VOCAB", size=7, task_type="CAUSAL_LM", text=None, **kwargs):
@@ -270,7 +271,6 @@ def test_the_plugins_own_fields_come_back_from_the_record(tmp_path):
     built = config("CLASS_LABELS", labels=["bad", "good"], position="last")
     built.prompt_tuning_init_seed = 11
     built.save_pretrained(tmp_path)
-    _record.write(tmp_path, built)
 
     read = PromptTuningExtConfig.from_pretrained(tmp_path)
 
@@ -278,6 +278,74 @@ def test_the_plugins_own_fields_come_back_from_the_record(tmp_path):
     assert {f.name for f in fields(read) if getattr(read, f.name) != getattr(built, f.name)} <= stock
     assert read.prompt_tuning_init_kwargs == {"labels": ["bad", "good"], "position": "last"}
     assert read.prompt_tuning_init_seed == 11
+
+
+EVERY_FIELD = {
+    "num_virtual_tokens": 11,
+    "prompt_tuning_init_seed": 3,
+    "shared_prefix": False,
+    "shared_prefix_probe": False,
+    "train_logits": "supervised",
+    "tokenizer_kwargs": {"padding_side": "left"},
+    "modules_to_save": ["norm"],
+}
+INITS = [
+    {"prompt_tuning_init": "SAMPLE_VOCAB", "prompt_tuning_init_kwargs": {"population": 20}},
+    {"prompt_tuning_init": "CLASS_LABELS", "prompt_tuning_init_kwargs": {"labels": ["a", "b"], "position": "last"}},
+    {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "great film"},
+    {"prompt_tuning_init": "TEXT", "prompt_tuning_init_text": "great", "tokenizer_name_or_path": "org/words"},
+    {"prompt_tuning_init": "RANDOM_UNIFORM", "prompt_tuning_init_kwargs": {"scale": 0.1}},
+]
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_config_that_is_saved_alone_comes_back_whole(tmp_path, init):
+    built = PromptTuningExtConfig(task_type="SEQ_CLS", **EVERY_FIELD, **init)
+
+    built.save_pretrained(tmp_path)
+    read = PromptTuningExtConfig.from_pretrained(tmp_path)
+
+    assert {f.name for f in fields(read) if getattr(read, f.name) != getattr(built, f.name)} <= {"peft_version"}
+
+
+@pytest.mark.parametrize("init", INITS)
+def test_a_config_that_is_saved_alone_is_read_by_stock_peft_without_a_word(tmp_path, init):
+    built = PromptTuningExtConfig(task_type="SEQ_CLS", **EVERY_FIELD, **init)
+
+    built.save_pretrained(tmp_path)
+    read = PromptTuningConfig.from_pretrained(tmp_path)  # warnings are errors
+
+    assert set(json.loads((tmp_path / "adapter_config.json").read_text())) == {f.name for f in fields(read)}
+    assert (read.num_virtual_tokens, read.task_type) == (11, "SEQ_CLS")
+
+
+def test_a_config_that_is_read_makes_the_prompt_of_the_one_that_was_saved(build_model, tmp_path):
+    built = config("RANDOM_UNIFORM", scale=0.1)
+    built.prompt_tuning_init_seed = 5
+    built.save_pretrained(tmp_path)
+
+    prompts = [
+        get_peft_model(build_model("llama"), each).get_prompt_embedding_to_save("default")
+        for each in (PromptTuningExtConfig.from_pretrained(tmp_path), built)
+    ]
+
+    assert torch.equal(*prompts)
+
+
+def test_arguments_that_were_too_large_to_be_saved_are_refused_where_they_are_needed(build_model, tmp_path):
+    config("SAMPLE_VOCAB", population=20, corpus=["a great film"] * 1001).save_pretrained(tmp_path)
+    read = PromptTuningExtConfig.from_pretrained(tmp_path)
+
+    with pytest.raises(ValueError, match=r"corpus \('<list of 1001>'\) is not a text file"):
+        get_peft_model(build_model("llama"), read)
+
+
+def test_the_config_of_a_prompt_of_stock_peft_gets_no_record(tmp_path):
+    PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5).save_pretrained(tmp_path / "stock")
+
+    PromptTuningExtConfig.from_pretrained(tmp_path / "stock").save_pretrained(tmp_path / "again")
+
+    assert not (tmp_path / "again" / "prompt_init.json").exists()
 
 
 def test_an_adapter_of_another_method_is_not_read_as_a_prompt(tmp_path):

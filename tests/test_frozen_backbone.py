@@ -270,7 +270,7 @@ def test_a_layer_of_the_trunk_that_is_new_can_be_trained_and_saved(tmp_path, qua
         assert base.new_modules == ["bert.pooler.dense", "classifier"]
         assert type(base.bert.pooler.dense) is torch.nn.Linear
         if model is None:
-            model = prompted(base, "SEQ_CLS", modules_to_save=["bert.pooler.dense"])
+            model = prompted(base, "SEQ_CLS")
             model(**batch).loss.backward()
             assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
             assert model.get_base_model().bert.pooler.dense.modules_to_save["default"].weight.grad.abs().sum() > 0

@@ -14,6 +14,7 @@ from safetensors.torch import load_file
 
 from .._choices import check_choice
 from .base import InitContext, register_init
+from .fingerprint import check_saved
 
 
 LENGTH_POLICIES = ("strict", "truncate_pad", "interpolate")
@@ -147,7 +148,18 @@ def _load_prompt(ctx: InitContext, source: str, check_base_model: bool) -> torch
     prompt = prompt[: config["num_virtual_tokens"]].float()
     if not torch.isfinite(prompt).all():
         raise ValueError(f"TRANSFER: the prompt of source ({source!r}) holds NaN or infinite numbers.")
+    check_saved(ctx, prompt, _read_fingerprint(source), f"TRANSFER: source ({source!r})")
     return prompt
+
+
+def _read_fingerprint(source: str) -> Any:
+    """What the source's record tells of its base model; None if there is no record, or none that is whole."""
+    path = _find(source, "prompt_init.json")
+    try:
+        record = json.loads(path.read_text(encoding="utf-8")) if path else None
+    except ValueError:
+        return None
+    return record.get("base_model") if isinstance(record, dict) else None
 
 
 def _check_base_model(ctx: InitContext, source: str, config: dict[str, Any], wanted: bool) -> None:

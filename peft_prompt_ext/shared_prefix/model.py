@@ -15,7 +15,6 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
-from ..devices import device_of
 from ..tokens import OF_PACKED_ROWS, check_mask
 from .status import EngineStatus
 
@@ -80,6 +79,7 @@ class SharedPrefixMixin(PeftModel):
         """
         from .interface import NotPackable
 
+        self._check_token_path(kwargs)
         inputs = input_ids if input_ids is not None else inputs_embeds
         if inputs is not None and kwargs.get("past_key_values") is None:
             check_mask(attention_mask, *inputs.shape[:2])
@@ -178,11 +178,9 @@ class SharedPrefixMixin(PeftModel):
     def _circumstances(self) -> Any:
         """What a proof holds for."""
         from .interface import attention_of
-        from .precision import precision
+        from .precision import precision_of
 
-        words: Any = self.word_embeddings
-        weight = words.weight.new_empty(0, device=device_of(words))  # an offloaded one lies on no device
-        return precision(weight), attention_of(self.get_base_model())
+        return precision_of(self.word_embeddings), attention_of(self.get_base_model())
 
     def _ran(self, status: EngineStatus) -> EngineStatus:
         from .interface import attention_of

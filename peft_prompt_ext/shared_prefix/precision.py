@@ -6,6 +6,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from ..devices import device_of
+
 
 class Tolerance(NamedTuple):
     """Relative errors that rounding explains; a token that sees what it should not is far beyond.
@@ -32,6 +34,11 @@ def precision(tensor: torch.Tensor) -> tuple[Any, ...]:
     kind = tensor.device.type
     autocast = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind)
     return tensor.device, tensor.dtype, autocast, rounds_products(kind)
+
+
+def precision_of(module: Any) -> tuple[Any, ...]:
+    """The same for the weight of a module, wherever it computes if the weight is kept elsewhere."""
+    return precision(module.weight.new_empty(0, device=device_of(module)))
 
 
 def rounds_products(device_type: str) -> bool:
