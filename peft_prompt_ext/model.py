@@ -22,6 +22,7 @@ from peft.utils import ModulesToSaveWrapper
 from . import _record
 from .config import PromptTuningExtConfig
 from .frozen_backbone import dequantize_modules, keep_differentiable
+from .generation import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration
 from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
 
@@ -29,7 +30,7 @@ from .shared_prefix import SharedPrefixMixin
 IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
 
 
-class PromptTuningMixin(PeftModel):
+class PromptTuningMixin(GuardedGeneration):
     """Goes in front of PEFT's model class of a task."""
 
     _gathered: Mapping[str, torch.Tensor] = {}
@@ -154,7 +155,7 @@ class PromptTuningMixin(PeftModel):
         self.add_adapter(adapter_name, config)
 
 
-class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
+class PeftModelForCausalLM(PromptedGeneration, SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}
@@ -184,42 +185,6 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         columns = keep if isinstance(keep, torch.Tensor) else slice(-keep if keep else None, None)
         output["logits"] = output["logits"][:, columns]
         return output if self._wants_dict(return_dict) else output.to_tuple()
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class; what would give wrong tokens is refused before the first one.
-
-        Raises:
-            ValueError: The text has no room behind the prompt, or a padded batch is to be read in chunks.
-        """
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if inputs is not None and not self._adapters_disabled:
-            self._check_length(inputs.shape[1])
-            self._check_chunks(kwargs)
-        return super().generate(*args, **kwargs)
-
-    def _check_chunks(self, kwargs: Mapping[str, Any]) -> None:
-        config: Any = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
-        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if size is not None and _is_padded(kwargs.get("attention_mask")):
-            raise ValueError(
-                f"prefill_chunk_size ({size}) needs rows without pads: pads are moved before the prompt, and that "
-                "across chunks. Leave it out, or generate for rows of one length."
-            )
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See PEFT's class; pads are moved before the prompt, so that none stands between it and the text."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        mask = inputs.get("attention_mask")  # [B, P + text so far]
-        if not _is_padded(mask):
-            return inputs
-        order = real_last(mask)
-        inputs["attention_mask"] = mask.gather(1, order)
-        if inputs.get("inputs_embeds") is not None:
-            inputs["inputs_embeds"] = reorder(inputs["inputs_embeds"], order)
-        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        if "position_ids" in signature(self.get_base_model().forward).parameters:
-            inputs["position_ids"] = _positions(inputs["attention_mask"])[:, -new.shape[1] :]
-        return inputs
 
 
 class PeftModelForSequenceClassification(
@@ -310,7 +275,7 @@ def _positions(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)
 
 
-class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
+class PeftModelForSeq2SeqLM(PromptedEncoderDecoder, PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
     """Output: as PEFT's, logits of the decoder, which has no prompt."""
 
     _token_outputs: ClassVar[tuple[str, ...]] = (
@@ -319,13 +284,6 @@ class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
         "encoder_attentions",
         "cross_attentions",
     )
-
-    def generate(self, **kwargs: Any) -> Any:
-        """See PEFT's class; pads in front of the text go behind it."""
-        mask = kwargs.get("attention_mask")
-        if _is_padded(mask) and not self._adapters_disabled:
-            kwargs = self._move_pads(kwargs, real_first(mask))
-        return super().generate(**kwargs)
 
 
 class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureExtraction):
