@@ -21,8 +21,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from . import _record
 from .config import PromptTuningExtConfig
+from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration
 from .frozen_backbone import dequantize_modules, keep_differentiable
-from .generation import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration
 from .padding import pads_behind, real_first, real_last, reorder
 from .shared_prefix import SharedPrefixMixin
 
@@ -155,7 +155,9 @@ class PromptTuningMixin(GuardedGeneration):
         self.add_adapter(adapter_name, config)
 
 
-class PeftModelForCausalLM(PromptedGeneration, SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
+class PeftModelForCausalLM(  # type: ignore[misc]
+    PromptedGeneration, SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM
+):
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     _packed_arguments: ClassVar[set[str]] = {"logits_to_keep", "num_items_in_batch", "shift_labels"}

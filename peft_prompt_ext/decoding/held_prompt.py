@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from .padding import real_last, reorder
+from ..padding import real_last, reorder
 
 
 _ATTRIBUTE = "_peft_prompt_ext_held"
@@ -201,8 +201,8 @@ def count_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, seen: i
         raise _wrong_mask(mask, wanted, virtual)
     if seen and tokens <= seen:
         raise ValueError(
-            f"{tokens} text tokens were given, and past_key_values has {seen}: nothing is new. Give the whole text, or "
-            f"the new tokens with an attention_mask over the whole text, [B, {seen + tokens}]."
+            f"{tokens} text tokens were given, and past_key_values has {seen}: nothing is new. Give the whole text, "
+            f"or the new tokens with an attention_mask over the whole text, [B, {seen + tokens}]."
         )
     if seen and not _begin_with(ids, text, seen, mask):
         raise ValueError(
@@ -248,8 +248,8 @@ def without_virtual(mask: torch.Tensor, text: int, virtual: int) -> torch.Tensor
 
 def _wrong_mask(mask: Any, wanted: str, virtual: int) -> ValueError:
     return ValueError(
-        f"attention_mask has the shape {tuple(mask.shape)}; with the text of the cache included it has to be {wanted}, "
-        f"or wider by the {virtual} virtual tokens in front."
+        f"attention_mask has the shape {tuple(mask.shape)}; over the text, with that of the cache, it has to be "
+        f"{wanted}, or wider by the {virtual} virtual tokens in front."
     )
 
 
