@@ -115,7 +115,7 @@ class PromptedGeneration(GuardedGeneration):
             inputs.pop(name, None)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=inputs)
         inputs.setdefault("use_cache", True)
-        if where.mask is not None and (where.begins or has_keys(stored)):
+        if where.padded and (where.begins or has_keys(stored)):
             inputs["attention_mask"] = where.mask
         positions = feed.positions(where)
         if positions is not None:

@@ -52,9 +52,15 @@ class PromptFeed:
         """See `held_prompt.place`.
 
         Raises:
-            NotImplementedError: The base model would not go on from its states with more than one token.
+            NotImplementedError: The base model would count pads that stand behind text, or would not go on from its
+                states with more than one token.
         """
         where = place(stored, self.seen_by(stored), new, mask, len(self.prompt))
+        if where.holes and (counts_columns(stored) or not takes(self.base_model, "position_ids")):
+            raise NotImplementedError(
+                f"Some rows have pads behind real tokens, and {type(self.base_model).__name__} would count them "
+                "(in windows, states or distances). Continue rows of one length together."
+            )
         if not where.begins and new > 1 and has_states(stored) and not self._goes_on():
             raise NotImplementedError(
                 f"{type(self.base_model).__name__} does not go on from the states of its cache when it gets several "
@@ -244,6 +250,15 @@ def has_states(stored: Any) -> bool:
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(stored, "layers", ()))
+
+
+def counts_columns(stored: Any) -> bool:
+    """Whether a cache has layers for which pads between two real tokens are not nothing."""
+    from transformers.cache_utils import DynamicLayer, StaticLayer
+
+    layers = getattr(stored, "layers", ())
+    kinds = DynamicLayer | StaticLayer
+    return has_states(stored) or any(layer.is_sliding or not isinstance(layer, kinds) for layer in layers)
 
 
 def has_keys(stored: Any) -> bool:

@@ -66,6 +66,8 @@ class Place:
         order: The column that stands at each place of the cache if the prompt is put before the text, [B, P + S + T];
             None if each stands at its own.
         blocks: The columns with pads, those of this call included.
+        padded: Whether some text token is not real.
+        holes: Whether one is that does not stand before the whole text of its row.
     """
 
     virtual: int
@@ -75,6 +77,8 @@ class Place:
     text_mask: torch.Tensor | None = None
     order: torch.Tensor | None = None
     blocks: tuple[Block, ...] = ()
+    padded: bool = False
+    holes: bool = False
 
     @property
     def width(self) -> int:
@@ -97,7 +101,7 @@ class Place:
     @property
     def positions(self) -> torch.Tensor | None:
         """Number of each real token in its row, [B, P + S + T]; None if these are the numbers of the columns."""
-        mask = self.mask if self.order is not None else None
+        mask = self.mask if self.padded else None
         return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
 
     @property
@@ -280,17 +284,18 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
     blocks = [_cropped(block, before, mask) for block in noted]
     fresh = mask[:, before:] != 0
     if not bool(fresh.all()):
-        if before:
-            _check_holes(cache)
         blocks.append(Block(before, before + new, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
+    padded = bool((mask == 0).any())
     if not blocks:
-        return Place(virtual, seen is None, before, new, mask)
+        return Place(virtual, seen is None, before, new, mask, padded=padded, holes=padded)
     full = torch.cat([mask.new_ones(len(mask), virtual), mask], dim=1)
     order = torch.arange(full.shape[1], device=full.device).repeat(len(full), 1)
     for block in blocks:
         first = 0 if block.start == 0 else virtual + block.start
         order[:, first : virtual + block.stop] = first + real_last(full[:, first : virtual + block.stop])
-    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks))
+    start = blocks[0].stop if blocks[0].start == 0 else 0
+    holes = bool((mask[:, start:] == 0).any())
+    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes)
 
 
 def _cropped(block: Block, seen: int, mask: torch.Tensor) -> Block:
@@ -316,15 +321,3 @@ def _check_room(cache: Any, columns: int) -> None:
             f"past_key_values has room for {limit} tokens; with the virtual tokens {columns} are needed. Make its "
             "max_cache_len as much longer as the prompt is."
         )
-
-
-def _check_holes(cache: Any) -> None:
-    """Raise if pads between two parts of a text would count: attention windows and states count columns."""
-    from transformers.cache_utils import DynamicLayer, StaticLayer
-
-    for layer in getattr(cache, "layers", ()):
-        if getattr(layer, "is_sliding", False) or not isinstance(layer, DynamicLayer | StaticLayer):
-            raise ValueError(
-                "The new tokens have pads between them and the text of past_key_values, and the model has layers that "
-                "would count them (windows or states). Continue rows of one length together."
-            )

@@ -57,6 +57,7 @@ class PromptedEncoderDecoder(GuardedGeneration):
             mask = without_virtual(mask, text.shape[1], len(feed.prompt))
             order = real_first(mask)  # so that no pad stands between the prompt and the text
             text, mask = reorder(text, order), mask.gather(1, order)
+        _tell_read(kwargs)
         where = Place(len(feed.prompt), True, 0, text.shape[1], mask)
         prepare: Any = view.prepare_inputs_for_generation
 
@@ -78,6 +79,20 @@ def _check_encoded(stored: Any, feed: PromptFeed) -> None:
             "past_key_values comes from another prompt than the active one, or the prompt was changed since. Begin "
             "with an empty cache."
         )
+
+
+def _tell_read(kwargs: dict[str, Any]) -> None:
+    """Tell `generate` by a mask that decoder ids include those of a cache; without one it would read them twice."""
+    stored, ids = kwargs.get("past_key_values"), kwargs.get("decoder_input_ids")
+    seen = 0 if stored is None else int(stored.get_seq_length())
+    if not seen or kwargs.get("decoder_attention_mask") is not None:
+        return
+    if ids is None or ids.shape[1] <= seen:
+        raise ValueError(
+            f"past_key_values has {seen} tokens of the decoder: give all of them and new ones as decoder_input_ids, "
+            "or the new ones with a decoder_attention_mask over all."
+        )
+    kwargs["decoder_attention_mask"] = torch.ones_like(ids)
 
 
 def _note_encoded(stored: Any, feed: PromptFeed) -> None:
