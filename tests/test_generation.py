@@ -369,7 +369,7 @@ def test_rows_that_ended_early_go_on_too(pair, architecture):
     }
     one = model.generate(text(3), **options)
     mask = (one.sequences != 2).long()
-    assert mask[1].sum() == TEXT + 3
+    assert 0 < (mask.sum(1) < mask.shape[1]).sum() < 3
     ids = torch.cat([one.sequences, text(3, 3, seed=5)], dim=1)
     mask = torch.cat([mask, mask.new_ones(3, 3)], dim=1)
 
@@ -1002,7 +1002,10 @@ STATES = {
 def test_several_tokens_behind_a_state_are_right_or_refused(pair, monkeypatch, architecture, goes_on):
     from tests import zoo
 
-    sizes = {key: value for key, value in zoo._LLAMA.items() if key != "head_dim"} | {"hidden_size": 32, "intermediate_size": 64}
+    sizes = {key: value for key, value in zoo._LLAMA.items() if key != "head_dim"} | {
+        "hidden_size": 32,
+        "intermediate_size": 64,
+    }
     monkeypatch.setitem(zoo._SPECIFIC, architecture, {**sizes, **STATES[architecture]})
     model, base = pair(architecture)
     ids, cache = first_turn(model, text())

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from ..padding import reorder
-from .feed import PromptFeed, cache_of, given_cache, has_keys, place_of
+from .feed import PromptFeed, cache_of, check_rows, given_cache, has_keys, place_of
 from .held_prompt import HeldPrompt, Place, count_text, held_by, note, without_virtual
 from .modes import allow_candidates, check_mode, make_room
 from .view import GuardedGeneration
@@ -43,10 +43,13 @@ class PromptedGeneration(GuardedGeneration):
         Raises:
             ValueError: The cache does not hold the active prompt, or an argument does not fit the text.
         """
+        kwargs |= dict(
+            zip(("output_attentions", "output_hidden_states", "return_dict", "task_ids"), args, strict=False)
+        )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
-        if not args and kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
+        if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             return self._step({**inputs, "labels": labels, **kwargs})
-        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, *args, **kwargs)
+        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
         if labels is None and not self.training and kwargs.get("use_cache") is None:
             self._note_unasked(output, input_ids if input_ids is not None else inputs_embeds, attention_mask)
         return output
@@ -109,6 +112,8 @@ class PromptedGeneration(GuardedGeneration):
             raise ValueError("shift_labels name columns as they stand; a step with a cache takes labels [B, T].")
         stored, new = given_cache(feed.base_model, inputs), (ids if text is None else text).shape[1]
         where = feed.place(stored, new, inputs.pop("attention_mask", None))
+        if not where.begins:
+            check_rows(stored, len(ids if text is None else text))
         self._check_length(where.seen + new)
         _check_positions(inputs.pop("position_ids", None), where)
         for name in ("cache_position", "task_ids"):
@@ -184,6 +189,8 @@ class PromptedGeneration(GuardedGeneration):
         elif seen and not (attention_mask is None and new <= seen):
             new = count_text(input_ids, attention_mask, stored, seen, len(feed.prompt)) - seen
         where = feed.place(stored, new, attention_mask)
+        if not where.begins:
+            check_rows(stored, len(text))
         _check_positions(kwargs.pop("position_ids", None), where)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
         prepare: Any = feed.base_model.prepare_inputs_for_generation
@@ -246,6 +253,9 @@ class PromptedGeneration(GuardedGeneration):
             total = 1  # the base model's generate begins with its bos token
         if total <= seen:
             raise ValueError(f"past_key_values has {seen} text tokens, and {total} were given: none of them is new.")
+        if seen:
+            each = max(config.num_beams, config.num_return_sequences)
+            check_rows(stored, len(ids if embeds is None else embeds), each)
         feed.left_out = total - (ids.shape[1] if ids is not None else total * (embeds is None))
         feed.masked = mask is not None
         self._check_length(total)

@@ -15,7 +15,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..padding import reorder
-from .held_prompt import HeldPrompt, Place, note, place, seen_by
+from .held_prompt import HeldPrompt, Place, held_by, note, place, seen_by
 from .view import unwrapped
 
 
@@ -52,10 +52,17 @@ class PromptFeed:
         """See `held_prompt.place`.
 
         Raises:
+            ValueError: The cache has no room for the tokens.
             NotImplementedError: The base model would count pads that stand behind text, or would not go on from its
                 states with more than one token.
         """
         where = place(stored, self.seen_by(stored), new, mask, len(self.prompt))
+        room = _room(stored, self.base_model.config.get_text_config(decoder=True))
+        if where.width > room:
+            raise ValueError(
+                f"past_key_values has room for {room} tokens; with the virtual tokens {where.width} are needed. Make "
+                "its max_cache_len as much longer as the prompt is."
+            )
         if where.holes and (counts_columns(stored) or not takes(self.base_model, "position_ids")):
             raise NotImplementedError(
                 f"Some rows have pads behind real tokens, and {type(self.base_model).__name__} would count them "
@@ -250,6 +257,28 @@ def has_states(stored: Any) -> bool:
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(stored, "layers", ()))
+
+
+def _room(stored: Any, config: Any) -> float:
+    """How many columns a cache can have; a layer with a window forgets, but not before its window is full."""
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
+    static = [layer for layer in getattr(stored, "layers", ()) if hasattr(layer, "max_cache_len")]
+    limits = (layer.max_cache_len for layer in static if not layer.is_sliding or layer.max_cache_len < window)
+    return min(limits, default=float("inf"))
+
+
+def check_rows(stored: Any, rows: int, each: int = 1) -> None:
+    """Raise a ValueError unless a cache has a row for each of the call's, or `each` rows of one text."""
+    kept = next((len(layer.keys) for layer in stored.layers if getattr(layer, "keys", None) is not None), rows * each)
+    if kept != rows * each:
+        raise ValueError(
+            f"past_key_values has {kept} rows, the call has {rows * each}. Choose or repeat its rows first."
+        )
+    held = held_by(stored)
+    if each > 1 and held is not None and held.text is not None and len(held.text) == kept:
+        groups = held.text.view(rows, each, -1)
+        if not bool((groups == groups[:, :1]).all()):
+            raise ValueError(f"past_key_values has other texts in the {each} rows that each row of the call gets.")
 
 
 def counts_columns(stored: Any) -> bool:

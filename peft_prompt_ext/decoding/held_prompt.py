@@ -268,10 +268,9 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
         virtual: P.
 
     Raises:
-        ValueError: The mask has another width, a pad could not be told from the text, or the tokens have no room.
+        ValueError: The mask has another width, or pads cannot be told from the text.
     """
     before = 0 if seen is None else seen
-    _check_room(cache, virtual + before + new)
     held = held_by(cache) if seen is not None else None
     noted = [block for block in (held.blocks if held else ()) if block.start < before]
     if mask is None and noted:
@@ -310,14 +309,3 @@ def _cropped(block: Block, seen: int, mask: torch.Tensor) -> Block:
             "cache."
         )
     return Block(block.start, seen, False)
-
-
-def _check_room(cache: Any, columns: int) -> None:
-    layers = getattr(cache, "layers", ())
-    limits = [layer.get_max_length() for layer in layers if not getattr(layer, "is_sliding", False)]
-    limit = min((limit for limit in limits if limit > 0), default=columns)
-    if columns > limit:
-        raise ValueError(
-            f"past_key_values has room for {limit} tokens; with the virtual tokens {columns} are needed. Make its "
-            "max_cache_len as much longer as the prompt is."
-        )

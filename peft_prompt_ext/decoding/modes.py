@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from functools import wraps
 from typing import Any
 
+import torch
+
 
 def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise a NotImplementedError for a way of decoding that is not known to be right behind a prompt."""
@@ -22,6 +24,10 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
         f"the generate that {type(view).__name__} has of its own": own,
         "custom_generate": kwargs.get("custom_generate") is not None,
         "cache_implementation='paged' (continuous batching)": paged,
+        "an encoder-decoder as CAUSAL_LM (SEQ_2_SEQ_LM is its task_type)": view.config.is_encoder_decoder,
+        "offloaded caches without an accelerator": (
+            "offloaded" in (config.cache_implementation or "") and not torch.accelerator.is_available()
+        ),
         f"{mode.value} decoding": mode.value not in known,
         "use_mtp": assisted and config.use_mtp,
         "assistant_early_exit": assisted and config.assistant_early_exit is not None,

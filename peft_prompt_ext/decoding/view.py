@@ -33,6 +33,10 @@ class GuardedGeneration(PeftModel):
             return partial(_refuse, name)
         return value
 
+    def generate(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT; of a model whose task has no text to generate there is the base model alone."""
+        return super().generate(*args, **kwargs) if self._adapters_disabled else _refuse("generate")
+
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """See PEFT; a cache that holds a prompt is refused inside."""
@@ -139,6 +143,6 @@ def _methods_of_generation() -> frozenset[str]:
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(
-        f"{name} of the base model would leave the prompt out. Use generate, or call it inside disable_adapter() for "
-        "the base model alone."
+        f"{name} of the base model would leave the prompt out. Use generate with task_type CAUSAL_LM or SEQ_2_SEQ_LM, "
+        "or call it inside disable_adapter() for the base model alone."
     )
