@@ -227,6 +227,7 @@ def test_a_streamer_gets_the_text_and_each_new_token(pair):
         ({"dola_layers": "high"}, "dola_generation"),
         ({"num_beams": 4, "num_beam_groups": 2}, "group_beam_search"),
         ({"num_beams": 2, "force_words_ids": [[5]]}, "constrained_beam_search"),
+        ({"cache_implementation": "offloaded"}, "offloaded"),
         ({"assistant_early_exit": 1}, "assistant_early_exit"),
         ({"use_mtp": True}, "use_mtp"),
         ({"speculation_type": "dflash"}, "speculation_type='dflash'"),
@@ -270,10 +271,22 @@ def test_candidates_from_elsewhere_are_refused(pair, monkeypatch):
         model.generate(text(1), prompt_lookup_num_tokens=3, **OPTIONS)
 
 
-def test_a_cache_that_cannot_be_made_here_is_refused(pair):
-    model, _ = pair()
-    with pytest.raises(ValueError, match="cache_implementation='quantized' cannot be made here"):
-        model.generate(text(1), cache_implementation="quantized", **OPTIONS)
+@pytest.mark.parametrize(("architecture", "backend"), [("llama", "quanto"), ("llama", "hqq"), ("mistral", "fp8")])
+def test_a_cache_that_cannot_be_made_here_is_refused(pair, architecture, backend):
+    model, _ = pair(architecture)  # two packages are not here, and windows cannot be quantized
+    options = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
+    with pytest.raises(ValueError, match="cache_implementation='quantized' cannot be made here") as refused:
+        model.generate(text(1), **options, **OPTIONS)
+    assert "peft_prompt_ext" in str(refused.traceback[-1].path)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"prompt_lookup_num_tokens": 3}], ids=str)
+def test_a_quantized_cache_gives_what_it_gives_behind_the_words(pair, architecture, options):
+    model, base = pair(architecture)
+    options |= {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
+    ids = text(1).repeat(1, 2)
+    assert new_tokens(model, ids, **options) == new_tokens(base, with_words(ids), **options)
 
 
 METHODS = ["generate_batch", "init_continuous_batching", "continuous_batching_context_manager"]
@@ -705,6 +718,68 @@ def test_the_cache_of_a_beam_search_is_refused(pair):
         model.generate(ids, past_key_values=cache, **OPTIONS)
 
 
+def test_a_cache_with_other_rows_is_refused(pair):
+    model, _ = pair()
+    ids, cache = first_turn(model, text())
+    with pytest.raises(ValueError, match="has 2 rows, the call has 1"):
+        model.generate(ids[:1], past_key_values=cache, **OPTIONS)
+    with pytest.raises(ValueError, match="has 2 rows, the call has 4"):
+        model.generate(ids, past_key_values=cache, num_beams=2, **OPTIONS)
+    with pytest.raises(ValueError, match="has 2 rows, the call has 1"):
+        model(input_ids=text(1, 1), past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    assert new_tokens(model, ids, past_key_values=cache, num_beams=2) == new_tokens(model, ids, num_beams=2)
+
+
+def test_beams_behind_sequences_that_differ_are_refused(pair):
+    model, _ = pair()
+    torch.manual_seed(0)
+    ids, cache = first_turn(model, text(1), do_sample=True, num_return_sequences=2)
+    with pytest.raises(ValueError, match="other texts in the 2 rows"):
+        model.generate(ids[:1], past_key_values=cache, num_beams=2, **OPTIONS)
+
+
+@pytest.mark.parametrize("length", [9, 13])
+def test_a_window_that_is_shorter_than_the_models_is_no_room(pair, length):
+    model, base = pair("mistral")  # its window has 16 tokens
+    with pytest.raises(ValueError, match=f"room for {length} tokens"):
+        loop(model, text(), StaticCache(base.config, max_cache_len=length))
+    assert loop(model, text(), StaticCache(base.config, max_cache_len=16))[0] == new_tokens(base, with_words(text()))
+
+
+def test_a_step_of_continuous_batching_is_refused(pair):
+    model, _ = pair()
+    with pytest.raises(ValueError, match="takes no cache"):
+        model(input_ids=text(1), cache=object(), position_ids=torch.arange(TEXT)[None])
+
+
+def test_a_model_without_a_cache_is_told_in_ones_own_loop(pair, monkeypatch):
+    from tests import zoo
+
+    monkeypatch.setitem(zoo._SPECIFIC, "openai-gpt", zoo._GPT2)
+    monkeypatch.setitem(POSITIONS_OF, "openai-gpt", "n_positions")
+    model, base = pair("openai-gpt")
+    assert new_tokens(model, text()) == new_tokens(base, with_words(text()))
+    with pytest.raises(NotImplementedError, match="returned no cache"):
+        loop(model, text())
+
+
+def test_positions_that_do_not_begin_at_0(pair, monkeypatch):
+    from tests import zoo
+
+    monkeypatch.setitem(zoo._SPECIFIC, "roberta", {**zoo._BERT, "is_decoder": True, "pad_token_id": 1})
+    model, _ = pair("roberta")
+    ids = text(3).masked_fill(LEFT == 0, 1)
+    want = [loop(model, row[real.bool()][None])[0][0] for row, real in zip(ids, LEFT, strict=True)]
+    whole = ids[1][None]
+    for token in want[1]:
+        assert int(model(input_ids=whole, use_cache=False).logits[0, -1].argmax()) == token
+        whole = torch.cat([whole, torch.tensor([[token]])], dim=1)
+    assert new_tokens(model, ids, attention_mask=LEFT) == want
+    assert loop(model, ids, mask=LEFT)[0] == want
+    assert new_tokens(model, ids, attention_mask=LEFT, cache_implementation="static") == want
+
+
 def test_another_text_than_the_caches_is_refused(pair):
     model, _ = pair()
     ids, cache = first_turn(model, text())
@@ -1098,3 +1173,9 @@ def test_an_encoder_decoder_refuses_what_would_leave_the_prompt_out(translator):
         model.generate_batch([[1, 2]])
     with pytest.raises(ValueError, match="input_ids"):
         model.generate(max_new_tokens=2)
+
+
+def test_an_encoder_decoder_is_no_causal_model(build_model):
+    model = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "CAUSAL_LM")
+    with pytest.raises(NotImplementedError, match="SEQ_2_SEQ_LM"):
+        model.generate(text(), **OPTIONS)

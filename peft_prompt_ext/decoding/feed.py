@@ -19,7 +19,7 @@ from .held_prompt import HeldPrompt, Place, held_by, note, place, seen_by
 from .view import unwrapped
 
 
-_CACHES = ("past_key_values", "cache_params")
+_CACHES = ("past_key_values", "cache_params", "cache")  # the last one is that of continuous batching
 _IN_PLACE = "_peft_prompt_ext_place"  # of ids and embeddings that come from `PromptFeed.prepare`
 
 
@@ -314,7 +314,7 @@ def given_cache(base_model: Any, values: Mapping[str, Any]) -> Any:
     """
     for name in _CACHES:
         if values.get(name) is not None and not takes(base_model, name):
-            raise ValueError(f"{type(base_model).__name__} takes no {name}, so it would pass over the cache.")
+            raise ValueError(f"{type(base_model).__name__} takes no {name}: it would be passed over, or the prompt.")
     return cache_of(values)
 
 

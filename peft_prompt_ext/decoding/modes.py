@@ -58,7 +58,7 @@ def make_room(view: Any, virtual: int) -> None:
     ) -> Any:
         try:
             return make(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + virtual)
-        except ImportError as error:
+        except (ImportError, ValueError) as error:
             name = generation_config.cache_implementation
             raise ValueError(f"cache_implementation={name!r} cannot be made here: {error}") from error
 
