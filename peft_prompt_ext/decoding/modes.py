@@ -11,7 +11,7 @@ import torch
 
 def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise a NotImplementedError for a way of decoding that is not known to be right behind a prompt."""
-    from transformers import GenerationMixin
+    from transformers import GenerationMixin, QuantizedCache, StaticCache
     from transformers.generation import GenerationMode
 
     mode = config.get_generation_mode(kwargs.get("assistant_model"))
@@ -19,6 +19,12 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     assisted = mode == GenerationMode.ASSISTED_GENERATION
     outputs = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
     own = getattr(view.generate, "__func__", None) is not GenerationMixin.generate
+    stored = kwargs.get("past_key_values")
+    fixed = isinstance(stored, StaticCache | QuantizedCache) or config.cache_implementation not in {
+        None,
+        "dynamic",
+        "offloaded",
+    }
     paged = "paged" in {config.cache_implementation, kwargs.get("cache_implementation")}
     refused = {
         f"the generate that {type(view).__name__} has of its own": own,
@@ -34,7 +40,7 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
         f"speculation_type={config.speculation_type!r}": config.speculation_type is not None,
         "assisting another model": config.is_assistant,
         f"assisted decoding of {type(view).__name__}, which keeps states": assisted and view._is_stateful,
-        "assisted decoding and a static cache": assisted and "static" in (config.cache_implementation or ""),
+        "assisted decoding and a static or quantized cache": assisted and fixed,
         "output_hidden_states and output_attentions of assisted decoding": assisted and outputs,
         f"the states that {type(view).__name__} keeps outside of a cache of transformers (use_cache=False works)": (
             config.use_cache and not view._supports_default_dynamic_cache()
