@@ -62,7 +62,8 @@ class PromptedGeneration(GuardedGeneration):
 
     def _caches(self) -> bool:
         """Whether the base model returns a cache if nobody says."""
-        return bool(getattr(self.get_base_model().config, "use_cache", False))
+        config: Any = self.get_base_model().config
+        return bool(getattr(config.get_text_config(decoder=True), "use_cache", False))
 
     def _step(self, inputs: dict[str, Any]) -> Any:
         base_model: Any = self.get_base_model()

@@ -57,13 +57,13 @@ class PromptFeed:
                 states with more than one token.
         """
         where = place(stored, self.seen_by(stored), new, mask, len(self.prompt))
-        room = _room(stored, self.base_model.config.get_text_config(decoder=True))
+        room = _room(stored, self.base_model.config)
         if where.width > room:
             raise ValueError(
                 f"past_key_values has room for {room} tokens; with the virtual tokens {where.width} are needed. Make "
                 "its max_cache_len as much longer as the prompt is."
             )
-        if where.holes and (counts_columns(stored) or not takes(self.base_model, "position_ids")):
+        if where.holes and (counts_columns(stored) or "position_ids" not in self._arguments):
             raise NotImplementedError(
                 f"Some rows have pads behind real tokens, and {type(self.base_model).__name__} would count them "
                 "(in windows, states or distances). Continue rows of one length together."
@@ -95,12 +95,16 @@ class PromptFeed:
             where: Where the tokens stand.
             asked: Whether it cannot count itself, even without pads.
         """
-        if not takes(self.base_model, "position_ids"):
+        if "position_ids" not in self._arguments:
             return None
         numbers = where.positions
         if numbers is None and (asked or self._first_position):
             numbers = torch.arange(where.width, device=self.prompt.device)[None]
         return None if numbers is None else numbers + self._first_position
+
+    @cached_property
+    def _arguments(self) -> frozenset[str]:
+        return frozenset(signature(self.base_model.forward).parameters)
 
     @cached_property
     def _first_position(self) -> int:
@@ -261,8 +265,11 @@ def has_states(stored: Any) -> bool:
 
 def _room(stored: Any, config: Any) -> float:
     """How many columns a cache can have; a layer with a window forgets, but not before its window is full."""
-    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
     static = [layer for layer in getattr(stored, "layers", ()) if hasattr(layer, "max_cache_len")]
+    if not static:
+        return float("inf")
+    config = config.get_text_config(decoder=True)
+    window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None) or 0
     limits = (layer.max_cache_len for layer in static if not layer.is_sliding or layer.max_cache_len < window)
     return min(limits, default=float("inf"))
 

@@ -115,6 +115,11 @@ def held_by(cache: Any) -> HeldPrompt | None:
     return getattr(cache, _ATTRIBUTE, None)
 
 
+def same_prompt(held: HeldPrompt, prompt: torch.Tensor) -> bool:
+    """Whether a prompt [P, H] is the one that is held."""
+    return held.prompt.shape == prompt.shape and torch.equal(held.prompt, prompt.detach().to(held.prompt.device))
+
+
 def note(cache: Any, held: HeldPrompt) -> None:
     """Note what a cache holds."""
     setattr(cache, _ATTRIBUTE, held)
@@ -153,7 +158,7 @@ def seen_by(cache: Any, prompt: torch.Tensor) -> int | None:
             f"past_key_values has {length} tokens that this model did not put behind its prompt, so the prompt would "
             "be missing. Begin with an empty cache; the model puts the prompt in."
         )
-    if held.prompt.shape != prompt.shape or not torch.equal(held.prompt, prompt.detach().to(held.prompt.device)):
+    if held.prompt is not prompt and not same_prompt(held, prompt):
         raise ValueError(
             "past_key_values holds another prompt than the active one, or the prompt was changed since. Begin with an "
             "empty cache for each prompt."

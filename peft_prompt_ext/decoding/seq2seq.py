@@ -10,7 +10,7 @@ import torch
 
 from ..padding import real_first, reorder
 from .feed import PromptFeed
-from .held_prompt import HeldPrompt, Place, held_by, note, without_virtual
+from .held_prompt import HeldPrompt, Place, held_by, note, same_prompt, without_virtual
 from .view import GuardedGeneration
 
 
@@ -74,7 +74,7 @@ class PromptedEncoderDecoder(GuardedGeneration):
 
 def _check_encoded(stored: Any, feed: PromptFeed) -> None:
     held = held_by(stored)
-    if held is not None and not torch.equal(held.prompt, feed.prompt.detach().to(held.prompt.device)):
+    if held is not None and not same_prompt(held, feed.prompt):
         raise ValueError(
             "past_key_values comes from another prompt than the active one, or the prompt was changed since. Begin "
             "with an empty cache."
