@@ -387,7 +387,31 @@ def test_rows_that_ended_early_go_on_too(pair, architecture):
     ids = torch.cat([one.sequences, text(3, 3, seed=5)], dim=1)
     mask = torch.cat([mask, mask.new_ones(3, 3)], dim=1)
 
+    asked = {
+        **OPTIONS,
+        "max_new_tokens": 1,
+        "min_new_tokens": 1,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    together = model.generate(ids, attention_mask=mask, past_key_values=copy.deepcopy(one.past_key_values), **asked)
+    for row, real in enumerate(mask.bool()):
+        (by_itself,) = model.generate(ids[row, real][None], **asked).logits
+        torch.testing.assert_close(together.logits[0][row], by_itself[0], rtol=1e-4, atol=1e-4)
     assert new_tokens(model, ids, attention_mask=mask, past_key_values=one.past_key_values) == alone(model, ids, mask)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
+def test_tokens_that_are_masked_later_are_masked_as_behind_the_words(pair, architecture):
+    model, base = pair(architecture)
+    asked = {**OPTIONS, "output_logits": True, "return_dict_in_generate": True}
+    logits = []
+    for reader, front in ((model, 0), (base, P)):
+        ids, cache = first_turn(reader, with_words(text()) if front else text())
+        mask = torch.ones_like(ids)
+        mask[0, front + 2 : front + 6] = 0
+        logits.append(reader.generate(ids, attention_mask=mask, past_key_values=cache, **asked).logits)
+    torch.testing.assert_close(*map(torch.stack, logits), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("architecture", ["gemma3_text", "mistral", "bloom"])
@@ -983,9 +1007,11 @@ def test_an_offloaded_base_model_generates(pair):
     assert loop(model, text())[0] == want
 
 
-def test_a_compiled_step_is_compiled_once_for_all_calls(pair):
+def test_a_compiled_step_is_compiled_once_for_all_calls(pair, monkeypatch):
     model, _ = pair()
-    ran = []
+    ran, compiled_calls = [], []
+    compile = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *args, **kw: compiled_calls.append(1) or compile(*args, **kw))
 
     def backend(graph, inputs):
         ran.append(graph)
@@ -1002,7 +1028,7 @@ def test_a_compiled_step_is_compiled_once_for_all_calls(pair):
     for _ in range(2):
         assert new_tokens(model, text(), **options) == want
     assert new_tokens(model, text(2, 4), **options) == new_tokens(model, text(2, 4))  # as long a cache as before
-    assert len(ran) == graphs
+    assert len(ran) == graphs and len(compiled_calls) == 1
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
