@@ -19,19 +19,20 @@ from peft import PeftModel
 from . import _record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
+from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration
 from .devices import bring_back
 from .encoder import fill_sizes
 from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
 from .inits.base import InitContext
 from .inits.fingerprint import check_saved, fingerprint
 from .pad_side import BEHIND, IN_FRONT
-from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
+from .padding import is_padded, pads_behind
 from .peft_path import PeftPathMixin
 from .shared_prefix import SharedPrefixMixin
-from .tokens import IGNORE_INDEX, OF_VIRTUAL_TOKENS, check_mask, cut_prompt
+from .tokens import IGNORE_INDEX, OF_VIRTUAL_TOKENS, cut_prompt
 
 
-class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
+class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
     """Goes in front of PEFT's model class of a task."""
 
     _gathered: Mapping[str, torch.Tensor] = {}
@@ -177,7 +178,9 @@ class PromptTuningMixin(AdaptersMixin, PeftPathMixin):
         self.add_adapter(adapter_name, config)
 
 
-class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM):
+class PeftModelForCausalLM(  # type: ignore[misc]
+    PromptedGeneration, SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM
+):
     """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
 
     pad_side = BEHIND
@@ -210,8 +213,6 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
         return super().forward(input_ids, *args, **kwargs)
 
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
-        if inputs.get("past_key_values") is not None:
-            return peft.PeftModelForCausalLM.forward(self, **inputs)
         mask, labels, targets = (inputs.get(name) for name in ("attention_mask", "labels", "shift_labels"))
         if not is_padded(mask):
             return super()._prompted_forward(inputs)
@@ -240,44 +241,6 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
             mask = tokens.get("attention_mask")
             tokens["shift_labels"] = targets if mask is None else targets.masked_fill(mask == 0, IGNORE_INDEX)
         return tokens, others
-
-    def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class; what would give wrong tokens is refused before the first one.
-
-        Raises:
-            ValueError: The text has no room behind the prompt, or a padded batch is to be read in chunks.
-        """
-        self._check_token_path(kwargs)
-        inputs = args[0] if args else kwargs.get("input_ids", kwargs.get("inputs"))
-        if inputs is not None and not self._adapters_disabled:
-            self._check_length(inputs.shape[1])
-            check_mask(kwargs.get("attention_mask"), *inputs.shape)
-            self._check_chunks(kwargs)
-        return super().generate(*args, **kwargs)
-
-    def _check_chunks(self, kwargs: Mapping[str, Any]) -> None:
-        config: Any = kwargs.get("generation_config") or getattr(self.base_model, "generation_config", None)
-        size = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if size is not None and is_padded(kwargs.get("attention_mask")):
-            raise ValueError(
-                f"prefill_chunk_size ({size}) needs rows without pads: pads are moved before the prompt, and that "
-                "across chunks. Leave it out, or generate for rows of one length."
-            )
-
-    def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
-        """See PEFT's class; pads are moved before the prompt, so that none stands between it and the text."""
-        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
-        mask = inputs.get("attention_mask")  # [B, P + text so far]
-        if not is_padded(mask):
-            return inputs
-        order = real_last(mask)
-        inputs["attention_mask"] = mask.gather(1, order)
-        if inputs.get("inputs_embeds") is not None:
-            inputs["inputs_embeds"] = reorder(inputs["inputs_embeds"], order)
-        new = inputs["inputs_embeds"] if inputs.get("input_ids") is None else inputs["input_ids"]
-        if self._takes("position_ids"):
-            inputs["position_ids"] = count_real(inputs["attention_mask"])[:, -new.shape[1] :]
-        return inputs
 
 
 def _keeps_some(inputs: Mapping[str, Any]) -> bool:
@@ -328,7 +291,7 @@ class PeftModelForSequenceClassification(
         return IN_FRONT if hasattr(self.get_base_model(), "score") else super()._find_pad_side()
 
 
-class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
+class PeftModelForSeq2SeqLM(PromptedEncoderDecoder, PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
     """Output: as PEFT's, logits of the decoder, which has no prompt."""
 
     pad_side = BEHIND
@@ -344,18 +307,6 @@ class PeftModelForSeq2SeqLM(PromptTuningMixin, peft.PeftModelForSeq2SeqLM):
 
     def _is_of_tokens(self, name: str) -> bool:
         return name.startswith(("encoder_", "cross_")) or not self.config.is_encoder_decoder
-
-    def generate(self, **kwargs: Any) -> Any:
-        """See PEFT's class; pads in front of the text go behind it."""
-        self._check_token_path(kwargs)
-        ids, mask = kwargs.get("input_ids"), kwargs.get("attention_mask")
-        if ids is not None and not self._adapters_disabled:
-            check_mask(mask, *ids.shape)
-            if is_padded(mask) and not pads_behind(mask):
-                order = real_first(mask)
-                moved = ("input_ids", "attention_mask")
-                kwargs.update({name: reorder(kwargs[name], order.to(kwargs[name].device)) for name in moved})
-        return super().generate(**kwargs)
 
 
 class PeftModelForFeatureExtraction(PromptTuningMixin, peft.PeftModelForFeatureExtraction):
