@@ -9,7 +9,7 @@ from packaging.version import Version
 
 # The seam rests on internals of PEFT and of the Trainer, so their ranges are narrow: from this version, up to
 # and without that one; pyproject.toml states the same ranges, and a test compares the two.
-SUPPORTED = {"peft": ("0.21", "0.22"), "transformers": ("5.23", "6"), "torch": ("2.13", "3")}
+SUPPORTED = {"peft": ("0.20", "0.22"), "transformers": ("5.17", "6"), "torch": ("2.11", "3")}
 
 
 def check_versions(supported: dict[str, tuple[str, str]] = SUPPORTED) -> None:
