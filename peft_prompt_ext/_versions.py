@@ -1,8 +1,9 @@
-"""The supported range of the libraries this package plugs into, and the check that is run at import."""
+"""The supported range of the libraries this package plugs into, the check at import, and what differs inside it."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
@@ -29,3 +30,16 @@ def check_versions(supported: dict[str, tuple[str, str]] = SUPPORTED) -> None:
             raise ImportError(
                 f"peft_prompt_ext supports {wanted}, but {name} {found} is installed. Run: pip install '{wanted}'"
             )
+
+
+def checkpoint_activations(model: Any, use_reentrant: bool = False) -> None:
+    """Turn a transformers model's gradient checkpointing on.
+
+    Args:
+        model: A transformers model, or a PEFT model of one.
+        use_reentrant: Which of torch's two ways of checkpointing.
+    """
+    # transformers has renamed the method: the new name is not there in 5.17, the old one warns in 5.23
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": use_reentrant})

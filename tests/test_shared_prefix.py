@@ -15,6 +15,7 @@ from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoConfig
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
+from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import forward, interface
 from tests.helpers import make_batch, make_trainer, one_thread, prompt_of, prompted  # noqa: F401
 from tests.zoo import AUTO_CLASSES, DECODERS, tiny_config
@@ -442,7 +443,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, reentrant)
     for checkpointing in (False, True):
         model = prompted(build_model("llama"), "CAUSAL_LM").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model(**batch).loss.backward()
         gradients.append(prompt_of(model).grad)
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
