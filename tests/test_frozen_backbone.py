@@ -50,6 +50,8 @@ def quantized_weights(model):
     return [p for p in model.parameters() if p.dtype in {torch.uint8, torch.int8}]
 
 
+# the one name that every transformers of the range takes
+@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", None])
 @pytest.mark.parametrize(("architecture", "task_type"), CASES)
@@ -67,7 +69,7 @@ def test_a_frozen_backbone_trains_a_prompt_and_stays_as_it_is(folder, tmp_path, 
         model,
         task_type,
         tmp_path / "run",
-        activation_checkpointing=True,
+        gradient_checkpointing=True,
         gradient_accumulation_steps=2,
         learning_rate=0.3,
         max_steps=3,
