@@ -51,7 +51,7 @@ class PromptTuningMixin(PeftModel):
     def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task."""
         inputs = input_ids if input_ids is not None else kwargs.get("inputs_embeds")
-        if inputs is not None and kwargs.get("past_key_values") is None:
+        if inputs is not None and not _has_cache(kwargs):
             self._check_length(inputs.shape[1])
         if args:
             return super().forward(input_ids, *args, **kwargs)
@@ -173,7 +173,7 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
 
     def _stock_forward(self, forward: Any, inputs: dict[str, Any]) -> Any:
         mask, labels = inputs.get("attention_mask"), inputs.get("labels")
-        if not _is_padded(mask) or inputs.get("past_key_values") is not None:
+        if not _is_padded(mask) or _has_cache(inputs):
             return forward(**inputs)
         if labels is not None and labels.shape == mask.shape:
             inputs = {**inputs, "labels": labels.masked_fill(mask == 0, IGNORE_INDEX)}
@@ -209,6 +209,19 @@ class PeftModelForCausalLM(SharedPrefixMixin, PromptTuningMixin, peft.PeftModelF
     def prepare_inputs_for_generation(self, *args: Any, **kwargs: Any) -> dict[str, Any]:
         """See PEFT's class; pads are moved before the prompt, so that none stands between it and the text."""
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        cache = inputs.get("cache", inputs.get("past_key_values"))
+        cached = cache.get_seq_length() if cache is not None else 0
+        if cached:
+            # PEFT takes the last token alone, where a chunk or an assistant's guess has more; and from transformers
+            # 5.24 on, which renamed the cache, it finds none and puts the prompt in at every step
+            inputs.pop("inputs_embeds", None)
+            input_ids = args[0] if args else kwargs["input_ids"]
+            new = kwargs.get("next_sequence_length")
+            if new is None:
+                new = input_ids.shape[1]
+            elif new + cached == input_ids.shape[1]:  # counted as if no prompt were in the cache
+                new += self.active_peft_config.num_virtual_tokens
+            inputs["input_ids"] = input_ids[:, -new:]
         mask = inputs.get("attention_mask")  # [B, P + text so far]
         if not _is_padded(mask):
             return inputs
@@ -275,6 +288,11 @@ class PeftModelForSequenceClassification(
 
 def _is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
+
+
+def _has_cache(inputs: Mapping[str, Any]) -> bool:
+    # transformers 5.24 has renamed the first to the second
+    return any(inputs.get(name) is not None for name in ("past_key_values", "cache"))
 
 
 def _move_back(output: Any, names: tuple[str, ...], back: torch.Tensor, prompt: int) -> None:

@@ -50,8 +50,6 @@ def quantized_weights(model):
     return [p for p in model.parameters() if p.dtype in {torch.uint8, torch.int8}]
 
 
-# the one name that every transformers of the range takes
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
 @pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
 @pytest.mark.parametrize("quantization", ["nf4", "fp4", "int8", None])
 @pytest.mark.parametrize(("architecture", "task_type"), CASES)
