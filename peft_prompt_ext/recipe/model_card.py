@@ -72,7 +72,7 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
         ]
         or None,
     )
-    versions = [("peft-prompt-ext", __version__), *((package, version(package)) for package in PACKAGES)]
+    versions: list[tuple[str, object]] = [("peft-prompt-ext", __version__), *((p, version(p)) for p in PACKAGES)]
     rows = f"{results.get('eval_samples', 0)} rows of the split {split}"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{_introduction(trainer, facts)}\n\n## Scores\n\nOn {rows}.\n\n"
