@@ -1,30 +1,39 @@
-# Everything sets itself up in .venv; a second run starts at once.
+# Everything sets itself up in $(VENV); a second run starts at once.
 PYTHON ?= python3
-BIN := .venv/bin
+VENV := .venv
+CONSTRAINTS := constraints.txt
+BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-4bit benchmark-smoke test lint
+.PHONY: quickstart quickstart-4bit benchmark-smoke test test-oldest test-newest lint
 
-quickstart: .venv/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
+quickstart: $(VENV)/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
 
-quickstart-4bit: .venv/recipes.ready .venv/quantization.ready ## the same prompt over a full-precision and a 4-bit backbone
+quickstart-4bit: $(VENV)/recipes.ready $(VENV)/quantization.ready ## the same prompt over a full-precision and a 4-bit backbone
 	$(BIN)/python -m benchmarks backbones --output outputs/quickstart-4bit/backbones.jsonl
 
-benchmark-smoke: .venv/benchmarks.ready ## every method for a moment, and the report of it
+benchmark-smoke: $(VENV)/benchmarks.ready ## every method for a moment, and the report of it
 	$(BIN)/python -m benchmarks run benchmarks/suites/smoke.yaml --report outputs/benchmarks/smoke
 
-test: .venv/dev.ready ## the tests: CPU only, no Hub
-	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
+test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
-lint: .venv/dev.ready
+# these are about tasks, reports and grids of runs, not about what other libraries do
+APART := $(patsubst %,tests/test_%.py,assets harness measure metrics on_ray overlap readme recipe_train recommend \
+	report store task_data tasks)
+
+test-oldest test-newest: test-%: ## the package's tests on the first and on the last versions, in .venv-oldest, .venv-newest
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(filter-out $(APART),$(wildcard tests/test_*.py))'
+
+lint: $(VENV)/dev.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
 # torch alone and first: with it in place no other package asks for a CUDA build
-.venv/%.ready: pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv .venv
-	$(PIP) install -q -c constraints.txt torch
-	$(PIP) install -q -c constraints.txt -e '.[$*]'
+$(VENV)/%.ready: pyproject.toml $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c $(CONSTRAINTS) torch
+	$(PIP) install -q -c $(CONSTRAINTS) -e '.[$*]'
 	touch $@

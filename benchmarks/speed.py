@@ -203,6 +203,7 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
     from peft import LoraConfig, PromptTuningConfig, get_peft_model
 
     from peft_prompt_ext import PromptTuningExtConfig, engine_status
+    from peft_prompt_ext._versions import checkpoint_activations
 
     method, virtual = spec["method"], {"num_virtual_tokens": spec["num_virtual_tokens"]}
     if method == "floor":
@@ -227,7 +228,7 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
     model.train()
     if spec["gradient_checkpointing"]:
         base = model if method == "full" else model.get_base_model()
-        base.activation_checkpointing_enable()
+        checkpoint_activations(base)
         base.enable_input_require_grads()
     if method == "lora_last":
         return model, _last_step(model, batch)

@@ -9,7 +9,6 @@ import json
 import os
 import warnings
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,11 +33,13 @@ _LONGEST_LIST = 1000
 
 def write(folder: str | Path, config: PromptTuningExtConfig) -> None:
     """Write the record of one adapter into its folder; the file is replaced whole, so a kill leaves the old one."""
+    from . import __version__
+
     record = {
         **{name: getattr(config, name) for name in FIELDS},
         "prompt_tuning_init_text": config.prompt_tuning_init_text,
         "base_model_name_or_path": config.base_model_name_or_path,
-        "peft_prompt_ext_version": version("peft-prompt-ext"),
+        "peft_prompt_ext_version": __version__,
         **(config.init_record or {}),
         **({} if config.base_fingerprint is None else {"base_model": config.base_fingerprint}),
     }

@@ -1,14 +1,15 @@
-"""The supported range of the libraries this package plugs into, and the check that is run at import."""
+"""The supported range of the libraries this package plugs into, the check at import, and what differs inside it."""
 
 from __future__ import annotations
 
 from importlib.metadata import version
+from typing import Any
 
 from packaging.version import Version
 
 
-# The seam rests on internals of PEFT and of the Trainer, so their ranges are narrow: from this version, up to
-# and without that one; pyproject.toml states the same ranges, and a test compares the two.
+# From this version, up to and without that one: `make test-oldest` and `make test-newest` run the tests on both ends.
+# pyproject.toml states the same ranges, and a test compares the two.
 SUPPORTED = {"peft": ("0.20", "0.22"), "transformers": ("5.17", "6"), "torch": ("2.11", "3")}
 
 
@@ -19,13 +20,31 @@ def check_versions(supported: dict[str, tuple[str, str]] = SUPPORTED) -> None:
         supported: Distribution name -> (first version that works, first version that does not).
 
     Raises:
-        ImportError: A library is outside its range; the message names what is installed, the range, and the command.
+        ImportError: Libraries are outside their ranges; the message names what is installed, what is wanted, and the
+            command.
     """
+    found, wanted = [], []
     for name, (first, end) in supported.items():
-        found = version(name)
+        installed = version(name)
         # the release alone: a local build (2.13.0+cpu) or a development version counts as the release it is made for
-        if not Version(first) <= Version(Version(found).base_version) < Version(end):
-            wanted = f"{name}>={first},<{end}"
-            raise ImportError(
-                f"peft_prompt_ext supports {wanted}, but {name} {found} is installed. Run: pip install '{wanted}'"
-            )
+        if not Version(first) <= Version(Version(installed).base_version) < Version(end):
+            found.append(f"{name} {installed}")
+            wanted.append(f"{name}>={first},<{end}")
+    if found:
+        raise ImportError(
+            f"peft_prompt_ext supports {' and '.join(wanted)}, but {' and '.join(found)} is installed. "
+            f"Run: pip install {' '.join(repr(each) for each in wanted)}"
+        )
+
+
+def checkpoint_activations(model: Any, use_reentrant: bool = False) -> None:
+    """Turn a transformers model's gradient checkpointing on.
+
+    Args:
+        model: A transformers model, or a PEFT model of one.
+        use_reentrant: Which of torch's two ways of checkpointing.
+    """
+    # transformers has renamed the method: the new name is not there in 5.17, the old one warns in 5.23
+    name = "activation_checkpointing_enable"
+    enable = getattr(model, name if hasattr(model, name) else "gradient_checkpointing_enable")
+    enable({"use_reentrant": use_reentrant})

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._choices import check_choice
+from ._versions import checkpoint_activations
 
 
 if TYPE_CHECKING:
@@ -108,7 +109,7 @@ def load_frozen_backbone(
     model.requires_grad_(False)
     keep_differentiable(model)
     if gradient_checkpointing:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        checkpoint_activations(model)
         model.enable_input_require_grads()
     return model
 

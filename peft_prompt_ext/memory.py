@@ -23,6 +23,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from ._versions import checkpoint_activations
 from .frozen_backbone import check_quantization, quantizable_layers, unquantized_modules
 from .shared_prefix.forward import run
 from .shared_prefix.interface import attach
@@ -142,7 +143,7 @@ def estimate_memory(
             layer.forward = _QuantizedForward(layer.weight, saves_input=quantization == "int8")
         if gradient_checkpointing:
             base = model.get_base_model() if method == "lora" else model
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(base)
             base.enable_input_require_grads()
         if method == "prompt_tuning":
             step = _prompt_step(mode, model, batch, tokens, num_virtual_tokens, labels_per_row)

@@ -42,12 +42,12 @@ def test_a_compiled_model_is_not_compiled_again_for_other_shapes(mode):
     model = getattr(prompted(tiny_model(num_hidden_layers=1), "CAUSAL_LM", train_logits="supervised"), mode)()
     counter = CompileCounter()
     compiled, counts = torch.compile(model, backend=counter), []
-    for seed in range(6):
+    for seed in range(7):
         with torch.set_grad_enabled(mode == "train"):
             torch.testing.assert_close(compiled(**ragged(seed)).loss, model(**ragged(seed)).loss)
         counts.append(counter.frame_count)
     assert engine_status(model).packed
-    assert 0 < counts[2] == counts[-1], counts
+    assert 0 < counts[3] == counts[-1], counts  # torch 2.11 needs one batch more than torch 2.13 to settle
 
 
 def in_one_of_two_processes(rank, folder):

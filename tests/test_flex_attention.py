@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prompt_ext import engine_status
+from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import attention, choice, flex, reference
 from peft_prompt_ext.shared_prefix.layout import pack
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
@@ -201,7 +202,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, flex_first
     for checkpointing in (False, True):
         model = prompted(build_model("llama"), "CAUSAL_LM").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model(**padded("holes", "CAUSAL_LM")).loss.backward()
         gradients.append(prompt_of(model).grad)
         assert engine_status(model).attention == "flex"

@@ -332,6 +332,33 @@ def test_generate_is_greedy_decoding_after_the_prompt_also_past_the_positions(bu
     assert generated.tolist() == expected.tolist()
 
 
+@generates
+@pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
+@pytest.mark.parametrize(
+    "way", ["chunks", "guesses", "cache of 8", "cache of 10", "cache of 12", "the rest alone", "beams"]
+)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom"])
+def test_several_new_tokens_after_cached_ones_give_what_the_whole_text_gives(build_model, architecture, way):
+    model = prompted(build_model(architecture), "CAUSAL_LM", prompt_tuning_init_kwargs={"scale": 5.0})
+    ids = make_batch("CAUSAL_LM", rows=1, text=5)["input_ids"].repeat(1, 3)  # repeats, so that a guess can be right
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 7, "do_sample": False, "eos_token_id": None}
+    options |= {"pad_token_id": 2, "num_beams": 3 if way == "beams" else 1}
+    expected = model.generate(input_ids=ids, use_cache=False, **options)
+
+    if way in {"chunks", "guesses"}:
+        options |= {"prefill_chunk_size": 4} if way == "chunks" else {"prompt_lookup_num_tokens": 3}
+    given = ids
+    if way.startswith("cache") or way == "the rest alone":
+        seen = int(way.split()[-1]) if way.startswith("cache") else 8
+        first = {**options, "attention_mask": options["attention_mask"][:, :seen], "max_new_tokens": 1}
+        output = model.generate(input_ids=ids[:, :seen], return_dict_in_generate=True, **first)
+        options["past_key_values"] = output.past_key_values
+        given = ids[:, seen:] if way == "the rest alone" else ids
+    generated = model.generate(input_ids=given, **options)
+
+    assert generated[:, given.shape[1] :].tolist() == expected[:, ids.shape[1] :].tolist()
+
+
 @pytest.mark.parametrize("is_trainable", [False, True])
 def test_auto_peft_model_finds_base_model_and_class(build_model, tmp_path, is_trainable):
     build_model("llama").save_pretrained(tmp_path / "base")

@@ -242,7 +242,7 @@ def test_what_is_timed_is_spread_over_the_batches_of_the_run(monkeypatch, of_epo
         args=SimpleNamespace(
             max_steps=count,
             gradient_accumulation_steps=accumulated,
-            activation_checkpointing=False,
+            gradient_checkpointing=False,
             max_grad_norm=1.0,
         ),
         create_optimizer=lambda: torch.optim.SGD(model.parameters(), lr=0.0),

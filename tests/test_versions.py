@@ -2,16 +2,56 @@ import tomllib
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from peft_prompt_ext._versions import SUPPORTED, check_versions
 
 
+ROOT = Path(__file__).parent.parent
+
+
+def pinned(name):
+    lines = (ROOT / name).read_text().splitlines()
+    return dict(line.split("==") for line in lines if "==" in line)
+
+
 def test_the_ranges_are_those_of_the_package():
-    project = tomllib.loads((Path(__file__).parent.parent / "pyproject.toml").read_text())["project"]
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
     assert SUPPORTED
     for name, (first, end) in SUPPORTED.items():
         assert f"{name}>={first},<{end}" in project["dependencies"]
+
+
+def test_the_oldest_pins_begin_the_ranges_and_the_others_lie_in_them_one_after_the_other():
+    oldest, usual, newest = map(pinned, ("constraints-oldest.txt", "constraints.txt", "constraints-newest.txt"))
+
+    assert oldest.keys() == newest.keys() == SUPPORTED.keys()
+    for name, (first, end) in SUPPORTED.items():
+        assert Version(oldest[name]) == Version(first)
+        assert Version(first) <= Version(usual[name]) <= Version(newest[name]) < Version(end)
+
+
+def test_the_readme_names_the_ranges_and_the_newest_versions():
+    text = " ".join((ROOT / "README.md").read_text().split())
+
+    assert "; ".join(f"{name} >= {first}, < {end}" for name, (first, end) in SUPPORTED.items()) in text
+    for name, version in pinned("constraints-newest.txt").items():
+        assert f"{name} {version}" in text
+
+
+def test_all_that_is_outside_is_named_at_once(monkeypatch):
+    monkeypatch.setattr(
+        "peft_prompt_ext._versions.version", {"peft": "0.19.1", "torch": "2.13", "transformers": "6"}.get
+    )
+
+    with pytest.raises(ImportError) as raised:
+        check_versions({"peft": ("0.20", "0.22"), "torch": ("2.11", "3"), "transformers": ("5.17", "6")})
+
+    assert str(raised.value) == (
+        "peft_prompt_ext supports peft>=0.20,<0.22 and transformers>=5.17,<6, but peft 0.19.1 and transformers 6 is "
+        "installed. Run: pip install 'peft>=0.20,<0.22' 'transformers>=5.17,<6'"
+    )
 
 
 def test_the_installed_versions_are_supported():

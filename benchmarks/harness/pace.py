@@ -281,10 +281,12 @@ def _steps(job: Job) -> Iterator[float]:
     """Seconds of one step of the optimizer after the other, over and over some spread over those of the run."""
     import torch
 
+    from peft_prompt_ext._versions import checkpoint_activations
+
     trainer = job.trainer
     model = trainer.accelerator.prepare_model(trainer.model.train())  # bf16 and fp16 are there
-    if trainer.args.activation_checkpointing:
-        model.activation_checkpointing_enable()
+    if trainer.args.gradient_checkpointing:
+        checkpoint_activations(model)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer.args.learning_rate = 0.0
     optimizer = trainer.create_optimizer()  # the run's own: takes its time and changes nothing

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import __version__
 from ..assets import hub_id
 
 
@@ -25,7 +26,7 @@ FACTS = {
     "learning_rate": "learning rate",
     "lr_scheduler_type": "schedule",
 }
-PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets")
+PACKAGES = ("peft", "transformers", "torch", "datasets")
 
 
 def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mapping[str, float]) -> ModelCard:
@@ -71,12 +72,13 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
         ]
         or None,
     )
+    versions: list[tuple[str, object]] = [("peft-prompt-ext", __version__), *((p, version(p)) for p in PACKAGES)]
     rows = f"{results.get('eval_samples', 0)} rows of the split {split}"
     return ModelCard(
         f"---\n{data.to_yaml()}\n---\n\n# {name}\n\n{_introduction(trainer, facts)}\n\n## Scores\n\nOn {rows}.\n\n"
         f"{_table(('metric', 'score'), [(k.removeprefix('eval_'), f'{v:.4f}') for k, v in scores])}\n\n"
         f"## Training\n\n{_table(('', ''), _training(trainer, facts))}\n\n"
-        f"## Versions\n\n{_table(('package', 'version'), [(p, version(p)) for p in PACKAGES])}\n\n"
+        f"## Versions\n\n{_table(('package', 'version'), versions)}\n\n"
         f"## Use\n\n{_usage(record, str(folder))}\n"
     )
 
