@@ -184,6 +184,13 @@ def test_all_outside_the_trunk_is_trained_saved_and_loaded(without_head, tmp_pat
     ]
 
 
+@heads
+def test_all_outside_the_trunk_is_trained_where_nobody_knows_what_is_new(architecture, task_type):
+    model = prompted(AUTO_CLASSES[task_type].from_config(AutoConfig.for_model(architecture, **SIZES)), task_type)
+
+    assert outside(model) and all(outside(model).values())
+
+
 @pytest.mark.parametrize(("architecture", "task_type"), [("deberta-v2", "SEQ_CLS"), ("modernbert", "TOKEN_CLS")])
 def test_every_adapter_has_all_outside_the_trunk(without_head, tmp_path, architecture, task_type):
     load, seeds = without_head(architecture, task_type), {"default": 1, "second": 2}
