@@ -27,6 +27,7 @@ FIELDS = (
     "shared_prefix",
     "shared_prefix_probe",
     "train_logits",
+    "virtual_columns",
 )
 _LONGEST_LIST = 1000
 

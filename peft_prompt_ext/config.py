@@ -43,6 +43,10 @@ class PromptTuningExtConfig(PromptTuningConfig):
             is predicted, and `logits` are [1, L, V], in the order of the L labels. The loss is the same. Without
             labels (a Trainer keeps them for its label smoothing or `compute_loss_func`) logits are as with `"all"`.
             Only a packed causal language model can leave logits out.
+        virtual_columns (`bool`, defaults to `True`):
+            Outputs of each token have columns for the virtual tokens too, [B, P+T, ...], as PEFT's. `False`: for the
+            text alone, [B, T, ...], as the base model's, for pooling and metrics that count the text's columns;
+            `logits_to_keep` names those as well. Attention weights have all columns in any case.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer that schemes use; by default the base model's own.
         tokenizer_kwargs (`dict`, *optional*):
@@ -84,6 +88,10 @@ class PromptTuningExtConfig(PromptTuningConfig):
     )
     train_logits: str = field(
         default="all", metadata={"help": "Where the head runs in training: 'all' or 'supervised' positions"}
+    )
+
+    virtual_columns: bool = field(
+        default=True, metadata={"help": "Whether outputs of each token have columns for the virtual tokens too"}
     )
 
     def __post_init__(self) -> None:
@@ -142,7 +150,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
             )
 
     def _check_engine(self) -> None:
-        for name in ("shared_prefix", "shared_prefix_probe"):
+        for name in ("shared_prefix", "shared_prefix_probe", "virtual_columns"):
             if not isinstance(getattr(self, name), bool):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be True or False.")
         if self.train_logits not in ("all", "supervised"):

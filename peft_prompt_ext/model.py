@@ -54,7 +54,18 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task."""
         self._check_token_path(kwargs)
-        return super().forward(*args, **kwargs)
+        if self._predicts_next or getattr(self.active_peft_config, "virtual_columns", True):
+            return super().forward(*args, **kwargs)
+        text: Any = args[0] if args else kwargs.get("input_ids")
+        text = kwargs["inputs_embeds"] if text is None else text
+        return_dict = kwargs.pop("return_dict", None)
+        output = super().forward(*args, return_dict=True, **kwargs)
+        self._cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)
+        return output if self._wants_dict(return_dict) else output.to_tuple()
+
+    def _cut_prompt(self, output: Any, text: Sequence[int], prompt: int, leave: str = "") -> None:
+        names = [name for name in output if self._is_of_tokens(name) and "attentions" not in name and name != leave]
+        cut_prompt(output, names, text, prompt, self._predicts_next)
 
     def _check_token_path(self, inputs: Mapping[str, Any]) -> None:
         """Refuse a base model that makes more of ids than embeddings, and inputs beside the text, before they are run.
@@ -210,7 +221,21 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         if targets is not None and text is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
             prompt = self.active_peft_config.num_virtual_tokens
             kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
-        return super().forward(input_ids, *args, **kwargs)
+        if text is None or getattr(self.active_peft_config, "virtual_columns", True):
+            return super().forward(input_ids, *args, **kwargs)
+        names = kwargs.get("adapter_names") or [self.active_adapter]
+        configs: dict[str, Any] = self.peft_config
+        prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
+        keep, return_dict = kwargs.get("logits_to_keep"), kwargs.pop("return_dict", None)
+        if isinstance(keep, torch.Tensor):
+            kwargs["logits_to_keep"] = keep + prompt
+        elif keep:
+            kwargs["logits_to_keep"] = min(keep, text.shape[1])
+        supervised = self.training and kwargs.get("labels") is not None and self._packed_options()["supervised"]
+        output = super().forward(input_ids, *args, return_dict=True, **kwargs)
+        chosen = supervised or _keeps_some(kwargs)  # columns of their own
+        self._cut_prompt(output, text.shape[:2], prompt, leave="logits" if chosen else "")
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
         mask, labels, targets = (inputs.get(name) for name in ("attention_mask", "labels", "shift_labels"))
@@ -320,7 +345,7 @@ class OfTextMixin(PromptTuningMixin):
         return_dict = inputs.pop("return_dict", None)
         text = inputs.get("inputs_embeds", inputs.get("input_ids"))
         output = super()._prompted_forward({**inputs, "return_dict": True})
-        cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr]
+        self._cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr]
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
 

@@ -150,6 +150,9 @@ class PeftPathMixin(PeftModel):
         return max_positions(self.get_base_model())
 
 
+_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
 def max_positions(base_model: Any) -> int | None:
     """How many tokens the base model has positions for; None if its positions are relative and without end."""
     config = base_model.config.get_text_config()
@@ -160,4 +163,6 @@ def max_positions(base_model: Any) -> int | None:
     for name, module in base_model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
+        if limit is not None and name.rpartition(".")[2] in _TABLES and hasattr(module, "num_embeddings"):
+            limit = min(limit, module.num_embeddings)  # beyond its end a GPU stops for good
     return limit

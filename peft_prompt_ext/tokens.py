@@ -159,9 +159,22 @@ def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) 
     return value
 
 
-def cut_prompt(output: Any, text: Sequence[int], prompt: int) -> None:
-    """Cut the virtual tokens off the tensors [B, P+T, ...] of an output, so that item t belongs to text token t."""
-    rows, columns = text
-    for name, value in output.items():
-        if isinstance(value, torch.Tensor) and tuple(value.shape[:2]) == (rows, prompt + columns):
-            output[name] = value[:, prompt:]
+def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: int, predicts_next: bool) -> None:
+    """Cut the virtual tokens off an output's fields, so that item t belongs to text token t.
+
+    Args:
+        output: A mapping whose fields are tensors [B, P+T, ...], or tuples of them; changed in place.
+        names: Its fields that may belong to the columns.
+        text: B and T.
+        prompt: P.
+        predicts_next: Whether fields [B, P+T-1] are what each column predicts of the next one.
+    """
+    shapes = {(text[0], prompt + text[1]), (text[0], prompt + text[1] - predicts_next)}
+
+    def cut(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(map(cut, value))
+        return value[:, prompt:] if isinstance(value, torch.Tensor) and tuple(value.shape[:2]) in shapes else value
+
+    for name in list(names):
+        output[name] = cut(output[name])
