@@ -58,6 +58,9 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "--steps", type=int, default=8, help="timed steps of each method and turn, after three untimed"
     )
     parser.add_argument("--turns", type=int, default=2, help="how often each method is measured")
+    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
+    parser.add_argument("--precision", nargs="+", choices=("bfloat16", "nf4"), default=["bfloat16", "nf4"])
+    parser.add_argument("--text", nargs="+", choices=("short", "long"), default=["short", "long"])
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(arguments)
 
@@ -179,7 +182,7 @@ def attention_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 def speed_rows(options: argparse.Namespace) -> Iterator[Row]:
     """A training step: stock PEFT, this plugin by each attention, LoRA, all weights, and the floor, interleaved."""
-    for precision, model in product(("bfloat16", "nf4"), MODELS):
+    for precision, model in product(options.precision, options.models):
         yield from _speed_of(model, precision, options)
 
 
@@ -190,7 +193,7 @@ def _speed_of(name: str, precision: str, options: argparse.Namespace) -> Iterato
 
     base = random_model(name, precision, options)
     vocabulary = base.config.vocab_size
-    for text in ("short", "long"):
+    for text in options.text:
         lengths = (3, 9) if options.dry_run else LENGTHS[text]
         batch = random_batch(lengths, 2 if options.dry_run else 16, vocabulary, options.seed)
         specs = [{"model": name, "precision": precision, "text": text, "seed": options.seed, **m} for m in _methods()]

@@ -50,6 +50,7 @@ def test_an_evaluation_batch_waits_for_its_prompts_too(build_model):
 
 def test_a_mixed_batch_waits_once(build_model):
     model = mixed_model(build_model).train()
+    model.set_requires_grad(["b", "c"])
     batch = padded("left", "CAUSAL_LM")
     inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
     model(**inputs, adapter_names=["b", "__base__", "c"])
