@@ -124,5 +124,12 @@ def fill_sizes(config: PromptTuningExtConfig, base_model: Any) -> None:
         )
     config.token_dim = config.token_dim or 0
     for name, name_there in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
-        value = getattr(config, name) or getattr(sizes, name_there, None)
+        value = getattr(config, name) or _size(sizes, name_there)
         setattr(config, name, value if isinstance(value, int) else 1)
+
+
+def _size(sizes: Any, name: str) -> Any:
+    try:
+        return getattr(sizes, name, None)
+    except Exception:  # transformers raises errors of its own where each layer has another one
+        return None

@@ -287,6 +287,7 @@ def _known_to_be_new(model: Any) -> list[str]:
 def _missing_weights(model: Any) -> list[str]:
     """Names of the parameters that `from_pretrained` made anew, by the marks that it leaves on all others.
 
+    Weights that are kept elsewhere have none.
     FSDP's loading leaves them in one process only, and all processes have to agree: it counts as unknown.
     """
     from transformers.modeling_utils import is_fsdp_enabled
@@ -298,7 +299,7 @@ def _missing_weights(model: Any) -> list[str]:
     for path, module in model.named_modules():
         if mark in vars(module) and ".modules_to_save." not in f"{path}.":  # what came later has no mark, as LoRA's
             owner = path.partition(".original_module")[0]  # as `modules_to_save` had it
-            names = (name for name, p in module.named_parameters(recurse=False) if not hasattr(p, mark))
+            names = (name for name, p in module.named_parameters(recurse=False) if not (p.is_meta or hasattr(p, mark)))
             missing += [f"{owner}.{name}".removeprefix(".") for name in names]
     return missing
 

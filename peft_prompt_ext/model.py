@@ -19,7 +19,7 @@ from peft import PeftModel
 from . import _record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
-from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration
+from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration, unwrapped
 from .devices import bring_back
 from .encoder import fill_sizes
 from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
@@ -81,7 +81,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         words: Any = self.word_embeddings
         now = *precision_of(words), decodes
         if now not in self._proved_token_paths:
-            token_path.prove(self.get_base_model(), words, self._max_positions, decodes)
+            token_path.prove(unwrapped(self.get_base_model()), words, self._max_positions, decodes)
             self._proved_token_paths.add(now)
 
     def save_pretrained(self, save_directory: str, *args: Any, **kwargs: Any) -> None:

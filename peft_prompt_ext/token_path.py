@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .tokens import OF_PACKED_ROWS
+
 
 logger = logging.getLogger(__name__)
 
@@ -27,6 +29,7 @@ FP32_TOLERANCE = 1e-5
 LOW_PRECISION_TOLERANCE = 1e-2
 # what the text of a model with images or sounds comes with
 TEXT_INPUTS = {
+    *OF_PACKED_ROWS,
     *(
         "input_ids",
         "inputs",

@@ -16,7 +16,8 @@ from .padding import reorder
 IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
 
 # what a virtual token has of an argument that has a value, or a vector, for each token
-OF_VIRTUAL_TOKENS = {"attention_mask": 1, "token_type_ids": 0, "bbox": 0, "global_attention_mask": 0}
+OF_VIRTUAL_TOKENS = {"attention_mask": 1, "bbox": 0, "global_attention_mask": 0}
+OF_VIRTUAL_TOKENS |= {"token_type_ids": 0, "mm_token_type_ids": 0}  # 0: of the first text, and text
 # arguments that begin so belong to something else, also where they happen to be as long as the text
 _OF_OTHERS = (
     *("decoder_", "entity_", "pixel_", "image_", "video_", "audio_", "feature_", "input_features", "start_", "end_"),

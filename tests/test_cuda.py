@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from peft_prompt_ext import engine_status
+from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import choice
 from peft_prompt_ext.shared_prefix.choice import ATTENTIONS, AttentionCall, differs
 from tests.helpers import prompt_of, prompted
@@ -123,7 +124,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, reentrant)
     for checkpointing in (False, True):
         model = prompted(build_model("llama", head_dim=16).to("cuda", torch.bfloat16), "CAUSAL_LM").train()
         if checkpointing:
-            model.activation_checkpointing_enable({"use_reentrant": reentrant})
+            checkpoint_activations(model, use_reentrant=reentrant)
         model(**{name: x.cuda() for name, x in padded("holes", "CAUSAL_LM").items()}).loss.backward()
         gradients.append(prompt_of(model).grad)
     assert (gradients[0] - gradients[1]).norm() <= 2e-2 * gradients[0].norm()

@@ -82,6 +82,7 @@ def test_loss_and_gradient_are_those_of_stock_peft_that_was_told_the_sizes(archi
     model = prompted(copy.deepcopy(base), task_type)
     width = NARROW if architecture in NARROWER else WIDTH
     told = {"token_dim": width, "num_layers": 2, "num_attention_heads": 2, "num_transformer_submodules": 1}
+    told["modules_to_save"] = model.peft_config["default"].modules_to_save
     stock = get_peft_model(base, PromptTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL, **told))
     stock.load_state_dict(model.state_dict())
     stock_batch = dict(batch)

@@ -2,7 +2,7 @@
 
 from .causal_lm import PromptedGeneration
 from .seq2seq import PromptedEncoderDecoder
-from .view import GuardedGeneration
+from .view import GuardedGeneration, unwrapped
 
 
-__all__ = ["GuardedGeneration", "PromptedEncoderDecoder", "PromptedGeneration"]
+__all__ = ["GuardedGeneration", "PromptedEncoderDecoder", "PromptedGeneration", "unwrapped"]
