@@ -18,6 +18,8 @@ from typing import Any
 
 import torch
 
+from .decoding.feed import CACHES
+
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +39,7 @@ TEXT_INPUTS = {
         "labels",
         "task_ids",
     ),
-    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "past_key_values", "cache_position"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *CACHES, "cache_position"),
     *("logits_to_keep", "num_items_in_batch", "shift_labels", "start_positions", "end_positions"),
 }
 _ONE_AT_A_TIME = threading.Lock()  # while a probe runs, the base model is not in training mode
