@@ -215,14 +215,17 @@ class PromptFeed:
             **kwargs,
         )
         stored = cache_of(result)
-        if text is input_ids and (where.begins or result["input_ids"].shape[1] != where.new):
-            # all of the text: it is new, or the base model reads it again (phi3, where its positions change)
-            if whole is None or result["input_ids"].shape[1] != where.width or not (where.begins or stored is None):
+        if text is input_ids and stored is None and not where.begins and whole is not None:
+            # it wants to read all of the text again (phi3, where its positions change)
+            again = {name: value for name, value in kwargs.items() if name not in CACHES}
+            where = replace(where, begins=True, seen=0, new=where.seen + where.new)
+            return self.prepare(prepare, where, text, input_ids, **again)
+        if text is input_ids and (where.begins or stored is None or result["input_ids"].shape[1] != where.new):
+            if whole is None or result["input_ids"].shape[1] != where.width or not where.begins:
                 raise NotImplementedError(
                     f"{type(self.base_model).__name__} does not take new tokens alone behind a cache. Pass "
                     "use_cache=False, with the whole text as input_ids."
                 )
-            where = replace(where, begins=True, seen=0, new=where.seen + where.new)
             result["inputs_embeds"] = self.put_in(self.embed(whole), where)
             result["input_ids"] = None
         for key in ("input_ids", "inputs_embeds"):
