@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 
+from .decoding.feed import CACHES
 from .tokens import OF_PACKED_ROWS
 
 
@@ -40,7 +41,7 @@ TEXT_INPUTS = {
         "labels",
         "task_ids",
     ),
-    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", "past_key_values", "cache_position"),
+    *("decoder_input_ids", "decoder_attention_mask", "decoder_inputs_embeds", *CACHES, "cache_position"),
     *("logits_to_keep", "num_items_in_batch", "shift_labels", "start_positions", "end_positions"),
 }
 _ONE_AT_A_TIME = threading.Lock()  # while a probe runs, the base model is not in training mode
@@ -199,18 +200,18 @@ def _without_trace(model: torch.nn.Module) -> Iterator[None]:
 
     BigBird changes its attention for good on a short text, Qwen2-VL keeps the positions of its last image.
     """
-    kept: list[tuple[torch.nn.Module, list[tuple[Any, dict[str, Any]]]]] = [
-        (module, [(own, dict(own)) for own in (module.__dict__, module._modules, module._buffers)])
+    kept: list[tuple[torch.nn.Module, bool, list[tuple[Any, dict[str, Any]]]]] = [
+        (module, module.training, [(own, dict(own)) for own in (module.__dict__, module._modules, module._buffers)])
         for module in model.modules()
     ]
-    sharded = any(c.__module__.startswith("torch.distributed") for module, _ in kept for c in type(module).__mro__)
+    sharded = any(c.__module__.startswith("torch.distributed") for module, *_ in kept for c in type(module).__mro__)
     try:
-        for module, _ in kept:
+        for module, *_ in kept:
             module.training = False
         yield
     finally:
-        for module, before in kept:
-            module.training = before[0][1]["training"]
+        for module, was_training, before in kept:
+            module.training = was_training
             for now, then in [] if sharded else before:  # FSDP moves its parameters while a module runs
                 if now.keys() != then.keys() or any(now[key] is not value for key, value in then.items()):
                     now.clear()

@@ -3,11 +3,22 @@
 import copy
 import pickle
 import threading
+from inspect import signature
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from peft import get_peft_model
-from transformers import DynamicCache, GenerationConfig, LogitsProcessor, StaticCache, StoppingCriteria, pipeline
+from transformers import (
+    DynamicCache,
+    GenerationConfig,
+    LlamaForCausalLM,
+    LogitsProcessor,
+    StaticCache,
+    StoppingCriteria,
+    pipeline,
+)
 from transformers.generation import CompileConfig
 from transformers.generation.streamers import BaseStreamer
 
@@ -21,6 +32,8 @@ OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pa
 # gemma and mistral have windows of 16 tokens, bloom has alibi, opt counts in its mask
 ARCHITECTURES = ["llama", "gpt2", "gemma3_text", "mistral", "bloom", "opt"]
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
+# the base model alone is given a cache as well; transformers 5.24 calls it `cache` and still takes the old name
+old_name = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 POSITIONS_OF = {"gpt2": "n_positions", "bloom": "seq_length"}
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * TEXT, [0, 1, 1, 1, 1, 1, 1]])
 MASKS = {
@@ -284,6 +297,8 @@ def test_a_cache_that_cannot_be_made_here_is_refused(pair, architecture, backend
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 @pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
 def test_a_quantized_cache_gives_what_it_gives_behind_the_words(pair, architecture, options):
+    if not hasattr(transformers.cache_utils, "Fp8QuantizedLayer"):
+        pytest.skip("in this transformers every quantized cache needs a library of its own")
     model, base = pair(architecture)
     options |= {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     ids = text(1).repeat(1, 2)
@@ -401,6 +416,7 @@ def test_rows_that_ended_early_go_on_too(pair, architecture):
     assert new_tokens(model, ids, attention_mask=mask, past_key_values=one.past_key_values) == alone(model, ids, mask)
 
 
+@old_name
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "opt"])
 def test_tokens_that_are_masked_later_are_masked_as_behind_the_words(pair, architecture):
     model, base = pair(architecture)
@@ -473,6 +489,8 @@ def test_ones_own_loop_is_generate(pair, architecture, cache, mask):
         "static": lambda: StaticCache(config=base.config, max_cache_len=P + TEXT + NEW),
     }[cache]()
     given = {"none": None, "text": torch.ones(2, TEXT), "wide": torch.ones(2, P + TEXT)}[mask]
+    if architecture == "bloom" and cache == "static" and Version(transformers.__version__) < Version("5.23"):
+        pytest.skip("bloom does not run in a static cache without a mask as wide as that is")
 
     assert loop(model, text(), stored, given)[0] == new_tokens(base, with_words(text()))
 
@@ -577,6 +595,51 @@ def test_padded_labels_have_the_loss_of_a_call_without_a_cache(pair, side):
     torch.testing.assert_close(kept, model(**batch, use_cache=True).logits[:, -3:])
 
 
+# --- what a cache is called
+
+
+def takes_cache(kind):
+    return "cache" in signature(kind.forward).parameters
+
+
+@pytest.mark.parametrize("name", ["past_key_values", "cache", "cache_params"])
+def test_a_cache_may_have_each_name_that_transformers_takes(pair, name):
+    model, base = pair()
+    if name != "past_key_values" and not takes_cache(base):
+        pytest.skip("in this transformers llama's cache has one name")
+    ids, cache = first_turn(model, text())
+    want = new_tokens(base, with_words(ids))
+    assert new_tokens(model, ids, **{name: copy.deepcopy(cache)}) == want
+    prepared = model.prepare_inputs_for_generation(ids, **{name: copy.deepcopy(cache)})
+    for inputs in (prepared, {"input_ids": ids[:, -4:], name: cache}):
+        assert model(**inputs).logits[:, -1].argmax(-1).tolist() == [row[0] for row in want]
+
+
+def test_two_caches_are_refused(pair):
+    model, _ = pair()
+    ids, cache = first_turn(model, text())
+    given = {"past_key_values": cache, "cache_params": copy.deepcopy(cache)}
+    for call in (model.generate, model.prepare_inputs_for_generation):
+        with pytest.raises(ValueError, match="cache_params"):
+            call(ids, **given)
+    with pytest.raises(ValueError, match="cache_params"):
+        model(input_ids=ids[:, -4:], **given)
+
+
+def test_a_base_model_gets_the_cache_under_the_name_of_its_own_forward(pair):
+    class Own(LlamaForCausalLM):  # as written for the transformers before 5.24
+        def forward(self, input_ids=None, past_key_values=None, position_ids=None, inputs_embeds=None, **kwargs):
+            assert kwargs.get("cache") is None
+            kwargs["cache" if takes_cache(LlamaForCausalLM) else "past_key_values"] = past_key_values
+            return super().forward(input_ids, position_ids=position_ids, inputs_embeds=inputs_embeds, **kwargs)
+
+    model, base = pair()
+    model.get_base_model().__class__ = Own
+    want = new_tokens(base, with_words(text()))
+    assert new_tokens(model, text()) == want
+    assert loop(model, text())[0] == want
+
+
 # --- what a cache holds
 
 
@@ -603,6 +666,8 @@ def test_what_is_done_to_a_cache_leaves_what_it_holds_known(pair, how):
         ids = ids[[2, 2, 0]]
     else:
         cache.reset()
+        if cache.get_seq_length():
+            pytest.skip("in this transformers a cache that was reset has its length, and zeros")
         ids = ids[:, :0]
     ids = torch.cat([ids, text(len(ids), 3, seed=5)], dim=1)
     assert new_tokens(model, ids, past_key_values=copy.deepcopy(cache)) == new_tokens(base, with_words(ids))
@@ -656,6 +721,7 @@ def test_a_cache_of_a_prompt_that_was_trained_since_is_refused(pair):
     refuses(model, cache, "changed since")
 
 
+@old_name
 def test_a_cache_with_a_prompt_is_refused_without_the_adapter(pair):
     model, base = pair()
     _, cache = loop(model, text(), steps=1)
@@ -774,7 +840,7 @@ def test_a_window_that_is_shorter_than_the_models_is_no_room(pair, length):
 
 def test_a_step_of_continuous_batching_is_refused(pair):
     model, _ = pair()
-    with pytest.raises(ValueError, match="takes no cache"):
+    with pytest.raises(ValueError, match=r"takes no cache|not a Cache"):  # from 5.24 on every cache has its name
         model(input_ids=text(1), cache=object(), position_ids=torch.arange(TEXT)[None])
 
 
@@ -997,6 +1063,7 @@ def test_copies_and_pickles_generate(pair):
     assert not any("_views" in name for name, _ in model.named_modules())
 
 
+@pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type")  # of transformers 5.17, whatever the inputs
 def test_an_offloaded_base_model_generates(pair):
     from accelerate import cpu_offload
 
@@ -1083,7 +1150,11 @@ def test_a_model_that_reads_its_text_again_where_its_positions_change(build_mode
     monkeypatch.setitem(zoo._SPECIFIC, "phi3", phi3)
     model, base = pair("phi3")
     ids = text(2, tokens)
-    assert new_tokens(model, ids, max_new_tokens=9) == new_tokens(base, with_words(ids), max_new_tokens=9)
+    # without a cache: with one, phi3 of transformers 5.17 reads the new token alone where its positions change
+    want = new_tokens(base, with_words(ids), max_new_tokens=9, use_cache=False)
+    assert new_tokens(model, ids, max_new_tokens=9) == want
+    for last in range(1, 9):  # also where it is the last token
+        assert new_tokens(model, ids, max_new_tokens=last, min_new_tokens=last) == [row[:last] for row in want]
 
 
 STATES = {

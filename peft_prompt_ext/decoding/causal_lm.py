@@ -15,7 +15,7 @@ import torch
 
 from ..padding import reorder
 from ..shared_prefix import EngineStatus
-from .feed import PromptFeed, cache_of, check_rows, given_cache, has_keys, place_of
+from .feed import CACHES, PromptFeed, cache_name, cache_of, check_rows, given_cache, has_keys, place_of
 from .held_prompt import HeldPrompt, Place, count_text, held_by, note, without_virtual
 from .modes import allow_candidates, check_mode, make_room
 from .view import GuardedGeneration
@@ -60,8 +60,8 @@ class PromptedGeneration(GuardedGeneration):
     def _is_step(self, inputs: Mapping[str, Any]) -> bool:
         if inputs.get("use_cache") or cache_of(inputs) is not None or place_of(inputs) is not None:
             return True
-        # `past_key_values=None` is the first call of a loop
-        return "past_key_values" in inputs and inputs.get("use_cache") is None and self._caches()
+        # a cache of None is the first call of a loop
+        return not inputs.keys().isdisjoint(CACHES) and inputs.get("use_cache") is None and self._caches()
 
     def _caches(self) -> bool:
         """Whether the base model returns a cache if nobody says."""
@@ -142,13 +142,14 @@ class PromptedGeneration(GuardedGeneration):
 
         So a loop that relies on the base model's default is right, or is told.
         """
-        if torch.compiler.is_compiling() or inputs is None or not hasattr(output, "past_key_values"):
+        name = cache_name(self.get_base_model())
+        if torch.compiler.is_compiling() or inputs is None or not hasattr(output, name):
             return
         stored = cache_of(output)
         if stored is None and self._caches():
             from transformers import DynamicCache
 
-            output["past_key_values"] = stored = DynamicCache()
+            output[name] = stored = DynamicCache()
             refusal = "the call that it comes from ran packed and put nothing in: pass use_cache=True"
             note(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
         elif stored is not None and (attention_mask is None or bool(attention_mask.all())):
@@ -182,7 +183,8 @@ class PromptedGeneration(GuardedGeneration):
         Raises:
             ValueError: The cache does not hold the active prompt, or the mask does not fit the text.
         """
-        feed, stored = PromptFeed(self), cache_of(kwargs)
+        feed = PromptFeed(self)
+        stored = given_cache(feed.base_model, kwargs)
         seen = feed.seen_by(stored)
         text = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         new = text.shape[1]
@@ -229,7 +231,7 @@ class PromptedGeneration(GuardedGeneration):
         allow_candidates(view)
         output = self._generate(view, kwargs)
         if config.num_beams > 1:
-            stored = stored if stored is not None else getattr(output, "past_key_values", None)
+            stored = stored if stored is not None else cache_of(output)
             held = held_by(stored)
             if held is not None:
                 refusal = "it has the rows that a beam search ran last, which are not the sequences that it returned"

@@ -19,7 +19,8 @@ from .held_prompt import HeldPrompt, Place, held_by, note, place, seen_by
 from .view import unwrapped
 
 
-_CACHES = ("past_key_values", "cache_params", "cache")  # the last one is that of continuous batching
+# what forward calls its cache: the first name of all models where transformers knows that one alone (5.24)
+CACHES = ("cache", "past_key_values", "cache_params")
 _IN_PLACE = "_peft_prompt_ext_place"  # of ids and embeddings that come from `PromptFeed.prepare`
 
 
@@ -214,14 +215,17 @@ class PromptFeed:
             **kwargs,
         )
         stored = cache_of(result)
-        if text is input_ids and (where.begins or result["input_ids"].shape[1] != where.new):
-            # all of the text: it is new, or the base model reads it again (phi3, where its positions change)
-            if whole is None or result["input_ids"].shape[1] != where.width or not (where.begins or stored is None):
+        if text is input_ids and stored is None and not where.begins and whole is not None:
+            # it wants to read all of the text again (phi3, where its positions change)
+            again = {name: value for name, value in kwargs.items() if name not in CACHES}
+            where = replace(where, begins=True, seen=0, new=where.seen + where.new)
+            return self.prepare(prepare, where, text, input_ids, **again)
+        if text is input_ids and (where.begins or stored is None or result["input_ids"].shape[1] != where.new):
+            if whole is None or result["input_ids"].shape[1] != where.width or not where.begins:
                 raise NotImplementedError(
                     f"{type(self.base_model).__name__} does not take new tokens alone behind a cache. Pass "
                     "use_cache=False, with the whole text as input_ids."
                 )
-            where = replace(where, begins=True, seen=0, new=where.seen + where.new)
             result["inputs_embeds"] = self.put_in(self.embed(whole), where)
             result["input_ids"] = None
         for key in ("input_ids", "inputs_embeds"):
@@ -231,9 +235,10 @@ class PromptFeed:
         if stored is None and kwargs.get("use_cache") is not False and dynamic:
             from transformers import DynamicCache
 
-            stored = result[cache_name(self.base_model)] = DynamicCache(
-                config=self.base_model.config.get_text_config(decoder=True)
-            )
+            stored = DynamicCache(config=self.base_model.config.get_text_config(decoder=True))
+        if stored is not None:
+            result = {name: value for name, value in result.items() if name not in CACHES}
+            result[cache_name(self.base_model)] = stored
         self.note(stored, where, whole)
         return result
 
@@ -308,26 +313,34 @@ def _state(head: ModulesToSaveWrapper) -> tuple[Any, ...]:
     return tuple(head.active_adapters), head.disable_adapters
 
 
-def cache_of(values: Mapping[str, Any]) -> Any:
-    """The cache among inputs or outputs; None if there is none."""
-    return next((values[name] for name in _CACHES if values.get(name) is not None), None)
+def cache_of(values: Any) -> Any:
+    """The cache among inputs or outputs, whatever its name; None if there is none, or they have no names."""
+    named = values.items() if isinstance(values, Mapping) else ()
+    return next((value for name, value in named if name in CACHES and value is not None), None)
 
 
-def given_cache(base_model: Any, values: Mapping[str, Any]) -> Any:
-    """The cache that a caller gives; None if there is none.
+def given_cache(base_model: Any, values: dict[str, Any]) -> Any:
+    """The cache that a caller gives, which gets the name that the base model takes; None if there is none.
 
     Raises:
-        ValueError: It has a name that the base model does not take, and would pass over.
+        ValueError: It has a name that the base model does not take, and would pass over; or there are two.
     """
-    for name in _CACHES:
-        if values.get(name) is not None and not takes(base_model, name):
+    given = [name for name in CACHES if values.get(name) is not None]
+    for name in given:
+        if not (takes(base_model, name) or takes(base_model, CACHES[0])):
             raise ValueError(f"{type(base_model).__name__} takes no {name}: it would be passed over, or the prompt.")
-    return cache_of(values)
+    if len(given) > 1:
+        raise ValueError(f"{' and '.join(given)} were given: they are names of one cache. Give one of them.")
+    caches = [values.pop(name) for name in CACHES if name in values]
+    stored = next((cache for cache in caches if cache is not None), None)
+    if caches:
+        values[cache_name(base_model)] = stored
+    return stored
 
 
 def cache_name(base_model: Any) -> str:
     """What a base model calls its cache."""
-    return _CACHES[1] if takes(base_model, _CACHES[1]) else _CACHES[0]
+    return next((name for name in CACHES if takes(base_model, name)), CACHES[1])
 
 
 def takes(base_model: Any, name: str) -> bool:

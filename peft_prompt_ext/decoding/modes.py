@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .feed import cache_of
+
 
 def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     """Raise a NotImplementedError for a way of decoding that is not known to be right behind a prompt."""
@@ -19,7 +21,7 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     assisted = mode == GenerationMode.ASSISTED_GENERATION
     outputs = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
     own = getattr(view.generate, "__func__", None) is not GenerationMixin.generate
-    stored = kwargs.get("past_key_values")
+    stored = cache_of(kwargs)
     fixed = isinstance(stored, StaticCache | QuantizedCache) or config.cache_implementation not in {
         None,
         "dynamic",

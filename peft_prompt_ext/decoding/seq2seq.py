@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ..padding import real_first, reorder
-from .feed import PromptFeed
+from .feed import PromptFeed, cache_of, given_cache
 from .held_prompt import HeldPrompt, Place, held_by, note, same_prompt, without_virtual
 from .view import GuardedGeneration
 
@@ -24,9 +24,9 @@ class PromptedEncoderDecoder(GuardedGeneration):
             ValueError: `past_key_values` comes from another prompt.
         """
         feed = PromptFeed(self)
-        _check_encoded(kwargs.get("past_key_values"), feed)
+        _check_encoded(given_cache(feed.base_model, kwargs), feed)
         output = super().forward(*args, **kwargs)
-        _note_encoded(getattr(output, "past_key_values", None), feed)
+        _note_encoded(cache_of(output), feed)
         return output
 
     def generate(self, **kwargs: Any) -> Any:
@@ -44,7 +44,7 @@ class PromptedEncoderDecoder(GuardedGeneration):
         if not bound or kwargs.get("cache_implementation") == "paged":
             raise NotImplementedError("This way of generating would leave the prompt out.")
         feed = PromptFeed(self)
-        _check_encoded(kwargs.get("past_key_values"), feed)
+        _check_encoded(given_cache(feed.base_model, kwargs), feed)
         ids, text = kwargs.pop("input_ids", None), kwargs.pop("inputs_embeds", None)
         if (ids is None) == (text is None):
             raise ValueError("generate needs the text as input_ids [B, T] or inputs_embeds [B, T, H], one of the two.")
@@ -64,7 +64,7 @@ class PromptedEncoderDecoder(GuardedGeneration):
 
         @wraps(prepare)
         def noting(*args: Any, **inputs: Any) -> dict[str, Any]:
-            _note_encoded(inputs.get("past_key_values"), feed)
+            _note_encoded(cache_of(inputs), feed)
             return prepare(*args, **inputs)
 
         view.prepare_inputs_for_generation = noting
@@ -84,7 +84,7 @@ def _check_encoded(stored: Any, feed: PromptFeed) -> None:
 
 def _tell_read(kwargs: dict[str, Any]) -> None:
     """Tell `generate` by a mask that decoder ids include those of a cache; without one it would read them twice."""
-    stored, ids = kwargs.get("past_key_values"), kwargs.get("decoder_input_ids")
+    stored, ids = cache_of(kwargs), kwargs.get("decoder_input_ids")
     seen = 0 if stored is None else int(stored.get_seq_length())
     if not seen or kwargs.get("decoder_attention_mask") is not None:
         return

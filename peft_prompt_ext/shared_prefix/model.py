@@ -15,6 +15,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from ..decoding.feed import cache_of
 from ..tokens import OF_PACKED_ROWS, check_mask
 from .status import EngineStatus
 
@@ -81,7 +82,7 @@ class SharedPrefixMixin(PeftModel):
 
         self._check_token_path(kwargs)
         inputs = input_ids if input_ids is not None else inputs_embeds
-        if inputs is not None and kwargs.get("past_key_values") is None:
+        if inputs is not None and cache_of(kwargs) is None:
             check_mask(attention_mask, *inputs.shape[:2])
         extras = {
             "output_attentions": output_attentions,
