@@ -14,7 +14,7 @@ def device_of(module: Any) -> torch.device:
 
     The device of weights that have no data, and no hook that would bring them, is meta.
     """
-    device = next(module.parameters()).device
+    device = module.weight.device  # a replica of DataParallel has no parameters
     if device.type != "meta":
         return device
     hook = getattr(module, "_hf_hook", None)

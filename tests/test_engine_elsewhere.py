@@ -141,3 +141,29 @@ def test_quantised_backbones_give_what_pefts_path_gives(quantized_base):
         results.append((out.loss, prompt_of(model).grad))
     # int8 rounds the activations as well, by the largest of each token
     torch.testing.assert_close(*results, rtol=1e-5 if kind == "nf4" else 2e-2, atol=1e-7 if kind == "nf4" else 1e-3)
+
+
+def replicate(module, copies):
+    """As torch.nn.parallel.replicate, which needs GPUs: modules of which the parameters are results, not leaves."""
+    if module not in copies:
+        copy = copies[module] = module._replicate_for_data_parallel()
+        for name, child in module._modules.items():
+            copy._modules[name] = replicate(child, copies)
+        for name, parameter in module._parameters.items():
+            setattr(copy, name, None if parameter is None else parameter * 1)
+    return copies[module]
+
+
+def test_a_replica_of_data_parallel_is_right_on_pefts_path():
+    model, batch = prompted(tiny_model(), "CAUSAL_LM").train(), padded("left", "CAUSAL_LM")
+    expected = model(**batch)
+    (wanted,) = torch.autograd.grad(expected.loss, prompt_of(model))
+
+    replica = replicate(model, {})
+    out = replica(**batch)
+    (got,) = torch.autograd.grad(out.loss, prompt_of(model))
+
+    assert "DataParallel" in engine_status(replica).reason
+    torch.testing.assert_close(out.loss, expected.loss, rtol=1e-5, atol=0)
+    assert (got - wanted).norm() <= 1e-5 * wanted.norm()
+    assert model(**batch).loss is not None and engine_status(model).packed

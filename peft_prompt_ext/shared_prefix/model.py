@@ -144,6 +144,8 @@ class SharedPrefixMixin(PeftModel):
         """What one packed sequence cannot give of this call; None if there is nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
             return "attention_mask is not a tensor [B, T]"
+        if getattr(self, "_is_replica", False):  # without parameters of its own, beside others in threads
+            return "DataParallel copies the model for each batch; launch a process a device instead"
         allowed = self._packed_arguments | {"position_ids"} | ({"token_type_ids"} - self._inputs_of_tokens())
         if extras.get("position_ids") is not None:  # which say the same
             allowed |= OF_PACKED_ROWS
