@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -56,6 +57,8 @@ def _leave_out_other_devices(wheel: Path) -> None:
 
 def _split(files: Iterable[Path], folder: Path) -> list[Path]:
     """Fill the parts one after the other; a file may go on in the next part."""
+    for old in folder.glob("part-*"):
+        shutil.rmtree(old)
     parts: list[Path] = []
     left = 0
     for file in files:

@@ -199,17 +199,12 @@ def _speed_of(name: str, precision: str, options: argparse.Namespace) -> Iterato
         specs = [{"model": name, "precision": precision, "text": text, "seed": options.seed, **m} for m in _methods()]
         if precision == "nf4":
             specs = [spec for spec in specs if spec["method"] != "full"]
-        collected: dict[int, Row] = {}
-        for turn, (number, spec) in product(range(options.turns), enumerate(specs)):
-            if "error" in collected.get(number, {}):
-                continue
+        for turn, spec in product(range(options.turns), specs):
             try:
                 row = _measure(base, spec, batch, options)
             except Exception as error:
                 row = {"error": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"}
-            row["step_time_s"] = [*collected.get(number, {}).get("step_time_s", []), *row.get("step_time_s", [])]
-            collected[number] = {**spec, **row, "rows": len(batch["input_ids"]), "turns": turn + 1}
-        yield from collected.values()
+            yield {**spec, **row, "rows": len(batch["input_ids"]), "turn": turn}
     del base, batch
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
@@ -237,6 +232,7 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
     if spec["method"] == "packed":
         os.environ[VARIABLE] = spec["attention"]
     base.requires_grad_(False)
+    model: Any = None
     try:
         model, step = method_step(base, {**spec, "gradient_checkpointing": False}, batch)
         if spec["method"] == "packed":
@@ -258,9 +254,10 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
         return row
     finally:
         os.environ.pop(VARIABLE, None)
-        if spec["method"].startswith("lora"):
+        if spec["method"].startswith("lora") and model is not None:
             model.unload()
         base.requires_grad_(False)
+        base.zero_grad()
 
 
 def mixed_rows(options: argparse.Namespace) -> Iterator[Row]:
@@ -374,13 +371,17 @@ def _waits(step: Any) -> int | None:
 
 def show(rows: list[Row]) -> None:
     """Print a table for each model, precision and text: medians, and ratios to stock PEFT and LoRA."""
-    steps = [row for row in rows if row["part"] == "speed_rows" and row.get("step_time_s")]
+    steps = [row for row in rows if row["part"] == "speed_rows" and "peak_memory_bytes" in row]
     for (model, precision), text in product(product(MODELS, ("bfloat16", "nf4")), ("short", "long")):
-        group = [r for r in steps if (r["model"], r["precision"], r["text"]) == (model, precision, text)]
-        lora = next((row for row in group if row["method"] == "lora_last"), None)
+        times: dict[str, list[float]] = {}
+        peaks: dict[str, int] = {}
+        for row in steps:
+            if (row["model"], row["precision"], row["text"]) == (model, precision, text):
+                label = f"{row['method']} {row['attention'] or ''} P={row['num_virtual_tokens']}"
+                times.setdefault(label, []).extend(row["step_time_s"])
+                peaks[label] = max(peaks.get(label, 0), row["peak_memory_bytes"])
         print(f"\n{model}, {precision}, {text} rows")
-        for row in group:
-            seconds, gib = statistics.median(row["step_time_s"]), row["peak_memory_bytes"] / 2**30
-            label = f"{row['method']} {row['attention'] or ''} P={row['num_virtual_tokens']}"
-            ratio = f"{seconds / statistics.median(lora['step_time_s']):.2f} x lora_last" if lora else ""
-            print(f"  {label:24} {seconds * 1e3:8.1f} ms {gib:7.2f} GiB  {ratio}")
+        lora = times.get("lora_last  P=0")
+        for label, seconds in times.items():
+            ratio = f"{statistics.median(seconds) / statistics.median(lora):.2f} x lora_last" if lora else ""
+            print(f"  {label:24} {statistics.median(seconds) * 1e3:8.1f} ms {peaks[label] / 2**30:7.2f} GiB  {ratio}")

@@ -20,6 +20,7 @@ from . import _record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
 from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration, unwrapped
+from .decoding.feed import cache_of
 from .devices import bring_back
 from .encoder import fill_sizes
 from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
@@ -53,13 +54,13 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task."""
+        kwargs = self._by_name(args, kwargs)
         self._check_token_path(kwargs)
-        if self._predicts_next or getattr(self.active_peft_config, "virtual_columns", True):
-            return super().forward(*args, **kwargs)
-        text: Any = args[0] if args else kwargs.get("input_ids")
-        text = kwargs["inputs_embeds"] if text is None else text
+        text: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
+        if text is None or self._predicts_next or getattr(self.active_peft_config, "virtual_columns", True):
+            return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
-        output = super().forward(*args, return_dict=True, **kwargs)
+        output = super().forward(return_dict=True, **kwargs)
         self._cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
@@ -192,7 +193,10 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
 class PeftModelForCausalLM(  # type: ignore[misc]
     PromptedGeneration, SharedPrefixMixin, PromptTuningMixin, peft.PeftModelForCausalLM
 ):
-    """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits`. A packed batch returns no cache."""
+    """Output: as PEFT's, logits [B, P+T, V]; see the config's `train_logits` and `virtual_columns`.
+
+    Nothing can go on with the cache of a packed batch: ask for one with `use_cache=True`.
+    """
 
     pad_side = BEHIND
     _predicts_next: ClassVar[bool] = True
@@ -215,26 +219,27 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         train_logits = getattr(self.active_peft_config, "train_logits", "all")  # a stock config has no such field
         return {"supervised": self.training and train_logits == "supervised"}
 
-    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; `shift_labels` are what each text token predicts, or each of the columns kept."""
-        text, targets = kwargs.get("inputs_embeds") if input_ids is None else input_ids, kwargs.get("shift_labels")
-        if targets is not None and text is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
-            prompt = self.active_peft_config.num_virtual_tokens
-            kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
-        if text is None or getattr(self.active_peft_config, "virtual_columns", True):
-            return super().forward(input_ids, *args, **kwargs)
-        names = kwargs.get("adapter_names") or [self.active_adapter]
+        kwargs = self._by_name(args, kwargs)
+        ids, targets = kwargs.get("input_ids"), kwargs.get("shift_labels")
+        text = kwargs.get("inputs_embeds") if ids is None else ids
+        if text is None:
+            return super().forward(**kwargs)
         configs: dict[str, Any] = self.peft_config
+        names = kwargs.get("adapter_names") or [self.active_adapter]
         prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
-        keep, return_dict = kwargs.get("logits_to_keep"), kwargs.pop("return_dict", None)
-        if isinstance(keep, torch.Tensor):
-            kwargs["logits_to_keep"] = keep + prompt
-        elif keep:
-            kwargs["logits_to_keep"] = min(keep, text.shape[1])
-        supervised = self.training and kwargs.get("labels") is not None and self._packed_options()["supervised"]
-        output = super().forward(input_ids, *args, return_dict=True, **kwargs)
-        chosen = supervised or _keeps_some(kwargs)  # columns of their own
-        self._cut_prompt(output, text.shape[:2], prompt, leave="logits" if chosen else "")
+        if targets is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
+            kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
+        stored = cache_of(kwargs)
+        goes_on = stored is not None and bool(stored.get_seq_length())  # without the prompt's columns
+        if goes_on or getattr(self.active_peft_config, "virtual_columns", True):
+            return super().forward(**kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        if _keeps_some(kwargs):
+            kwargs["logits_to_keep"] = _columns_behind(kwargs["logits_to_keep"], text.shape[1], prompt)
+        output = super().forward(return_dict=True, **kwargs)
+        self._cut_prompt(output, text.shape[:2], prompt, leave="logits" if _keeps_some(kwargs) else "")
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
@@ -268,6 +273,15 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         return tokens, others
 
 
+def _columns_behind(keep: Any, columns: int, prompt: int) -> Any:
+    """Columns of the text as they are numbered with the prompt's; a number of last columns stays within the text."""
+    if not isinstance(keep, torch.Tensor):
+        return min(keep, columns)
+    if keep.dtype == torch.bool:
+        return torch.nn.functional.pad(keep, (prompt, 0))
+    return torch.where(keep < 0, keep + columns, keep) + prompt
+
+
 def _keeps_some(inputs: Mapping[str, Any]) -> bool:
     """Whether logits of some columns alone are asked for."""
     keep = inputs.get("logits_to_keep")
@@ -293,11 +307,12 @@ class PeftModelForSequenceClassification(
     def _mixed_options(self, names: list[str]) -> dict[str, Any]:
         return {"adapter_names": names}
 
-    def forward(self, input_ids: torch.Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; without a mask a decoder finds its last token by the pad token, as it does alone."""
-        if input_ids is not None and not args and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = self._mask_of_text(input_ids)
-        return super().forward(input_ids, *args, **kwargs)
+        kwargs = self._by_name(args, kwargs)
+        if kwargs.get("input_ids") is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_of_text(kwargs["input_ids"])
+        return super().forward(**kwargs)
 
     def _mask_of_text(self, input_ids: torch.Tensor) -> torch.Tensor | None:
         """Mask [B, T] without the pads behind each text, where the base model looks for them; None: no pads."""

@@ -37,8 +37,15 @@ class PeftPathMixin(PeftModel):
             ValueError: The text has no room behind the prompt, or nobody knows what the prompt has of an argument that
                 is as long as the text.
         """
-        inputs = {**dict(zip(signature(super().forward).parameters, args, strict=False)), **kwargs} if args else kwargs
+        inputs = self._by_name(args, kwargs)
         return self._prompted_forward({name: value for name, value in inputs.items() if value is not None})
+
+    def _by_name(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        """All arguments of `forward` by the names that PEFT's class of the task gives them."""
+        if not args:
+            return kwargs
+        stock: Any = next(kind for kind in type(self).__mro__ if kind.__module__.startswith("peft."))
+        return {**dict(zip(list(signature(stock.forward).parameters)[1:], args, strict=False)), **kwargs}
 
     def _prompted_forward(self, inputs: dict[str, Any]) -> Any:
         """Run the base model on the prompt and the text behind it; no pad stands between them."""

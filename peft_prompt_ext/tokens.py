@@ -170,12 +170,14 @@ def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: i
         prompt: P.
         predicts_next: Whether fields [B, P+T-1] are what each column predicts of the next one.
     """
-    shapes = {(text[0], prompt + text[1]), (text[0], prompt + text[1] - predicts_next)}
+    rows, columns = text[0], prompt + text[1]
 
-    def cut(value: Any) -> Any:
+    def cut(value: Any, widths: set[int]) -> Any:
         if isinstance(value, tuple):
-            return tuple(map(cut, value))
-        return value[:, prompt:] if isinstance(value, torch.Tensor) and tuple(value.shape[:2]) in shapes else value
+            return tuple(cut(one, widths) for one in value)
+        of_columns = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows
+        return value[:, prompt:] if of_columns and value.shape[1] in widths else value
 
     for name in list(names):
-        output[name] = cut(output[name])
+        all_but_last = predicts_next and name not in {"logits", "hidden_states"}
+        output[name] = cut(output[name], {columns, columns - all_but_last})

@@ -182,3 +182,13 @@ def test_a_head_without_logits_over_rows_of_several_texts(build_model):
     _, wanted = alone(model)
     out = model(**flattened(), fused_lm_head=True)
     torch.testing.assert_close(-out.log_probs.sum() / out.label_mask.sum(), wanted, rtol=1e-5, atol=0)
+
+
+def test_columns_of_ones_own_take_pefts_path_with_such_a_head(build_model):
+    """`shift_labels` say what each column predicts, so each column's own hidden state is wanted."""
+    model = prompted(with_fused_head(build_model("llama")), "CAUSAL_LM")
+    ids = texts()[2][None]
+    model(input_ids=ids, labels=ids, shift_labels=ids, fused_lm_head=True)
+    assert "shift_labels" in engine_status(model).reason
+    model(input_ids=ids, labels=ids)
+    assert engine_status(model).packed

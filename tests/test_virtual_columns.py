@@ -99,3 +99,33 @@ def test_it_is_saved_and_anything_else_is_refused(build_model, tmp_path):
     assert not PeftModel.from_pretrained(model.get_base_model(), tmp_path).active_peft_config.virtual_columns
     with pytest.raises(ValueError, match=r"virtual_columns \('no'\)"):
         PromptTuningExtConfig(task_type="CAUSAL_LM", virtual_columns="no")
+
+
+def test_columns_by_mask_from_the_end_and_by_position(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", num_virtual_tokens=1).eval()
+    ids = make_batch("CAUSAL_LM")["input_ids"]
+    whole = model(input_ids=ids).logits
+    chosen = torch.arange(whole.shape[1]) % 3 == 0
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=chosen).logits, whole[:, chosen])
+    model.peft_config["default"].virtual_columns = False
+    text = whole[:, 1:]
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=chosen[1:]).logits, text[:, chosen[1:]])
+    torch.testing.assert_close(model(input_ids=ids, logits_to_keep=torch.tensor([-1, 0])).logits, text[:, [-1, 0]])
+    words = model.get_base_model().get_input_embeddings()(ids)
+    torch.testing.assert_close(model(None, torch.ones_like(ids), words).logits, text)
+    first = model(input_ids=ids[:, :4], use_cache=True)
+    torch.testing.assert_close(first.logits, text[:, :4])
+    later = model(input_ids=ids[:, 4:], past_key_values=first.past_key_values, logits_to_keep=torch.tensor([2]))
+    torch.testing.assert_close(later.logits, text[:, [6]])
+
+
+def test_in_training_without_the_head_at_labels_too(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", train_logits="supervised", virtual_columns=False).train()
+    batch = padded("left", "CAUSAL_LM")
+    assert model(**batch, output_hidden_states=True).logits.shape[:2] == batch["input_ids"].shape
+
+
+def test_positional_masks_of_a_classifier_are_made_as_by_name(build_model):
+    model = prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS").eval()
+    ids = padded("right", "SEQ_CLS")["input_ids"]
+    torch.testing.assert_close(model(ids, None).logits, model(input_ids=ids).logits)

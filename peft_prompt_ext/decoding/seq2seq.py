@@ -23,11 +23,12 @@ class PromptedEncoderDecoder(GuardedGeneration):
         Raises:
             ValueError: `past_key_values` comes from another prompt.
         """
-        feed = PromptFeed(self)
+        feed, kwargs = PromptFeed(self), self._by_name(args, kwargs)
         _check_encoded(given_cache(feed.base_model, kwargs), feed)
-        output = super().forward(*args, **kwargs)
+        return_dict = kwargs.pop("return_dict", None)
+        output = super().forward(return_dict=True, **kwargs)
         _note_encoded(cache_of(output), feed)
-        return output
+        return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def generate(self, **kwargs: Any) -> Any:
         """See PEFT's class.

@@ -7,13 +7,12 @@ tokens.
 from __future__ import annotations
 
 from copy import copy
-from types import MethodType
 from typing import Any
 
 import torch
 from peft.utils import ModulesToSaveWrapper
 
-from .interface import NotPackable, arguments
+from .interface import arguments
 from .layout import PackedLayout
 from .transfer import download, upload
 
@@ -64,7 +63,8 @@ def causal_lm(
 
     sources = layout.column_sources()
     if isinstance(logits_to_keep, torch.Tensor):
-        sources = sources[:, download(logits_to_keep)[0]]
+        keep = download(logits_to_keep)[0]
+        sources = sources[:, keep.nonzero()[:, 0] if logits_to_keep.dtype == torch.bool else keep]
     elif logits_to_keep:
         sources = sources[:, -logits_to_keep:]
     if labels is not None and shift_labels is not None:
@@ -130,14 +130,11 @@ def causal_lm_with_own_head(
         the next column, so nothing but predictions of labels is to be read.
 
     Raises:
-        NotPackable: Its forward is not a method.
         ValueError: There are no labels, or not one for each text token.
     """
     if labels is None or labels.shape != layout.shape:
         got = None if labels is None else list(labels.shape)
         raise ValueError(f"labels are {got}; wanted one for each text token, {list(layout.shape)}.")
-    if not isinstance(base_model.forward, MethodType):
-        raise NotPackable(f"its forward is a {type(base_model.forward).__name__}")
     name, places = base_model.base_model_prefix, layout.predicting()
     backbone = base_model._modules[name]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -105,8 +106,8 @@ class SharedPrefixMixin(PeftModel):
                 self._drop_unused(dict(kwargs))  # and say so
                 options = self._packed_options()
                 options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
+                self._check_in_training(names)
                 if labels is not None:
-                    self._check_in_training(names)
                     options["labels"] = labels
                 if adapter_names is not None:
                     options |= self._mixed_options(names)
@@ -154,6 +155,11 @@ class SharedPrefixMixin(PeftModel):
         asked |= {name for name in ("output_hidden_states", "output_attentions") if getattr(config, name, False)}
         if asked:
             return f"it asks for {', '.join(sorted(asked))}"
+        base_model: Any = self.get_base_model()
+        if extras.get("fused_lm_head"):
+            hooks = (*base_model._forward_hooks.values(), *base_model._forward_pre_hooks.values())
+            if extras.get("shift_labels") is not None or hooks or not isinstance(base_model.forward, MethodType):
+                return "it asks for fused_lm_head, of a model with hooks or a wrapped forward, or with shift_labels"
         status = self._engine_status()
         return None if status.packed else status.reason
 
