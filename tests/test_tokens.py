@@ -195,10 +195,15 @@ def test_fields_that_are_not_named_and_caches_stay_as_they_are():
     assert output["pooled"] is STATES and output["cache"] is cache
 
 
-def test_the_prompts_columns_are_cut_off_every_tensor_of_tokens():
-    output = ModelOutput(logits=STATES, start=STATES[..., 0], loss=torch.zeros(()), hidden=(STATES,))
+@pytest.mark.parametrize("predicts_next", [False, True])
+def test_the_prompts_columns_are_cut_off_every_tensor_of_tokens(predicts_next):
+    output = ModelOutput(
+        logits=STATES, scores=STATES[:, :-1], start=STATES[..., 0], loss=torch.zeros(()), hidden=(STATES,), rest=STATES
+    )
 
-    cut_prompt(output, (B, T), P)
+    cut_prompt(output, set(output) - {"rest"}, (B, T), P, predicts_next)
 
     assert torch.equal(output["logits"], STATES[:, P:]) and torch.equal(output["start"], STATES[:, P:, 0])
-    assert output["hidden"][0] is STATES and output["loss"].dim() == 0
+    assert torch.equal(output["hidden"][0], STATES[:, P:]) and output["loss"].dim() == 0
+    assert torch.equal(output["scores"], STATES[:, P:-1] if predicts_next else STATES[:, :-1])
+    assert output["rest"] is STATES
