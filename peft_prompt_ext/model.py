@@ -360,7 +360,8 @@ class OfTextMixin(PromptTuningMixin):
         return_dict = inputs.pop("return_dict", None)
         text = inputs.get("inputs_embeds", inputs.get("input_ids"))
         output = super()._prompted_forward({**inputs, "return_dict": True})
-        self._cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)  # type: ignore[union-attr]
+        tensors = [name for name in output if isinstance(output[name], torch.Tensor)]
+        cut_prompt(output, tensors, text.shape[:2], self.active_peft_config.num_virtual_tokens, False)  # type: ignore[union-attr]
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
 
