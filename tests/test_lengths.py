@@ -169,11 +169,10 @@ def test_a_mask_of_the_models_own_making_is_refused(monkeypatch):
     assert "mask of its own" in status.reason
 
 
-def test_the_proof_leaves_positions_that_grow_as_they_were():
-    base = llama(rope_parameters={"rope_theta": 1e4, "rope_type": "dynamic", "factor": 4.0})
-    ids = make_batch("CAUSAL_LM", rows=2, text=50)["input_ids"]
-    fresh = copy.deepcopy(base)
+def test_the_proof_leaves_rotary_positions_as_a_short_row_leaves_them():
+    base = llama(rope_parameters={"rope_theta": 1e4, "rope_type": "longrope", **LONG})
+    before = copy.deepcopy(base.model.rotary_emb.inv_freq)
 
-    assert engine_status(prompted(base, "CAUSAL_LM")).packed
+    assert engine_status(prompted(base, "CAUSAL_LM")).max_tokens == LIMIT
 
-    assert torch.equal(base(input_ids=ids).logits, fresh(input_ids=ids).logits)
+    assert torch.equal(base.model.rotary_emb.inv_freq, before)
