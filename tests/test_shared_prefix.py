@@ -156,7 +156,7 @@ MORE = {
     "olmo2": {},
     "stablelm": {},
     "gptj": {"n_embd": 24, "n_layer": 2, "n_head": 2, "rotary_dim": 4},
-    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2},
+    "gpt_oss": {"num_local_experts": 3, "num_experts_per_tok": 2, "intermediate_size": 48},
     "mamba": {"num_hidden_layers": 2},
     "lfm2": {"layer_types": ["conv", "full_attention"]},
     "falcon": {"alibi": True},
