@@ -56,6 +56,12 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         """See PEFT's class of the task."""
         kwargs = self._by_name(args, kwargs)
         self._check_token_path(kwargs)
+        seen = getattr(cache_of(kwargs), "get_seq_length", int)()
+        if seen and not self._has_decoder:
+            raise ValueError(
+                f"The cache that is given holds {seen} tokens, and the prompt would stand behind them: "
+                f"{type(self).__name__} reads a text from its beginning. Leave the cache out, or give an empty one."
+            )
         text: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
         if text is None or self._predicts_next or getattr(self.active_peft_config, "virtual_columns", True):
             return super().forward(**kwargs)

@@ -621,3 +621,12 @@ def test_models_whose_config_has_no_absolute_positions_take_long_texts(architect
     model = prompted(AutoModelForTokenClassification.from_config(config), "TOKEN_CLS")
 
     assert torch.isfinite(model(**make_batch("TOKEN_CLS", text=POSITIONS + 3)).loss)
+
+
+def test_a_classifier_does_not_put_its_prompt_behind_a_cache(build_model):
+    model, batch = prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS"), make_batch("SEQ_CLS")
+    del batch["labels"]
+    stored = model.get_base_model()(**batch, use_cache=True).past_key_values
+
+    with pytest.raises(ValueError, match="holds 7 tokens"):
+        model(input_ids=batch["input_ids"], past_key_values=stored)
