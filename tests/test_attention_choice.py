@@ -9,6 +9,7 @@ import torch
 from peft_prompt_ext import engine_status
 from peft_prompt_ext.shared_prefix import choice, probe, reference
 from peft_prompt_ext.shared_prefix.choice import AttentionCall, choose
+from peft_prompt_ext.shared_prefix.precision import precision
 from tests.helpers import one_thread, prompted  # noqa: F401
 from tests.test_shared_prefix import compare, padded
 
@@ -186,3 +187,38 @@ def test_what_was_proved_here_is_not_copied_to_another_machine(build_model, offe
     assert engine_status(model).attention == "flex"
     monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
     assert engine_status(copy.deepcopy(model)).attention == "sdpa"
+
+
+def wrong_for_few_queries(query, *args, **options):
+    out = reference.packed_attention(query, *args, **options)
+    return out * 2 if query.shape[2] < 128 else out
+
+
+def wrong_without_a_prompt(query, key, value, layout, **options):
+    out = reference.packed_attention(query, key, value, layout, **options)
+    return out * 2 if 0 in layout.prompt_lengths else out
+
+
+@pytest.mark.parametrize("wrong", [wrong_for_few_queries, wrong_without_a_prompt])
+def test_an_attention_that_is_wrong_for_some_batches_alone_is_not_taken(wrong):
+    assert "tokens" in choice.differs(wrong, call_of())
+    assert choice.differs(reference.packed_attention, call_of()) is None
+
+
+@pytest.mark.parametrize("allowed", ["high", "medium"])
+def test_rounded_products_are_a_precision_of_their_own(build_model, offered, allowed):
+    seen = offered(reference.packed_attention)
+    model, batch = prompted(build_model("llama"), "CAUSAL_LM"), padded("left", "CAUSAL_LM")
+    model(**batch)
+    exact, seen[:] = precision(torch.zeros(1)), []
+    try:
+        torch.set_float32_matmul_precision(allowed)
+        assert precision(torch.zeros(1)) != exact
+        assert choice.TOLERANCE.of(CPU, torch.float32) == choice.TOLERANCE.reduced
+        assert choice.TOLERANCE.of(CPU, torch.float64) == choice.TOLERANCE.float32
+        model(**batch)
+        assert len(seen) > len(model.get_base_model().model.layers)  # it was proved again
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert precision(torch.zeros(1)) == exact
+    assert choice.TOLERANCE.of(CPU, torch.float32) == choice.TOLERANCE.float32
