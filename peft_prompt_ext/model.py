@@ -63,7 +63,12 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
                 f"{type(self).__name__} reads a text from its beginning. Leave the cache out, or give an empty one."
             )
         text: Any = kwargs.get("input_ids") if kwargs.get("inputs_embeds") is None else kwargs["inputs_embeds"]
-        if text is None or self._predicts_next or getattr(self.active_peft_config, "virtual_columns", True):
+        if (
+            text is None
+            or not self.active_adapter
+            or self._predicts_next
+            or getattr(self.active_peft_config, "virtual_columns", True)
+        ):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
         output = super().forward(return_dict=True, **kwargs)
@@ -230,7 +235,7 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         kwargs = self._by_name(args, kwargs)
         ids, targets = kwargs.get("input_ids"), kwargs.get("shift_labels")
         text = kwargs.get("inputs_embeds") if ids is None else ids
-        if text is None:
+        if text is None or not self.active_adapter:
             return super().forward(**kwargs)
         configs: dict[str, Any] = self.peft_config
         names = kwargs.get("adapter_names") or [self.active_adapter]
