@@ -242,8 +242,7 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
         if targets is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
             kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
-        stored = cache_of(kwargs)
-        goes_on = stored is not None and bool(stored.get_seq_length())  # without the prompt's columns
+        goes_on = bool(getattr(cache_of(kwargs), "get_seq_length", int)())  # without the prompt's columns
         if goes_on or getattr(self.active_peft_config, "virtual_columns", True):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)

@@ -515,7 +515,7 @@ def mixed_model(build_model, task_type="CAUSAL_LM"):
 
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 def test_mixed_batches_equal_each_row_with_its_own_adapter(build_model, kind):
-    model = mixed_model(build_model)
+    model = mixed_model(build_model).eval()
     batch = padded(kind, "CAUSAL_LM")
     ids, mask = (batch[name].repeat(2, 1) for name in ("input_ids", "attention_mask"))
     names = ["default", "b", "c", "__base__", "c", "b"]
