@@ -29,7 +29,6 @@ KEYWORD = "shared_prefix_layout"
 IMPLEMENTATIONS = ("sdpa", "eager")
 # no token is seen through this mask: whatever reads it in place of the layout fails by its shape
 MASK_SHAPE = (1, 1, 0, 0)
-_KNOWN = {"scaling", "sliding_window", "softcap"}
 # what models hand on that says nothing about which tokens see each other, or how much
 _HARMLESS = {
     "cache_position",  # of a cache, and there is none
