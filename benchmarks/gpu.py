@@ -152,7 +152,7 @@ def attention_rows(options: argparse.Namespace) -> Iterator[Row]:
     """Attention alone, forward and backward: its error against the reference, and its time."""
     import torch
 
-    from peft_prompt_ext.shared_prefix.choice import ATTENTIONS, AttentionCall, differs
+    from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS, AttentionCall, differs
     from peft_prompt_ext.shared_prefix.layout import pack
 
     device = torch.device(_device())
@@ -224,7 +224,7 @@ def _methods() -> Iterator[Row]:
 def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> Row:
     """Steps of one method on a base model that it leaves as it was."""
     from peft_prompt_ext import engine_status
-    from peft_prompt_ext.shared_prefix.choice import VARIABLE
+    from peft_prompt_ext.shared_prefix.attention.select import VARIABLE
 
     from .machine import peak, reset_peak
     from .speed import method_step

@@ -253,19 +253,20 @@ def _last_step(model: Any, batch: Any) -> Any:
 
 
 def _floor(model: Any, batch: Any, attention: str | None) -> Any:
-    from peft_prompt_ext.shared_prefix.choice import ATTENTIONS
+    from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS
     from peft_prompt_ext.shared_prefix.forward import causal_lm
     from peft_prompt_ext.shared_prefix.interface import attach
     from peft_prompt_ext.shared_prefix.layout import pack
+    from peft_prompt_ext.shared_prefix.packed_pass import PackedPass
 
     attach(model)
     layout = pack(batch["attention_mask"].cpu(), (0,))
-    layout.attention = ATTENTIONS[attention or "sdpa"]
+    packed = PackedPass(layout, ATTENTIONS[attention or "sdpa"])
     ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
 
     def step() -> None:
         embeds = model.get_input_embeddings()(ids)[None].detach().requires_grad_()
-        causal_lm(model, embeds, layout, labels=batch["labels"], supervised=True).loss.backward()
+        causal_lm(model, embeds, packed, labels=batch["labels"], supervised=True).loss.backward()
 
     return step
 

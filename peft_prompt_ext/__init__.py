@@ -5,11 +5,12 @@ from ._versions import check_versions
 
 check_versions()  # before anything of PEFT is touched, so that a wrong version gives one clear error
 
-from . import _peft_seam  # noqa: E402
+from . import peft_models  # noqa: E402
 from .config import PromptTuningExtConfig  # noqa: E402
 from .frozen_backbone import load_frozen_backbone  # noqa: E402
 from .inits import available_inits, register_init  # noqa: E402
-from .shared_prefix import EngineStatus, engine_status  # noqa: E402
+from .peft_models.packed import engine_status  # noqa: E402
+from .shared_prefix.status import EngineStatus  # noqa: E402
 
 
 __version__ = "0.1.0"
@@ -33,5 +34,5 @@ def __getattr__(name: str) -> object:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-# Loading an adapter (`PeftModel.from_pretrained`) needs the seam before any config of ours exists.
-_peft_seam.activate()
+# Loading an adapter (`PeftModel.from_pretrained`) needs PEFT's tables changed before any config of ours exists.
+peft_models.register()

@@ -9,6 +9,7 @@ import torch
 
 from .config import PromptTuningExtConfig
 from .inits import InitContext, get_scheme
+from .sizes import token_dim
 
 
 class PromptEmbedding(peft.PromptEmbedding):
@@ -62,27 +63,6 @@ def _check_width(config: peft.PromptTuningConfig, word_embeddings: Any) -> None:
         )
 
 
-def token_dim(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> int:
-    """Width H of the word embeddings, which some models (ALBERT, ELECTRA) have narrower than their hidden states.
-
-    Raises:
-        ValueError: See [`PromptEmbedding`].
-    """
-    if getattr(word_embeddings, "num_embeddings", None) is None:
-        raise ValueError(
-            f"The base model's word embeddings are a {type(word_embeddings).__name__}, not like a torch.nn.Embedding: "
-            "nobody knows what they give for a word, so no prompt can stand beside it."
-        )
-    width = getattr(word_embeddings, "embedding_dim", None)  # a sharded weight has no shape
-    width = int(word_embeddings.weight.shape[-1] if width is None else width)  # type: ignore[index]
-    if config.token_dim and config.token_dim != width:
-        raise ValueError(
-            f"token_dim is {config.token_dim}, the base model's word embeddings are {width} wide, and a virtual token "
-            "is as wide as they are. Leave token_dim out; a saved prompt of another width is of another base model."
-        )
-    return width
-
-
 def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> torch.Tensor:
     """Run the config's scheme, check what comes out, and keep the record of what was chosen in the config.
 
@@ -106,30 +86,3 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
         raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} gave NaN or infinite numbers.")
     config.init_record = ctx.record
     return prompt.detach().to(device="cpu", dtype=torch.float32).clone()
-
-
-def fill_sizes(config: PromptTuningExtConfig, base_model: Any) -> None:
-    """Fill in the sizes that PEFT asks for where the base model's config has names for them that PEFT does not know.
-
-    A prompt needs none but its width, which comes from the word embeddings.
-
-    Raises:
-        ValueError: The base model has no vocabulary.
-    """
-    sizes = base_model.config.get_text_config()
-    if getattr(sizes, "vocab_size", None) is None:
-        raise ValueError(
-            f"{type(base_model).__name__} has no vocabulary (its config has no vocab_size), so no word embeddings "
-            "that a prompt could stand beside. Prompt tuning needs a transformers model with word embeddings."
-        )
-    config.token_dim = config.token_dim or 0
-    for name, name_there in (("num_layers", "num_hidden_layers"), ("num_attention_heads", "num_attention_heads")):
-        value = getattr(config, name) or _size(sizes, name_there)
-        setattr(config, name, value if isinstance(value, int) else 1)
-
-
-def _size(sizes: Any, name: str) -> Any:
-    try:
-        return getattr(sizes, name, None)
-    except Exception:  # transformers raises errors of its own where each layer has another one
-        return None

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ._choices import check_choice
+from ._seam import log_once
 from ._versions import checkpoint_activations
 
 
@@ -105,7 +106,7 @@ def load_frozen_backbone(
         )
         dequantize_modules(model, model.new_modules)
     if quantization == "int8":
-        _say_once("bitsandbytes.autograd._functions")
+        log_once("bitsandbytes.autograd._functions")
     model.requires_grad_(False)
     keep_differentiable(model)
     if gradient_checkpointing:
@@ -338,24 +339,3 @@ def _bitsandbytes_config(
         bnb_4bit_quant_storage=storage,
         llm_int8_skip_modules=skipped,
     )
-
-
-class _Once(logging.Filter):
-    """Lets each message through once: bitsandbytes repeats one for every matrix product."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[str] = set()
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        """See `logging.Filter`."""
-        message = record.getMessage()
-        new = message not in self.seen
-        self.seen.add(message)
-        return new
-
-
-def _say_once(name: str) -> None:
-    log = logging.getLogger(name)
-    if not any(isinstance(existing, _Once) for existing in log.filters):
-        log.addFilter(_Once())

@@ -112,10 +112,10 @@ def make(tokenizer_folder, tmp_path, build_model):
 @pytest.fixture
 def seam():
     """The seam module, put back active whatever the test does with it."""
-    from peft_prompt_ext import _peft_seam
+    from peft_prompt_ext import _seam, peft_models
 
-    yield _peft_seam
-    _peft_seam.activate()
+    yield _seam
+    peft_models.register()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ import torch
 
 from peft_prompt_ext import engine_status
 from peft_prompt_ext._versions import checkpoint_activations
-from peft_prompt_ext.shared_prefix import choice
-from peft_prompt_ext.shared_prefix.choice import ATTENTIONS, AttentionCall, differs
+from peft_prompt_ext.shared_prefix.attention import select
+from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS, AttentionCall, differs
 from tests.helpers import prompt_of, prompted
 from tests.test_shared_prefix import alone, mixed_model, padded
 
@@ -75,7 +75,7 @@ MODELS = [
 def test_a_batch_equals_each_row_alone_in_stock_peft(build_model, monkeypatch, numbers, architecture, kind, attention):
     """The windows are 16: 13 virtual tokens and 11 real ones."""
     dtype, tolerance = numbers
-    monkeypatch.setenv(choice.VARIABLE, attention)
+    monkeypatch.setenv(select.VARIABLE, attention)
     sizes = {"gpt2": {"n_embd": 64, "n_head": 4}}.get(architecture, {"head_dim": 16})
     model = prompted(build_model(architecture, **sizes).to("cuda", dtype), "CAUSAL_LM", num_virtual_tokens=13)
     batch = {name: x.cuda() for name, x in padded(kind, "CAUSAL_LM").items()}
@@ -97,7 +97,7 @@ def test_a_batch_equals_each_row_alone_in_stock_peft(build_model, monkeypatch, n
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen", "flex"])
 def test_mixed_batches_and_kept_prompts(build_model, monkeypatch, attention):
-    monkeypatch.setenv(choice.VARIABLE, attention)
+    monkeypatch.setenv(select.VARIABLE, attention)
     model = mixed_model(partial(build_model, head_dim=16)).to("cuda", torch.bfloat16).eval()
     batch = {name: x.cuda() for name, x in padded("left", "CAUSAL_LM").items()}
     names = ["b", "__base__", "c"]
@@ -115,7 +115,7 @@ def test_mixed_batches_and_kept_prompts(build_model, monkeypatch, attention):
             wanted.append(model(input_ids=text).logits[0, -text.shape[1] :].float())
     for result in results:
         assert (result - torch.cat(wanted)).norm() <= 5e-2 * torch.cat(wanted).norm()
-    assert set(model._states) == {"b", "c"}
+    assert set(model._engine.prefixes) == {"b", "c"}
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

@@ -96,7 +96,7 @@ def in_one_of_two_sharded_processes(rank, folder, quantization):
     torch.testing.assert_close(prompt_of(model).grad.full_tensor(), gradient)
     with torch.no_grad():  # the prompt is not kept: each process has to make the same passes
         torch.testing.assert_close(model.eval()(**batch).loss, expected.loss)
-    assert not model._states
+    assert not model._engine.prefixes
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
     if rank == 0:  # as the Trainer does; the other process makes no pass that could gather the prompt
         model.save_pretrained(f"{folder}/adapter", state_dict=state)

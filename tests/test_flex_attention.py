@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from peft_prompt_ext import engine_status
 from peft_prompt_ext._versions import checkpoint_activations
-from peft_prompt_ext.shared_prefix import attention, choice, flex, reference
+from peft_prompt_ext.shared_prefix.attention import flex, reference, sdpa, select
 from peft_prompt_ext.shared_prefix.layout import pack
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
 from tests.test_packed_attention import layouts, tokens
@@ -68,7 +68,7 @@ def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
 def test_dropout_is_not_lost():
     layout = pack(torch.ones(2, 3), (4,))
     results = []
-    for function in (flex.packed_attention, attention.packed_attention):
+    for function in (flex.packed_attention, sdpa.packed_attention):
         torch.manual_seed(0)
         results.append(function(*tokens(layout), layout, dropout=0.5))
     assert torch.equal(*results)
@@ -140,7 +140,7 @@ def test_one_compiled_kernel_skips_blocks_for_all_lengths_windows_and_caps(monke
 
 @pytest.fixture
 def flex_first(monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "flex")
+    monkeypatch.setenv(select.VARIABLE, "flex")
 
 
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
@@ -192,7 +192,7 @@ def test_mixed_batches_and_kept_prompts(build_model, flex_first):
         with torch.set_grad_enabled(gradients):
             logits = model(**batch, adapter_names=["b", "__base__", "c"]).logits[:, 9:]
         torch.testing.assert_close(logits[batch["attention_mask"].bool()], torch.cat(wanted), rtol=0, atol=1e-4)
-    assert set(model._states) == {"b", "c"}
+    assert set(model._engine.prefixes) == {"b", "c"}
     assert engine_status(model).attention == "flex"
 
 

@@ -1,4 +1,4 @@
-"""The stand-in for transformers' lookup of attention: nobody but a packed batch notices it."""
+"""The stand-in for transformers' lookup of attention: it changes packed batches alone."""
 
 import gc
 import pickle
@@ -12,7 +12,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.llama.modeling_llama import LlamaAttention, eager_attention_forward
 
-from peft_prompt_ext import engine_status
+from peft_prompt_ext import _seam, engine_status, peft_models
 from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import interface
 from tests.causal_models import tiny_model
@@ -50,7 +50,9 @@ def test_other_models_are_bit_equal_while_a_packed_batch_is_in_use(build_model, 
         implementation = "eager"  # it has no other
     other = build_model(architecture, attn_implementation=implementation)
     before = other(input_ids=IDS).logits
-    loss = prompted(build_model("llama"), "CAUSAL_LM")(**padded("left", "CAUSAL_LM")).loss  # its graph has the layout
+    model = prompted(build_model("llama"), "CAUSAL_LM").train()
+    checkpoint_activations(model.get_base_model())  # which asks for the attention again in the backward pass
+    loss = model(**padded("left", "CAUSAL_LM")).loss
 
     assert interface._in_use
     assert torch.equal(other(input_ids=IDS).logits, before)
@@ -119,14 +121,14 @@ def test_what_was_put_in_place_is_put_back_and_taken_again(build_model, seam):
 
     seam.deactivate()
     assert AttentionInterface.get_interface is own
-    interface.put_back()
-    seam.activate()
+    _seam.restore(AttentionInterface, "get_interface")
+    peft_models.register()
 
     assert torch.equal(model(**batch).logits, before)
 
 
 def test_a_lookup_that_somebody_wraps_stays_wrapped(build_model, monkeypatch):
-    interface.put_back()
+    _seam.restore(AttentionInterface, "get_interface")
     names, own = [], AttentionInterface.get_interface
     model = prompted(build_model("llama"), "CAUSAL_LM")
     model(**padded("right", "CAUSAL_LM"))
@@ -137,12 +139,12 @@ def test_a_lookup_that_somebody_wraps_stays_wrapped(build_model, monkeypatch):
         return ours(self, name, default)
 
     monkeypatch.setattr(AttentionInterface, "get_interface", wrapped)
-    interface.put_back()
+    _seam.restore(AttentionInterface, "get_interface")
     assert AttentionInterface.get_interface is wrapped
     model(**padded("left", "CAUSAL_LM"))
     assert names == ["sdpa", "sdpa"]  # of two layers
     monkeypatch.undo()
-    interface.put_back()
+    _seam.restore(AttentionInterface, "get_interface")
     assert AttentionInterface.get_interface is own
 
 

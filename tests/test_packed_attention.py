@@ -5,8 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_prompt_ext.shared_prefix import reference
-from peft_prompt_ext.shared_prefix.attention import packed_attention
+from peft_prompt_ext.shared_prefix.attention import reference
+from peft_prompt_ext.shared_prefix.attention.sdpa import packed_attention
 from peft_prompt_ext.shared_prefix.layout import pack
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from peft_prompt_ext.pad_side import BEHIND, IN_FRONT, find_pad_side
+from peft_prompt_ext.peft_models.pad_side import BEHIND, IN_FRONT, find_pad_side
 from tests.helpers import VIRTUAL, one_thread, prompted  # noqa: F401
 from tests.zoo import AUTO_CLASSES
 

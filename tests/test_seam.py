@@ -7,6 +7,8 @@ import peft
 import pytest
 from peft import LoraConfig, PeftModel, PeftType, PrefixTuningConfig, PromptTuningConfig, TaskType, get_peft_model
 
+from peft_prompt_ext import peft_models
+from peft_prompt_ext.encoder import PromptEmbedding
 from tests.helpers import one_thread  # noqa: F401
 
 
@@ -76,7 +78,7 @@ for task, name in [("CAUSAL_LM", "llama"), ("SEQ_CLS", "bert"), ("SEQ_2_SEQ_LM",
 
 assert ("peft_prompt_ext" in sys.modules) == (sys.argv[1] == "with")
 if sys.argv[1] == "with":
-    peft_prompt_ext._peft_seam.deactivate()
+    peft_prompt_ext._seam.deactivate()
 report["left_over"] = changes(stock, {key: value for key, value in of_peft().items() if key in stock})
 print(json.dumps(report))
 """
@@ -147,14 +149,14 @@ def test_activating_twice_changes_nothing_more(seam):
 
     before, method = tables(), PeftModel.__dict__["from_pretrained"]
 
-    seam.activate()
+    peft_models.register()
 
     assert all(now is then for now, then in zip(tables(), before, strict=True))
     assert PeftModel.__dict__["from_pretrained"] is method
 
 
 def test_deactivating_puts_peft_back_even_after_activating_twice(seam):
-    seam.activate()
+    peft_models.register()
 
     seam.deactivate()
 
@@ -169,11 +171,13 @@ def test_deactivating_puts_peft_back_even_after_activating_twice(seam):
 def test_deactivating_twice_and_activating_again_works(seam):
     seam.deactivate()
     seam.deactivate()
-    seam.activate()
+    stock = PeftModel.from_pretrained.__func__
+    peft_models.register()
+    peft_models.register()
 
-    assert peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] is seam.PromptEmbedding
-    assert peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is seam.models.PeftModelForCausalLM
-    assert PeftModel.from_pretrained.__func__ is seam._from_pretrained
+    assert peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] is PromptEmbedding
+    assert peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peft_models.PeftModelForCausalLM
+    assert PeftModel.from_pretrained.__func__ is not stock
 
 
 @pytest.mark.parametrize(

@@ -326,7 +326,7 @@ def test_hooks_on_the_embeddings_see_the_whole_batch(build_model):
         model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix).train()
         plain = model(**batch).loss
         model.get_base_model().get_input_embeddings().register_forward_hook(noised)
-        model._proved = None  # the probe meets the hook as well
+        model._engine.forget_proofs()  # the probe meets the hook as well
         losses.append(model(**batch).loss)
         assert engine_status(model).packed == shared_prefix
         assert abs(losses[-1] - plain) > 1e-2
@@ -700,9 +700,9 @@ def test_kept_prompts_are_not_pickled_and_rows_without_text_take_theirs_along(bu
     del batch["labels"]
     with torch.no_grad():
         model(**padded("left", task_type))
-        assert model._states
+        assert model._engine.prefixes
         kept = model(**batch).logits
-    assert copy.deepcopy(model)._states is None
+    assert not copy.deepcopy(model)._engine.prefixes
     torch.testing.assert_close(kept, model(**batch).logits)
 
 

@@ -8,7 +8,7 @@ import transformers
 from peft import PromptTuningConfig, get_peft_model
 from transformers import BertForTokenClassification, LlamaForCausalLM, T5ForConditionalGeneration
 
-from peft_prompt_ext import token_path
+from peft_prompt_ext.peft_models import token_path
 from tests.helpers import (
     VIRTUAL,
     make_batch,

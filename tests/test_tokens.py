@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers.modeling_outputs import ModelOutput
 
-from peft_prompt_ext.tokens import (
+from peft_prompt_ext.peft_models.tokens import (
     IGNORE_INDEX,
     OF_VIRTUAL_TOKENS,
     check_mask,

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from peft_prompt_ext import engine_status
-from peft_prompt_ext.shared_prefix import attention, choice, reference, varlen
+from peft_prompt_ext.shared_prefix.attention import reference, sdpa, select, varlen
 from peft_prompt_ext.shared_prefix.layout import causal, pack
 from tests.helpers import one_thread, prompted  # noqa: F401
 from tests.test_packed_attention import layouts, tokens
@@ -72,7 +72,7 @@ def test_queries_of_the_text_alone_give_the_texts_outputs(case):
 def test_dropout_is_not_lost():
     layout = pack(torch.ones(2, 3), (4,))
     results = []
-    for function in (varlen.packed_attention, attention.packed_attention):
+    for function in (varlen.packed_attention, sdpa.packed_attention):
         torch.manual_seed(0)
         results.append(function(*tokens(layout), layout, dropout=0.5))
     assert torch.equal(*results)
@@ -94,7 +94,7 @@ def test_what_flash_attention_does_not_have_is_refused(monkeypatch):
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma3_text", "mistral"])
 def test_models_give_each_rows_own_results(build_model, monkeypatch, architecture, kind):
     """The windows are 16: 13 virtual tokens and 11 real ones."""
-    monkeypatch.setenv(choice.VARIABLE, "varlen")
+    monkeypatch.setenv(select.VARIABLE, "varlen")
     model = prompted(build_model(architecture), "CAUSAL_LM", num_virtual_tokens=13)
 
     compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from peft_prompt_ext import engine_status
-from peft_prompt_ext.shared_prefix import choice, varlen
+from peft_prompt_ext.shared_prefix.attention import select, varlen
 from tests.helpers import one_thread, prompted  # noqa: F401
 from tests.test_shared_prefix import mixed_model, padded
 from tests.waits import counting
@@ -22,11 +22,11 @@ from tests.waits import counting
 def test_a_training_step_waits_for_its_mask_and_its_labels(
     build_model, monkeypatch, attention, task_type, logits, most
 ):
-    monkeypatch.setattr(choice, "differs", lambda function, call: None)
+    monkeypatch.setattr(select, "differs", lambda function, call: None)
     monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
     # with the shapes of the kernel, which a CPU does not have
     monkeypatch.setattr(varlen, "flash_attention", lambda query, key, value, *_: query + key.sum() + value.sum())
-    monkeypatch.setenv(choice.VARIABLE, attention)
+    monkeypatch.setenv(select.VARIABLE, attention)
     model = prompted(build_model("llama", task_type), task_type, train_logits=logits).train()
     batch = padded("holes", task_type)
     model(**batch).loss.backward()

@@ -197,4 +197,4 @@ def test_a_base_model_in_training_mode_drops_out_anew_in_every_batch():
         dropping(model.get_base_model())
         assert not model.training
         model(input_ids=ids)
-    assert not model._states
+    assert not model._engine.prefixes

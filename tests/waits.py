@@ -107,6 +107,8 @@ def counting(model, batch):
 
 
 def _modules():
-    from peft_prompt_ext.shared_prefix import forward, layout, model, varlen
+    from peft_prompt_ext.peft_models import packed
+    from peft_prompt_ext.shared_prefix import forward, layout
+    from peft_prompt_ext.shared_prefix.attention import varlen
 
-    return transfer, forward, layout, model, varlen
+    return transfer, forward, layout, packed, varlen

@@ -1,4 +1,4 @@
-"""A batch through the base model as one packed sequence, and back into the shapes that PEFT gives.
+"""Runs a batch through the base model as one packed sequence, and gives the shapes that PEFT gives.
 
 Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, V words, H hidden size, C classes, L labelled
 tokens.
@@ -12,18 +12,17 @@ from typing import Any
 import torch
 from peft.utils import ModulesToSaveWrapper
 
+from ..labels import IGNORE_INDEX
 from .interface import arguments
 from .layout import PackedLayout
+from .packed_pass import PackedPass
 from .transfer import download, upload
-
-
-IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
 
 
 def causal_lm(
     base_model: Any,
     embeds: torch.Tensor,
-    layout: PackedLayout,
+    packed: PackedPass,
     labels: torch.Tensor | None = None,
     logits_to_keep: int | torch.Tensor = 0,
     supervised: bool = False,
@@ -34,8 +33,8 @@ def causal_lm(
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H]; of the text alone if the layout has cached prompts.
-        layout: Where each token belongs.
+        embeds: [1, N, H]; of the text alone if prefixes are kept.
+        packed: The batch's layout and attention.
         labels: [B, T], -100 where there is none.
         logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
         supervised: Run the head where there is a label alone, if there are labels. Columns asked for by
@@ -50,6 +49,7 @@ def causal_lm(
     Raises:
         ValueError: The labels are not one for each text token.
     """
+    layout = packed.layout
     if labels is not None and labels.shape != layout.shape:
         raise ValueError(
             f"labels are {list(labels.shape)}; wanted one for each text token, {list(layout.shape)}: virtual tokens "
@@ -58,7 +58,7 @@ def causal_lm(
     places, targets = _labelled(labels if shift_labels is None else None, layout)
     columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
     if supervised and labels is not None and not columns_asked:
-        output = _logits_at(places, base_model, embeds, layout)
+        output = _logits_at(places, base_model, embeds, packed)
         return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
 
     sources = layout.column_sources()
@@ -71,7 +71,7 @@ def causal_lm(
         labelled = (download(shift_labels)[0] != IGNORE_INDEX) & (sources >= 0)
         places, targets = sources[labelled], _taken(shift_labels, labelled.flatten().nonzero()[:, 0])
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
-    output = _logits_at(wanted, base_model, embeds, layout)
+    output = _logits_at(wanted, base_model, embeds, packed)
     number, empty = upload(output.logits.device, number, sources < 0)
     loss = None
     if labels is not None:
@@ -81,16 +81,17 @@ def causal_lm(
     return _with(output, logits.masked_fill_(empty[..., None], 0), loss)
 
 
-def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, layout: PackedLayout) -> Any:
+def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, packed: PackedPass) -> Any:
     """The output with the logits of the given places of the packed sequence, [1, L, V]."""
-    if layout.cached is None:
-        return run(base_model, embeds, layout, logits_to_keep=upload(embeds.device, places)[0])
+    layout = packed.layout
+    if packed.kept_prefixes is None:
+        return run(base_model, embeds, packed, logits_to_keep=upload(embeds.device, places)[0])
     in_text = places >= layout.num_prompt_tokens
     wanted = upload(embeds.device, places[in_text] - layout.num_prompt_tokens)[0]
-    output = run(base_model, embeds, layout, logits_to_keep=wanted)
+    output = run(base_model, embeds, packed, logits_to_keep=wanted)
     if bool(in_text.all()):
         return output
-    virtual = torch.cat([state.logits for state in layout.cached])
+    virtual = torch.cat([prefix.logits for prefix in packed.kept_prefixes])
     kept = upload(virtual.device, places[~in_text])[0]
     order = torch.cat([in_text.nonzero()[:, 0], (~in_text).nonzero()[:, 0]]).argsort()
     together = torch.cat([output.logits[0], virtual[kept].to(output.logits)])
@@ -112,7 +113,7 @@ def _taken(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
 
 
 def causal_lm_with_own_head(
-    base_model: Any, embeds: torch.Tensor, layout: PackedLayout, labels: torch.Tensor | None = None, **kwargs: Any
+    base_model: Any, embeds: torch.Tensor, packed: PackedPass, labels: torch.Tensor | None = None, **kwargs: Any
 ) -> Any:
     """Run a model's own forward, whatever its head gives, on hidden states as the padded batch would have them.
 
@@ -121,7 +122,7 @@ def causal_lm_with_own_head(
     Args:
         base_model: A `...ForCausalLM` of transformers.
         embeds: [1, N, H], prompts included.
-        layout: Where each token belongs.
+        packed: The batch's layout and attention.
         labels: [B, T], -100 where there is none.
         **kwargs: Passed to the forward, such as `fused_lm_head`.
 
@@ -132,6 +133,7 @@ def causal_lm_with_own_head(
     Raises:
         ValueError: There are no labels, or not one for each text token.
     """
+    layout = packed.layout
     if labels is None or labels.shape != layout.shape:
         got = None if labels is None else list(labels.shape)
         raise ValueError(f"labels are {got}; wanted one for each text token, {list(layout.shape)}.")
@@ -139,7 +141,7 @@ def causal_lm_with_own_head(
     backbone = base_model._modules[name]
 
     def unpacked(*_: Any, **__: Any) -> Any:
-        output = run(backbone, embeds, layout)
+        output = run(backbone, embeds, packed)
         hidden = output.last_hidden_state[0]
         where, empty = upload(hidden.device, places.clamp(min=0), places < 0)
         return type(output)(last_hidden_state=hidden[where].masked_fill(empty[..., None], 0))  # [B, P+T, H]
@@ -154,7 +156,7 @@ def causal_lm_with_own_head(
 def sequence_classification(
     base_model: Any,
     embeds: torch.Tensor,
-    layout: PackedLayout,
+    packed: PackedPass,
     labels: torch.Tensor | None = None,
     num_items_in_batch: Any = None,
     adapter_names: list[str] | None = None,
@@ -163,8 +165,8 @@ def sequence_classification(
 
     Args:
         base_model: A `...ForSequenceClassification` of transformers with the head `score`.
-        embeds: [1, N, H]; of the text alone if the layout has cached prompts: then every row needs a real token.
-        layout: Where each token belongs.
+        embeds: [1, N, H]; of the text alone if prefixes are kept: then every row needs a real token.
+        packed: The batch's layout and attention.
         labels: [B], or [B, C] for several labels a row.
         num_items_in_batch: The Trainer passes it; the classification losses of transformers take a mean without it.
         adapter_names: Whose head each row has, where adapters have heads of their own; by default the active one's.
@@ -175,9 +177,10 @@ def sequence_classification(
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     backbone = getattr(base_model, base_model.base_model_prefix)
-    states = run(backbone, embeds, layout).last_hidden_state[0]
-    last = layout.to(states.device).last
-    hidden = states[last if layout.cached is None else last - layout.num_prompt_tokens]  # [B, H]
+    states = run(backbone, embeds, packed).last_hidden_state[0]
+    layout = packed.layout.to(states.device)
+    first = 0 if packed.kept_prefixes is None else layout.num_prompt_tokens  # the place of the first hidden state
+    hidden = states[layout.last - first]  # [B, H]
     own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
     logits = base_model.score(hidden, **({"adapter_names": adapter_names} if own_heads else {}))
     loss = None
@@ -186,13 +189,13 @@ def sequence_classification(
     return SequenceClassifierOutputWithPast(loss=loss, logits=logits)
 
 
-def run(model: Any, embeds: torch.Tensor, layout: PackedLayout, **kwargs: Any) -> Any:
+def run(model: Any, embeds: torch.Tensor, packed: PackedPass, **kwargs: Any) -> Any:
     """Run a model, with or without its head."""
     return model(
         inputs_embeds=embeds,
         use_cache=False,
         return_dict=True,
-        **arguments(model, layout.to(embeds.device), embeds),
+        **arguments(model, packed, embeds),
         **kwargs,
     )
 

@@ -2,11 +2,11 @@
 
 A model asks `AttentionInterface.get_interface` for its attention in every layer and every pass, and names the
 function that "eager" means in its own file. Here a stand-in answers: it calls the very function that was asked for,
-unless a layout is among the arguments. The config keeps its name and the registry its entries, so the model's own
+unless a packed pass is among the arguments. The config keeps its name and the registry its entries, so the model's own
 branches on the name, and everyone who looks a name up or registers another function, see what they saw before.
 
-The stand-in answers while a layout is in use. A layout lives as long as something may still run with it: gradient
-checkpointing, which asks for the attention again in the backward pass, holds the layout until then.
+The stand-in answers while a packed pass is in use. It lives as long as something may still run with it: gradient
+checkpointing, which asks for the attention again in the backward pass, holds it until then.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention import packed_attention
-from .choice import AttentionCall
-from .layout import PackedLayout
+from .. import _seam
+from .attention.select import AttentionCall
+from .packed_pass import PackedPass
 
 
-KEYWORD = "shared_prefix_layout"
+KEYWORD = "shared_prefix_pass"
 IMPLEMENTATIONS = ("sdpa", "eager")
 # no token is seen through this mask: whatever reads it in place of the layout fails by its shape
 MASK_SHAPE = (1, 1, 0, 0)
-# what models hand on that says nothing about which tokens see each other, or how much
+# arguments that do not change which tokens see each other, or how much
 _HARMLESS = {
     "cache_position",  # of a cache, and there is none
     "output_attentions",
@@ -43,15 +43,14 @@ _HARMLESS = {
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
 _first_positions: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 _own_lookup: Callable[..., Any] = AttentionInterface.get_interface
-_stands_in = False
 
 
 class NotPackable(Exception):
-    """The packed path cannot give this model's result; the message says why."""
+    """A packed batch cannot give this model's result; the message says why."""
 
 
 def attach(base_model: Any) -> None:
-    """Make the model's attention able to take a layout.
+    """Make the model's attention able to run a packed batch.
 
     Raises:
         NotPackable: Its attention implementation is one that the packed path does not stand in for.
@@ -59,19 +58,10 @@ def attach(base_model: Any) -> None:
     for name, _ in attention_of(base_model):
         if name not in IMPLEMENTATIONS:
             raise NotPackable(f"attn_implementation is {name!r}; load the model with attn_implementation='sdpa'")
-    global _own_lookup, _stands_in
-    if not _stands_in:
-        _own_lookup, _stands_in = AttentionInterface.get_interface, True
-        AttentionInterface.get_interface = _get_interface  # type: ignore[method-assign]
-
-
-def put_back() -> None:
-    """Give transformers its own lookup back; `attach` takes it again."""
-    global _stands_in
-    # somebody else's function may have taken its place, and call it
-    if AttentionInterface.get_interface is _get_interface:
-        AttentionInterface.get_interface = _own_lookup  # type: ignore[method-assign]
-        _stands_in = False
+    global _own_lookup
+    if not _seam.is_replaced(AttentionInterface, "get_interface"):
+        _own_lookup = AttentionInterface.get_interface
+        _seam.replace(AttentionInterface, "get_interface", _get_interface)
 
 
 def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
@@ -80,14 +70,14 @@ def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
     return tuple((c._attn_implementation, ALL_ATTENTION_FUNCTIONS.get(c._attn_implementation)) for c in configs)
 
 
-def arguments(model: Any, layout: PackedLayout, embeds: torch.Tensor) -> dict[str, Any]:
-    """The arguments by which a layout goes through a model to its attention."""
-    _in_use.add(layout)
+def arguments(model: Any, packed: PackedPass, embeds: torch.Tensor) -> dict[str, Any]:
+    """The arguments by which a packed batch goes through a model to its attention."""
+    _in_use.add(packed)
     if model not in _first_positions:
         _first_positions[model] = _first_position(model)
-    positions = layout.position_ids[:, -embeds.shape[1] :]
+    positions = packed.layout.to(embeds.device).position_ids[:, -embeds.shape[1] :]
     return {
-        KEYWORD: layout,
+        KEYWORD: packed,
         "attention_mask": embeds.new_zeros(MASK_SHAPE),  # a mask of four dimensions is handed on as it is
         "position_ids": positions + first if (first := _first_positions[model]) else positions,
     }
@@ -102,7 +92,7 @@ def _first_position(model: Any) -> int:
 
 
 class Listener:
-    """Goes through a model in a layout's place, which leaves the model's own attention as it is.
+    """Goes through a model in a packed pass's place, which leaves the model's own attention as it is.
 
     Args:
         hear: Called in each layer with what its attention gets.
@@ -127,17 +117,17 @@ def _get_interface(self: AttentionInterface, attn_implementation: Any, default: 
 
 
 def _attention(function: Any, *args: Any, **kwargs: Any) -> Any:
-    layout = kwargs.pop(KEYWORD, None)
-    if layout is None:
+    packed = kwargs.pop(KEYWORD, None)
+    if packed is None:
         return function(*args, **kwargs)
-    if isinstance(layout, Listener):
-        layout.hear(*args, **kwargs)
+    if isinstance(packed, Listener):
+        packed.hear(*args, **kwargs)
         return function(*args, **kwargs)
-    return _packed(layout, *args, **kwargs), None
+    return _attend(packed, *args, **kwargs), None
 
 
-def _packed(
-    layout: PackedLayout,
+def _attend(
+    packed: PackedPass,
     module: Any,
     query: torch.Tensor,
     key: torch.Tensor,
@@ -165,16 +155,15 @@ def _packed(
     unknown = sorted(set(asked) - _HARMLESS)
     if unknown:
         raise NotPackable(f"it hands {', '.join(unknown)} to its attention")
-    if layout.recorded is not None:
-        if module in layout.recorded:
+    if packed.keys_values is not None:
+        if module in packed.keys_values:
             raise NotPackable("it runs an attention layer twice")
-        layout.recorded[module] = key, value
-    if layout.cached:
-        keys, values = zip(*(state.keys_values[module] for state in layout.cached), strict=True)
+        packed.keys_values[module] = key, value
+    if packed.kept_prefixes:
+        keys, values = zip(*(prefix.keys_values[module] for prefix in packed.kept_prefixes), strict=True)
         key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
-    if layout.calls is not None:
+    if packed.calls is not None:
         tensors = tuple((x.shape[1], x.shape[3], x.dtype) for x in (query, key, value))
-        layout.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
-    attention = layout.attention or packed_attention
+        packed.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
     dropout = dropout if module.training else 0.0
-    return attention(query, key, value, layout.to(query.device), dropout=dropout, **options)
+    return packed.attention(query, key, value, packed.layout.to(query.device), dropout=dropout, **options)

@@ -1,7 +1,7 @@
 """How a padded batch lies as one packed sequence `[prompt_1 | prompt_2 | ... | text_1 | text_2 | ...]`: index maths.
 
-All of it is computed on the host and goes to a device in one transfer: whoever asks a device for a number waits for
-everything that it has still to do.
+All of it is computed on the host and goes to a device in one transfer: to read a number from a device is to wait for
+all its pending work.
 
 Shapes: B rows and T columns of the batch, R texts, K prompts, P_k virtual tokens of prompt k, P the longest prompt,
 S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row is one text, or
@@ -10,18 +10,12 @@ none if it has no real token, or several if it is packed already.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from .transfer import upload
-
-
-if TYPE_CHECKING:
-    from .cache import KeysValues, PromptState
-    from .choice import AttentionCall
 
 
 @dataclass(eq=False)
@@ -45,11 +39,7 @@ class PackedLayout:
         prefix: The same from the right, so that the last column is the token before the text, [K, P].
         texts: Place in the packed sequence of each text's tokens; behind its end any place, [R, M].
         last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
-        attention: What computes attention, with the signature of `attention.packed_attention`; None: that one.
-        kept: What an attention makes of the layout, once for all layers.
-        calls: Where attention leaves what each layer asks of it, if anybody wants it.
-        recorded: Where attention leaves its keys and values, if anybody wants them.
-        cached: The prompts that have tokens, in order, if they ran before: then the text tokens run alone.
+        derived: Indices that an attention derives from the layout, once for all layers.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -66,24 +56,20 @@ class PackedLayout:
     prefix: torch.Tensor
     texts: torch.Tensor
     last: torch.Tensor
-    attention: Callable[..., torch.Tensor] | None = None
-    kept: dict[Any, Any] = field(default_factory=dict, repr=False)
-    calls: list[AttentionCall] | None = None
-    recorded: KeysValues | None = None
-    cached: list[PromptState] | None = None
+    derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
     _moved: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
     _host: PackedLayout | None = field(default=None, repr=False)
 
-    def to(self, device: torch.device | str | int, **_: Any) -> PackedLayout:
-        """The layout with its tensors on a device, made once for each; accelerate calls it as it does a tensor's."""
+    def to(self, device: torch.device | str | int) -> PackedLayout:
+        """The layout with its tensors on a device, made once for each device."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one
         if device == self.texts.device:
             return self
         if device not in self._moved:
             tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
             moved: dict[str, Any] = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
-            self._moved[device] = replace(self, **moved, kept={}, _masks={}, _host=self.on_host())
+            self._moved[device] = replace(self, **moved, derived={}, _masks={}, _host=self.on_host())
         return self._moved[device]
 
     def on_host(self) -> PackedLayout:
@@ -101,7 +87,7 @@ class PackedLayout:
         return self.text * self.longest_text + self.within
 
     def mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """What a text token sees of `[prefix | text]`: True at keys not behind it, nor out of its window.
+        """The keys of `[prefix | text]` that each text token sees: those not behind it, and inside its window.
 
         Returns:
             Bool, [M, P+M] if all prompts are equally long, else [R, 1, M, P+M].
@@ -117,7 +103,7 @@ class PackedLayout:
         return self._masks[sliding_window]
 
     def spans(self, sliding_window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The two runs of places that a token sees: of its prompt, and of its own text (or prompt) up to itself.
+        """The two runs of places that a token sees: in its prompt, and in its own text (or prompt) up to itself.
 
         Returns:
             Where the first run starts, and the place behind its end, which may be no further (virtual tokens have an

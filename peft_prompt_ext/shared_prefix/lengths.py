@@ -21,9 +21,10 @@ from torch.utils._pytree import tree_iter, tree_map
 from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
-from .attention import packed_attention
+from .attention.sdpa import packed_attention
 from .interface import IMPLEMENTATIONS, Listener, NotPackable
 from .layout import PackedLayout
+from .packed_pass import PackedPass
 
 
 FAR = 2**20  # places that a pack is told, and positions of a model that has no number of them
@@ -37,7 +38,7 @@ class Trial(NamedTuple):
     Attributes:
         config: The text model's.
         layout: Makes the batch's layout.
-        run: Runs the batch with a layout.
+        run: Runs the batch in a packed pass.
         run_alone: Runs the model on a row of its own, with the keyword arguments that it is given.
         last: Tokens of the last row, without its prompt.
         positions: How many positions the model has.
@@ -46,7 +47,7 @@ class Trial(NamedTuple):
 
     config: Any
     layout: Callable[[], PackedLayout]
-    run: Callable[[PackedLayout], Any]
+    run: Callable[[PackedPass], Any]
     run_alone: Callable[..., Any]
     last: int
     positions: int
@@ -64,7 +65,7 @@ def longest(trial: Trial) -> tuple[int | None, int | None]:
     try:
         rows = [limit for limit in (row, _longest_row(trial, before)) if limit is not None]
     finally:
-        trial.run(trial.layout())  # rotary positions that grew with a row shrink again
+        trial.run(PackedPass(trial.layout()))  # rotary positions that grew with a row shrink again
     return min(rows, default=None), pack
 
 
@@ -159,8 +160,7 @@ def _run(trial: Trial, layout: PackedLayout) -> list[torch.Tensor]:
             seen.extend(x.transpose(1, 2).clone() for x in (query, key, value))
             return packed_attention(query, key, value, *args, **kwargs)
 
-    layout.attention = attend
-    trial.run(layout)
+    trial.run(PackedPass(layout, attend))
     return seen
 
 

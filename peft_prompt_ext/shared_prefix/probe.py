@@ -15,12 +15,13 @@ from typing import Any
 import torch
 
 from ..devices import device_of
-from ..peft_path import max_positions
-from .cache import prompt_state
-from .choice import AttentionCall, candidates, choose
+from ..sizes import max_positions
+from .attention.select import AttentionCall, candidates, select
 from .interface import NotPackable, attach
+from .kept_prefix import keep_prefix
 from .layout import pack
 from .lengths import FAR, Trial, longest
+from .packed_pass import PackedPass
 from .precision import Tolerance
 from .status import EngineStatus
 
@@ -38,7 +39,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
 
     Args:
         base_model: A model of transformers with its head.
-        packed_forward: `packed_forward(base_model, embeds [1, N, H], layout)` returns an output with logits
+        packed_forward: `packed_forward(base_model, embeds [1, N, H], packed)` returns an output with logits
             [B, P+T, V] or [B, C].
         word_embeddings: Its word embeddings.
         run: Run the ragged batch; without it every model is trusted whose attention can be reached, and that
@@ -86,12 +87,12 @@ def _probe(
         device
     )
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
-    layout = pack(mask, (PROMPT_LENGTH,))
-    calls = layout.calls = []
+    calls: list[AttentionCall] = []
+    batch = PackedPass(pack(mask, (PROMPT_LENGTH,)), calls=calls)
     with _evaluating(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
-        packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, layout), calls)
+        packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, batch), calls)
         cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask)
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
@@ -107,7 +108,7 @@ def _probe(
     trial = Trial(
         base_model.config.get_text_config(decoder=True),
         lambda: pack(mask, (PROMPT_LENGTH,)),
-        lambda layout: packed_forward(base_model, embeds, layout),
+        partial(packed_forward, base_model, embeds),
         partial(base_model.base_model, inputs_embeds=embeds, use_cache=False),
         ROW_LENGTHS[-1],
         max_positions(base_model) or FAR,
@@ -115,7 +116,7 @@ def _probe(
     )
     with _evaluating(base_model):
         row, packs = longest(trial)
-    attention, not_taken = choose(attentions, calls)
+    attention, not_taken = select(attentions, calls)
     return EngineStatus(True, "; ".join([figure, *not_taken]), row, keeps, attention, packs)
 
 
@@ -130,10 +131,9 @@ def _with_kept_prompt(
     base_model: Any, packed_forward: Callable[..., Any], prompt: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor | None:
     """Logits of the ragged batch behind a prompt that ran before; None if the model cannot run so."""
-    layout = pack(mask, (len(prompt),))
     try:
-        layout.cached = [prompt_state(base_model, prompt)]
-        return packed_forward(base_model, text[None], layout).logits.float()
+        packed = PackedPass(pack(mask, (len(prompt),)), kept_prefixes=[keep_prefix(base_model, prompt)])
+        return packed_forward(base_model, text[None], packed).logits.float()
     except Exception as error:  # every batch can take its prompt along
         logger.debug("Prompts are not kept: %s", error)
         return None

@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import attention
-from .layout import PackedLayout
-from .transfer import upload
+from ..layout import PackedLayout
+from ..transfer import upload
+from . import sdpa
 
 
 DTYPES = (torch.float16, torch.bfloat16)
@@ -50,7 +50,7 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `attention.packed_attention`, which stands in for dropout.
+    """See `sdpa.packed_attention`, which stands in for dropout.
 
     Raises:
         NotImplementedError: FlashAttention has no such dtype, no soft-capping, or no sinks.
@@ -60,12 +60,12 @@ def packed_attention(
     if softcap is not None or sinks is not None:
         raise NotImplementedError("FlashAttention in PyTorch has neither soft-capping nor sinks")
     if dropout:
-        return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
+        return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     kind = "varlen", len(query) < len(key)
-    if kind not in layout.kept:
-        layout.kept[kind] = sequences(layout, text_alone=kind[1])
-    parts = layout.kept[kind]
+    if kind not in layout.derived:
+        layout.derived[kind] = sequences(layout, text_alone=kind[1])
+    parts = layout.derived[kind]
     key, value = (_Repeat.apply(x, parts.keys) for x in (key, value))
     return flash_attention(query, key, value, parts, scaling, sliding_window)[None]
 

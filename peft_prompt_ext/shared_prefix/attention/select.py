@@ -1,4 +1,4 @@
-"""Which attention packed batches use on a device: the first one that gives the reference's numbers there.
+"""Selects the attention of packed batches on a device: the first one that gives the reference's numbers there.
 
 SDPA is there on every device and needs no proof beyond the model's own (probe.py). Another one is compiled for the
 device at hand, so it is proved there, on random tokens, for each kind of call that the model makes.
@@ -14,14 +14,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import attention, flex, reference, varlen
-from .layout import PackedLayout, pack
-from .precision import Tolerance
+from ..layout import PackedLayout, pack
+from ..precision import Tolerance
+from . import flex, reference, sdpa, varlen
 
 
 VARIABLE = "PEFT_PROMPT_EXT_ATTENTION"  # what to try in place of CANDIDATES
 ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
-    "sdpa": attention.packed_attention,
+    "sdpa": sdpa.packed_attention,
     "varlen": varlen.packed_attention,
     "flex": flex.packed_attention,
 }
@@ -68,7 +68,7 @@ def candidates(device: torch.device) -> tuple[str, ...]:
     return () if asked == "sdpa" else (asked,)
 
 
-def choose(names: Iterable[str], calls: Iterable[AttentionCall]) -> tuple[str, list[str]]:
+def select(names: Iterable[str], calls: Iterable[AttentionCall]) -> tuple[str, list[str]]:
     """Take the first attention that every call can have.
 
     Args:

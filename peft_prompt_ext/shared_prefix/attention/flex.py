@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch.nn.functional import pad
 
-from . import attention
-from .layout import PackedLayout
+from ..layout import PackedLayout
+from . import sdpa
 
 
 # for fewer than 128 queries there is another one, which has no tiles for some ratios of query to key-value heads
@@ -34,7 +34,7 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `attention.packed_attention`, which stands in where there is dropout: FlexAttention has none.
+    """See `sdpa.packed_attention`, which stands in where there is dropout: FlexAttention has none.
 
     Raises:
         NotImplementedError: There are sinks.
@@ -42,16 +42,16 @@ def packed_attention(
     if sinks is not None:
         raise NotImplementedError("FlexAttention has no sinks")
     if dropout:
-        return attention.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
+        return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
     kind = sliding_window, query.shape[2] == key.shape[2]
-    if kind not in layout.kept:
-        layout.kept[kind] = block_mask(layout, query.shape[2], sliding_window)
+    if kind not in layout.derived:
+        layout.derived[kind] = block_mask(layout, query.shape[2], sliding_window)
     out = _flex_attention(query.device.type)(
         query,
         key,
         value,
         score_mod=None if softcap is None else _softcapped(softcap, query.device),
-        block_mask=layout.kept[kind],
+        block_mask=layout.derived[kind],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
         kernel_options=ORDINARY_KERNEL,

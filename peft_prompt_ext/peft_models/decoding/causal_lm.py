@@ -13,18 +13,16 @@ from typing import Any
 
 import torch
 
+from ...labels import IGNORE_INDEX
+from ...shared_prefix.status import EngineStatus
+from ..packed import PackedMixin
 from ..padding import reorder
-from ..shared_prefix import EngineStatus
 from .feed import CACHES, PromptFeed, cache_name, cache_of, check_rows, given_cache, has_keys, place_of
 from .held_prompt import HeldPrompt, Place, count_text, held_by, note, without_virtual
 from .modes import allow_candidates, check_mode, make_room
-from .view import GuardedGeneration
 
 
-IGNORE_INDEX = -100
-
-
-class PromptedGeneration(GuardedGeneration):
+class PromptedGeneration(PackedMixin):
     """`generate`, `prepare_inputs_for_generation` and calls with a cache, of a decoder behind a prompt."""
 
     def forward(
@@ -50,7 +48,9 @@ class PromptedGeneration(GuardedGeneration):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             self._check_token_path(kwargs)
-            self._ran(EngineStatus(False, "it asks for use_cache, or goes on with a cache"))
+            self._engine.note(
+                self.get_base_model(), EngineStatus(False, "it asks for use_cache, or goes on with a cache")
+            )
             return self._step({**inputs, "labels": labels, **kwargs})
         output = super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
         if labels is None and not self.training and kwargs.get("use_cache") is None:

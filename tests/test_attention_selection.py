@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from peft_prompt_ext import engine_status
-from peft_prompt_ext.shared_prefix import choice, probe, reference
-from peft_prompt_ext.shared_prefix.choice import AttentionCall, choose
+from peft_prompt_ext.shared_prefix import probe
+from peft_prompt_ext.shared_prefix.attention import reference, select
+from peft_prompt_ext.shared_prefix.attention.select import AttentionCall
 from peft_prompt_ext.shared_prefix.precision import precision
 from tests.helpers import one_thread, prompted  # noqa: F401
 from tests.test_shared_prefix import compare, padded
@@ -61,10 +62,10 @@ WRONG = {
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", WRONG)
 def test_a_wrong_attention_is_not_taken_and_its_reason_is_told(monkeypatch, wrong, dtype):
-    monkeypatch.setitem(choice.ATTENTIONS, "flex", wrong)
+    monkeypatch.setitem(select.ATTENTIONS, "flex", wrong)
     calls = [call_of(dtype), call_of(dtype, scaling=0.3, sliding_window=4096)]
 
-    name, (reason,) = choose(["flex"], calls)
+    name, (reason,) = select.select(["flex"], calls)
 
     assert name == "sdpa"
     assert reason.startswith("flex attention is not used (")
@@ -75,31 +76,31 @@ def test_a_wrong_attention_is_not_taken_and_its_reason_is_told(monkeypatch, wron
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("name", ["sdpa", "reference"])
 def test_right_attentions_pass_the_proof(monkeypatch, name, dtype):
-    monkeypatch.setitem(choice.ATTENTIONS, "reference", reference.packed_attention)
+    monkeypatch.setitem(select.ATTENTIONS, "reference", reference.packed_attention)
     state = torch.get_rng_state()
     for options in ({}, {"scaling": 0.3, "sliding_window": 7}, {"softcap": 2.0}):
-        assert choice.differs(choice.ATTENTIONS[name], call_of(dtype, **options)) is None
+        assert select.differs(select.ATTENTIONS[name], call_of(dtype, **options)) is None
     with torch.inference_mode():  # whatever the user's batch runs in
-        assert choice.differs(choice.ATTENTIONS[name], call_of(dtype)) is None
+        assert select.differs(select.ATTENTIONS[name], call_of(dtype)) is None
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_cuda_is_offered_varlen_and_flex_and_a_cpu_sdpa(build_model, monkeypatch):
-    assert choice.candidates(torch.device("cuda", 1)) == ("varlen", "flex")
-    monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
+    assert select.candidates(torch.device("cuda", 1)) == ("varlen", "flex")
+    monkeypatch.setitem(select.ATTENTIONS, "flex", fails)
     status = engine_status(prompted(build_model("llama"), "CAUSAL_LM"))
     assert (status.attention, "flex" in status.reason) == ("sdpa", False)
 
 
 def test_the_environment_decides_what_is_tried(monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "sdpa")
-    assert choice.candidates(torch.device("cuda")) == ()
-    monkeypatch.setenv(choice.VARIABLE, "flex")
-    assert choice.candidates(CPU) == ("flex",)
+    monkeypatch.setenv(select.VARIABLE, "sdpa")
+    assert select.candidates(torch.device("cuda")) == ()
+    monkeypatch.setenv(select.VARIABLE, "flex")
+    assert select.candidates(CPU) == ("flex",)
 
 
 def test_an_unknown_attention_is_an_error(build_model, monkeypatch):
-    monkeypatch.setenv(choice.VARIABLE, "flash")
+    monkeypatch.setenv(select.VARIABLE, "flash")
     model = prompted(build_model("llama"), "CAUSAL_LM")
     with pytest.raises(ValueError, match="it can be 'sdpa' or 'varlen' or 'flex'"):
         model(**padded("left", "CAUSAL_LM"))
@@ -116,8 +117,8 @@ def offered(monkeypatch):
             seen.append(query.shape[2])
             return function(query, key, value, layout, **options)
 
-        monkeypatch.setitem(choice.ATTENTIONS, "flex", spy)
-        monkeypatch.setitem(choice.CANDIDATES, "cpu", ("flex",))
+        monkeypatch.setitem(select.ATTENTIONS, "flex", spy)
+        monkeypatch.setitem(select.CANDIDATES, "cpu", ("flex",))
         return seen
 
     return offer
@@ -167,7 +168,7 @@ def test_the_choice_is_made_once_for_each_precision_and_told_for_the_last_batch(
 
     offered(exact_alone)
     choices, batch = [], padded("left", "CAUSAL_LM")
-    monkeypatch.setattr(probe, "choose", lambda *args: choices.append(1) or choose(*args))
+    monkeypatch.setattr(probe, "select", lambda *args: choices.append(1) or select.select(*args))
     model = prompted(build_model("llama"), "CAUSAL_LM")
     for _ in range(2):
         model(**batch)
@@ -185,7 +186,7 @@ def test_what_was_proved_here_is_not_copied_to_another_machine(build_model, offe
     offered(reference.packed_attention)
     model = prompted(build_model("llama"), "CAUSAL_LM")
     assert engine_status(model).attention == "flex"
-    monkeypatch.setitem(choice.ATTENTIONS, "flex", fails)
+    monkeypatch.setitem(select.ATTENTIONS, "flex", fails)
     assert engine_status(copy.deepcopy(model)).attention == "sdpa"
 
 
@@ -201,8 +202,8 @@ def wrong_without_a_prompt(query, key, value, layout, **options):
 
 @pytest.mark.parametrize("wrong", [wrong_for_few_queries, wrong_without_a_prompt])
 def test_an_attention_that_is_wrong_for_some_batches_alone_is_not_taken(wrong):
-    assert "tokens" in choice.differs(wrong, call_of())
-    assert choice.differs(reference.packed_attention, call_of()) is None
+    assert "tokens" in select.differs(wrong, call_of())
+    assert select.differs(reference.packed_attention, call_of()) is None
 
 
 @pytest.mark.parametrize("allowed", ["high", "medium"])
@@ -214,11 +215,11 @@ def test_rounded_products_are_a_precision_of_their_own(build_model, offered, all
     try:
         torch.set_float32_matmul_precision(allowed)
         assert precision(torch.zeros(1)) != exact
-        assert choice.TOLERANCE.of(CPU, torch.float32) == choice.TOLERANCE.reduced
-        assert choice.TOLERANCE.of(CPU, torch.float64) == choice.TOLERANCE.float32
+        assert select.TOLERANCE.of(CPU, torch.float32) == select.TOLERANCE.reduced
+        assert select.TOLERANCE.of(CPU, torch.float64) == select.TOLERANCE.float32
         model(**batch)
         assert len(seen) > len(model.get_base_model().model.layers)  # it was proved again
     finally:
         torch.set_float32_matmul_precision("highest")
     assert precision(torch.zeros(1)) == exact
-    assert choice.TOLERANCE.of(CPU, torch.float32) == choice.TOLERANCE.float32
+    assert select.TOLERANCE.of(CPU, torch.float32) == select.TOLERANCE.float32

@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
-from ._label_smoothing import smooth_labels_of_prompts
+from .. import _seam
 
 
 _IN_WEIGHTS = "a prompt changes no weights, so there are none to {}. model.get_base_model() is the model without it."
@@ -115,7 +115,7 @@ class AdaptersMixin(PeftModel):
     def get_base_model(self) -> Any:
         """The base model, also where no adapter is left."""
         if not torch.compiler.is_compiling():
-            smooth_labels_of_prompts()  # a Trainer asks for the base model when it is built
+            _seam.prepare_trainer()  # a Trainer asks for the base model when it is built
         return self.base_model
 
     def __getattr__(self, name: str) -> Any:

@@ -1,4 +1,4 @@
-"""The slow oracle of `attention.packed_attention`: every token against every token, one dense mask.
+"""The slow reference of `sdpa.packed_attention`: every token against every token, one dense mask.
 
 Shapes: N packed tokens, A query heads, G key-value heads, D head size.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .layout import PackedLayout, causal
+from ..layout import PackedLayout, causal
 
 
 def packed_attention(
@@ -20,7 +20,7 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """See `attention.packed_attention`; materialises [A, N, N]."""
+    """See `sdpa.packed_attention`; materialises [A, N, N]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)  # [A, N, D]
     scores = query[0] @ key.transpose(1, 2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)

@@ -1,4 +1,4 @@
-"""What a prompt leaves to the texts behind it: in inference it is a constant, computed once and kept.
+"""Prompt keys and values kept for inference, where a prompt is a constant: computed once.
 
 Shapes: P virtual tokens, H hidden size, G key-value heads, D head size, V words.
 """
@@ -12,14 +12,16 @@ from typing import Any
 import torch
 from torch import nn
 
+from . import forward
 from .layout import pack
+from .packed_pass import PackedPass
 
 
 KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # of each attention module, [1, G, P, D]
 
 
 @dataclass
-class PromptState:
+class KeptPrefix:
     """One prompt in one base model.
 
     Attributes:
@@ -33,19 +35,17 @@ class PromptState:
 
     @cached_property
     def logits(self) -> torch.Tensor:
-        """What a language modelling head makes of the virtual tokens, [P, V]; computed when it is asked for."""
+        """Logits of the virtual tokens, [P, V]; computed when they are first read."""
         return _prefill(self.base_model, self.prompt)[0].logits[0]
 
 
 @torch.no_grad()
-def prompt_state(base_model: Any, prompt: torch.Tensor) -> PromptState:
+def keep_prefix(base_model: Any, prompt: torch.Tensor) -> KeptPrefix:
     """Run a prompt [P, H] alone through the base model, without its head."""
-    return PromptState(base_model, prompt.clone(), _prefill(base_model.base_model, prompt)[1])
+    return KeptPrefix(base_model, prompt.clone(), _prefill(base_model.base_model, prompt)[1])
 
 
 def _prefill(model: Any, prompt: torch.Tensor) -> tuple[Any, KeysValues]:
-    from .forward import run
-
-    layout = pack(torch.ones(0, 0), (len(prompt),))
-    layout.recorded = {}
-    return run(model, prompt[None], layout), layout.recorded
+    keys_values: KeysValues = {}
+    packed = PackedPass(pack(torch.ones(0, 0), (len(prompt),)), keys_values=keys_values)
+    return forward.run(model, prompt[None], packed), keys_values

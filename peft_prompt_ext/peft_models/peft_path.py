@@ -14,7 +14,8 @@ from typing import Any, ClassVar
 import torch
 from peft import PeftModel
 
-from .devices import device_of
+from ..devices import device_of
+from ..sizes import max_positions
 from .pad_side import BEHIND, find_pad_side
 from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
 from .tokens import OF_VIRTUAL_TOKENS, check_mask, column_behind, positions_behind, put_back, widen
@@ -28,7 +29,7 @@ class PeftPathMixin(PeftModel):
     _row_inputs: ClassVar[set[str]] = {"labels"}  # not of each token, whatever their shape
     _row_outputs: ClassVar[set[str]] = {"pooler_output"}
     _column_inputs: ClassVar[tuple[str, ...]] = ()  # each names a column of the text
-    _predicts_next: ClassVar[bool] = False
+    predicts_next: ClassVar[bool] = False  # whether a column's output is of the next column's token
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class of the task.
@@ -65,7 +66,7 @@ class PeftPathMixin(PeftModel):
             if bool((tokens["attention_mask"][:, 0] == 0).any()):
                 tokens["position_ids"] = count_real(tokens["attention_mask"])
         output = self._base_forward({**others, **tokens}, return_dict=True)
-        put_back(output, filter(self._is_of_tokens, output), order, self._predicts_next)
+        put_back(output, filter(self._is_of_tokens, output), order, self.predicts_next)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _base_forward(self, inputs: dict[str, Any], **options: Any) -> Any:
@@ -155,21 +156,3 @@ class PeftPathMixin(PeftModel):
     @cached_property
     def _max_positions(self) -> int | None:
         return max_positions(self.get_base_model())
-
-
-_TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
-
-
-def max_positions(base_model: Any) -> int | None:
-    """How many tokens the base model has positions for; None if its positions are relative and without end."""
-    config = base_model.config.get_text_config()
-    limit = getattr(config, "max_position_embeddings", None)
-    # XLNet says so that there is none, and DeBERTa v3
-    if (limit is not None and limit <= 0) or getattr(config, "position_biased_input", True) is False:
-        return None
-    for name, module in base_model.named_modules():
-        if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
-            return module.num_embeddings - module.padding_idx - 1  # RoBERTa counts from padding_idx + 1
-        if limit is not None and name.rpartition(".")[2] in _TABLES and hasattr(module, "num_embeddings"):
-            limit = min(limit, module.num_embeddings)  # beyond its end a GPU stops for good
-    return limit

@@ -1,11 +1,13 @@
-"""A Trainer's label smoothing, and its compute_loss_func, over the logits of a prompt."""
+"""A Trainer with a prompt: label smoothing, compute_loss_func, the learning rate."""
+
+import warnings
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from transformers.trainer_pt_utils import LabelSmoother
 
-from peft_prompt_ext._label_smoothing import smooth_labels_of_prompts
+from peft_prompt_ext import _seam
 from tests.helpers import VIRTUAL, dataset, losses_of, make_batch, make_trainer, one_thread, prompted  # noqa: F401
 
 
@@ -50,13 +52,13 @@ def test_logits_as_wide_as_the_labels_are_smoothed_as_before(build_model, tmp_pa
     trainer = make_trainer(lora, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3)
     batch = {key: torch.tensor([row[key] for row in right_padded()]) for key in right_padded()[0]}
     output, original = lora(**batch), LabelSmoother.__call__
-    assert hasattr(original, "of_prompts")
+    assert _seam.is_replaced(LabelSmoother, "__call__")
     wanted = torch.nn.functional.cross_entropy(
         output.logits[:, :-1].flatten(0, 1), batch["labels"][:, 1:].flatten(), label_smoothing=0.3
     )
 
     torch.testing.assert_close(trainer.compute_loss(lora, batch), wanted)
-    smooth_labels_of_prompts()
+    _seam.prepare_trainer()
     assert LabelSmoother.__call__ is original
 
 
@@ -126,3 +128,30 @@ def test_an_encoder_decoder_is_trained_with_a_collators_decoder_inputs(build_mod
     trainer.train()
 
     assert all(loss > 0 for loss in losses_of(trainer))
+
+
+def trained(model, folder, **arguments):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        make_trainer(model, "CAUSAL_LM", folder, max_steps=2, **arguments).train()
+    return [str(w.message) for w in caught if "learning rate" in str(w.message)]
+
+
+@pytest.mark.parametrize("options", [{}, {"shared_prefix": False}], ids=str)
+def test_a_rate_for_full_fine_tuning_is_warned_of_once(build_model, tmp_path, options):
+    model = prompted(build_model("llama"), "CAUSAL_LM", **options)
+
+    (warning,) = trained(model, tmp_path, learning_rate=5e-5, warmup_steps=1)
+
+    assert "AdamW at a learning rate of 5e-05" in warning and "learning_rate=0.01" in warning
+
+
+@pytest.mark.parametrize(
+    "arguments", [{"learning_rate": 0.01, "warmup_steps": 1}, {"learning_rate": 5e-5, "optim": "sgd"}], ids=str
+)
+def test_other_rates_and_optimizers_are_not_warned_of(build_model, tmp_path, arguments):
+    assert not trained(prompted(build_model("llama"), "CAUSAL_LM"), tmp_path, **arguments)
+
+
+def test_another_adapters_rate_is_its_own(build_model, tmp_path):
+    assert not trained(get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM")), tmp_path)

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from .devices import device_of
+from ..devices import device_of
 
 
 logger = logging.getLogger(__name__)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch.nn.functional import scaled_dot_product_attention
 
-from .layout import PackedLayout, causal
+from ..layout import PackedLayout, causal
 
 
 def packed_attention(

@@ -8,13 +8,13 @@ from typing import Any
 
 import torch
 
+from ..base import PromptTuningMixin
 from ..padding import real_first, reorder
 from .feed import PromptFeed, cache_of, given_cache
 from .held_prompt import HeldPrompt, Place, held_by, note, same_prompt, without_virtual
-from .view import GuardedGeneration
 
 
-class PromptedEncoderDecoder(GuardedGeneration):
+class PromptedEncoderDecoder(PromptTuningMixin):
     """`generate` and calls with a cache, of an encoder-decoder whose encoder has a prompt."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:

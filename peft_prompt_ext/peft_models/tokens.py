@@ -13,8 +13,6 @@ import torch
 from .padding import reorder
 
 
-IGNORE_INDEX = -100  # what torch.nn.CrossEntropyLoss, and so every model of transformers, leaves out
-
 # what a virtual token has of an argument that has a value, or a vector, for each token
 OF_VIRTUAL_TOKENS = {"attention_mask": 1, "bbox": 0, "global_attention_mask": 0}
 OF_VIRTUAL_TOKENS |= {"token_type_ids": 0, "mm_token_type_ids": 0}  # 0: of the first text, and text

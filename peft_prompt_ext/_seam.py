@@ -1,0 +1,183 @@
+"""Every change that the plugin makes to PEFT, transformers, accelerate or logging: all of them here, all reversible.
+
+- PEFT's tables of tuners and model classes: `register_peft_method` takes new enum members alone, and prompt tuning is
+  an old one.
+- `PeftModel.from_pretrained`: PEFT raises for every prompt that is loaded to be trained, before any class runs.
+- `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
+- `LabelSmoother.__call__` and `Trainer.compute_loss`: a Trainer compares PEFT's logits [B, P+T, V] with labels [B, T],
+  and its default learning rate is too low for a prompt.
+- The logger of bitsandbytes' matrix products, which repeats one message for every product.
+
+Each replacement calls the original unless a model or an adapter of the plugin is involved. `deactivate` restores all.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial, wraps
+from typing import Any, cast
+
+import peft
+
+
+_originals: dict[tuple[Any, str], tuple[Any, Any]] = {}  # by owner and name: the original, and its replacement
+_tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # each table, and its original entries
+_filters: list[tuple[logging.Logger, logging.Filter]] = []
+LOWEST_RATE, USUAL_RATE = 1e-3, 0.01  # of AdamW, for a prompt
+
+
+def is_replaced(owner: Any, name: str) -> bool:
+    """Whether `replace` has replaced an attribute."""
+    return (owner, name) in _originals
+
+
+def replace(owner: Any, name: str, replacement: Any) -> None:
+    """Replace an attribute of a library's class, once."""
+    if not is_replaced(owner, name):
+        _originals[owner, name] = vars(owner)[name], replacement
+        setattr(owner, name, replacement)
+
+
+def restore(owner: Any, name: str) -> None:
+    """Restore an attribute that `replace` replaced, unless another library has replaced it since and may call it."""
+    original, replacement = _originals.get((owner, name), (None, None))
+    if original is not None and vars(owner)[name] is replacement:
+        setattr(owner, name, original)
+        del _originals[owner, name]
+
+
+def is_active() -> bool:
+    """Whether PEFT's tables have the plugin's classes."""
+    return bool(_tables)
+
+
+def activate(tuner: Any, classes: Mapping[str, Any], from_pretrained: Callable[..., Any]) -> None:
+    """Put the plugin's classes into PEFT's tables. A second call changes nothing.
+
+    Args:
+        tuner: The class of soft prompts.
+        classes: By task type, the class of models.
+        from_pretrained: Called with PEFT's own function and the arguments of `PeftModel.from_pretrained`.
+    """
+    if is_active():
+        return
+    changes: list[tuple[dict[Any, Any], Mapping[Any, Any]]] = [
+        (cast(Any, peft.PEFT_TYPE_TO_TUNER_MAPPING), {peft.PeftType.PROMPT_TUNING: tuner}),
+        (cast(Any, peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING), classes),
+    ]
+    for table, entries in changes:
+        _tables.append((table, {key: table[key] for key in entries}))
+        table.update(entries)
+    own = vars(peft.PeftModel)["from_pretrained"]
+
+    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+        return from_pretrained(own.__get__(None, cls), *args, **kwargs)
+
+    replace(peft.PeftModel, "from_pretrained", classmethod(wraps(own.__func__)(load)))
+
+
+def deactivate() -> None:
+    """Restore everything that was changed."""
+    for table, entries in _tables:
+        table.update(entries)
+    for log, added in _filters:
+        log.removeFilter(added)
+    _tables.clear()
+    _filters.clear()
+    for owner, name in list(_originals):
+        restore(owner, name)
+
+
+def log_once(name: str) -> None:
+    """Let a logger say each message once."""
+    log = logging.getLogger(name)
+    if all(log is not known for known, _ in _filters):
+        _filters.append((log, _Once()))
+        log.addFilter(_filters[-1][1])
+
+
+class _Once(logging.Filter):
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self.seen
+        self.seen.add(message)
+        return new
+
+
+def prepare_trainer() -> None:
+    """Make transformers' Trainer and LabelSmoother right for prompts, if a Trainer has been imported.
+
+    To find out whether a model's labels are shifted, the Trainer reads the name of `model.base_model.model`, where
+    LoRA keeps the base model. A prompt keeps it one level higher: T5, GPT-2 and BERT have nothing of that name, so the
+    Trainer fails, and Llama has another model there, so labels are not shifted.
+    """
+    smoother = getattr(sys.modules.get("transformers.trainer_pt_utils"), "LabelSmoother", None)
+    if smoother is not None and not is_replaced(smoother, "__call__"):
+        replace(smoother, "__call__", _cut_prompt_columns(smoother.__call__))
+    trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
+    if trainer is not None and not is_replaced(trainer, "compute_loss"):
+        replace(trainer, "compute_loss", _prepare_loss(trainer.compute_loss))
+
+
+def _cut_prompt_columns(original: Any) -> Any:
+    @wraps(original)
+    def call(
+        self: Any, model_output: Any, labels: Any, shift_labels: bool = False, num_items_in_batch: Any = None
+    ) -> Any:
+        logits = model_output["logits"] if isinstance(model_output, dict) else model_output[0]
+        if labels.dim() == 2 and logits.dim() == 3 and logits.shape[1] > labels.shape[1]:
+            # the last virtual token predicts the first text token
+            model_output, shift_labels = {"logits": logits[:, -labels.shape[1] - 1 : -1]}, False
+        return original(self, model_output, labels, shift_labels, num_items_in_batch)
+
+    return call
+
+
+def _prepare_loss(original: Any) -> Any:
+    @wraps(original)
+    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        prompted = self.accelerator.unwrap_model(model)
+        if not hasattr(prompted, "predicts_next"):  # of the plugin's models
+            return original(self, model, inputs, *args, **kwargs)
+        if model.training:
+            _check_rate(self, prompted)
+        smoother: Any = self.label_smoother
+        if smoother is None or self.compute_loss_func is not None:
+            return original(self, model, inputs, *args, **kwargs)
+        # the Trainer asks for a model's name only where it has no loss function
+        self.compute_loss_func = partial(smoother, shift_labels=prompted.predicts_next)
+        try:
+            return original(self, model, inputs, *args, **kwargs)
+        finally:
+            self.compute_loss_func = None
+
+    return compute_loss
+
+
+def _check_rate(trainer: Any, model: Any) -> None:
+    """Warn once a Trainer, at its first step, of a learning rate at which a prompt does not learn."""
+    if getattr(trainer, "_prompt_rate_is_checked", False):
+        return
+    trainer._prompt_rate_is_checked = True
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    if "adam" not in type(optimizer).__name__.lower():
+        return
+    prompts = {id(parameter) for parameter in model.prompt_encoder.parameters()}
+    rates = [
+        group.get("initial_lr", group["lr"])  # without the schedule's warm-up
+        for group in optimizer.param_groups
+        if any(id(parameter) in prompts for parameter in group["params"])
+    ]
+    if rates and max(rates) < LOWEST_RATE:
+        warnings.warn(
+            f"The prompt trains with {type(optimizer).__name__} at a learning rate of {max(rates):g}, which suits "
+            f"full fine-tuning: a prompt hardly changes. Set learning_rate={USUAL_RATE} in the training arguments.",
+            stacklevel=2,
+        )

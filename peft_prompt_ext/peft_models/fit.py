@@ -1,0 +1,68 @@
+"""Which base model a prompt was trained for, and whether a loaded one fits the base model at hand."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from peft import PeftModel
+
+from ..config import PromptTuningExtConfig
+from ..frozen_backbone import new_modules
+from ..inits.base import InitContext
+from ..inits.fingerprint import check_saved, fingerprint
+
+
+def is_covered(path: str, names: Sequence[str]) -> bool:
+    """Whether PEFT's `modules_to_save` mean a module, or one around it: it goes by the ends of paths."""
+    parts = path.split(".")
+    return any(".".join(parts[: end + 1]).endswith(tuple(names)) for end in range(len(parts)))
+
+
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """Join the first names, and count the others."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
+def _init_context(model: PeftModel, adapter_name: str) -> InitContext:
+    config: Any = model.peft_config[adapter_name]
+    words: Any = model.word_embeddings
+    return InitContext(config=config, word_embeddings=words, generator=torch.Generator())
+
+
+def remember_base(model: PeftModel, adapter_name: str) -> None:
+    """Keep in the config which word embeddings its prompt is trained for."""
+    config = model.peft_config[adapter_name]
+    if isinstance(config, PromptTuningExtConfig):
+        config.base_fingerprint = fingerprint(_init_context(model, adapter_name), _model_type(model))
+
+
+def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = None) -> None:
+    """Warn if a loaded prompt was trained on another base model, or its base model has random modules it lacks.
+
+    `saved` is the fingerprint beside it, if there is one.
+    """
+    kept, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
+    prompt = cast(Any, model.prompt_encoder)[adapter_name].embedding.weight.detach()
+    check_saved(_init_context(model, adapter_name), prompt, saved, name, _model_type(model))
+    lacks = [path for path in new_modules(model.base_model, False) if not is_covered(path, kept or [])]
+    if lacks:
+        warnings.warn(
+            f"{name} has no weights for {listed(lacks)}, and the base model's checkpoint had none: they are random, "
+            "and were so when it was trained. Train it again, or load the base model that it was trained on.",
+            stacklevel=2,
+        )
+
+
+def _model_type(model: PeftModel) -> str | None:
+    return getattr(getattr(model.base_model, "config", None), "model_type", None)
+
+
+def make_trainable(model: PeftModel, adapter_name: str) -> None:
+    """Put a loaded prompt and its `modules_to_save` into training: at once if it is active, else by `set_adapter`."""
+    model.peft_config[adapter_name].inference_mode = False
+    remember_base(model, adapter_name)
+    if adapter_name in model.active_adapters:
+        model.set_adapter(adapter_name)  # also turns on the gradients of modules_to_save

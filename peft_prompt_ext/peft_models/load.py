@@ -1,0 +1,56 @@
+"""`PeftModel.from_pretrained` that also reads the plugin's record, and loads a prompt to be trained further."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+from peft import PeftConfig, PeftModel, PeftType
+
+from ..config import PromptTuningExtConfig
+from ..devices import left_dispatched
+from .base import PromptTuningMixin
+from .fit import check_base, make_trainable
+
+
+def load(
+    from_pretrained: Callable[..., PeftModel],
+    model: Any,
+    model_id: Any,
+    adapter_name: str = "default",
+    is_trainable: bool = False,
+    config: PeftConfig | None = None,
+    *args: Any,
+    **kwargs: Any,
+) -> PeftModel:
+    """Load an adapter; `from_pretrained` is PEFT's own, and the other arguments are its arguments."""
+    if config is None:
+        config = _saved_by_plugin(str(model_id), kwargs)
+    further = is_trainable and _is_prompt_tuning(config, str(model_id), kwargs)
+    was_training = getattr(model, "training", False)
+    with left_dispatched(model) if isinstance(config, PromptTuningExtConfig) else nullcontext():
+        loaded = from_pretrained(model, model_id, adapter_name, is_trainable and not further, config, *args, **kwargs)
+    if not isinstance(loaded, PromptTuningMixin) and _is_prompt_tuning(config, str(model_id), kwargs):
+        check_base(loaded, adapter_name, str(model_id))
+    if further:
+        loaded.train(was_training)
+        make_trainable(loaded, adapter_name)
+    return loaded
+
+
+def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in kwargs.items() if k in {"subfolder", "revision", "cache_dir", "token"}}
+
+
+def _is_prompt_tuning(config: PeftConfig | None, model_id: str, kwargs: dict[str, Any]) -> bool:
+    peft_type = config.peft_type if config is not None else PeftConfig._get_peft_type(model_id, **_hub_kwargs(kwargs))
+    return peft_type == PeftType.PROMPT_TUNING
+
+
+def _saved_by_plugin(model_id: str, kwargs: dict[str, Any]) -> PromptTuningExtConfig | None:
+    """The config of an adapter that this plugin saved; None for every other adapter."""
+    if not _is_prompt_tuning(None, model_id, kwargs):
+        return None
+    config = PromptTuningExtConfig.from_pretrained(model_id, **_hub_kwargs(kwargs))
+    return None if config.init_record is None else config

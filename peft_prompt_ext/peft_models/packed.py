@@ -1,0 +1,310 @@
+"""PeftModels that run a batch as one packed sequence where their base model allows it.
+
+The engine is imported with the first batch: every import of the plugin pays for this file.
+
+Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hidden size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import MethodType
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+
+from ..shared_prefix.status import EngineStatus
+from .base import PromptTuningMixin
+from .decoding.feed import cache_of
+from .tokens import OF_PACKED_ROWS, check_mask
+
+
+if TYPE_CHECKING:
+    from ..shared_prefix.engine import Engine
+    from ..shared_prefix.layout import PackedLayout
+    from ..shared_prefix.packed_pass import PackedPass
+
+
+BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
+
+
+class Plan(NamedTuple):
+    """How a batch runs packed.
+
+    Attributes:
+        layout: Where each token belongs.
+        names: The adapter of each row.
+        status: What was proved.
+    """
+
+    layout: PackedLayout
+    names: list[str]
+    status: EngineStatus
+
+
+class PackedMixin(PromptTuningMixin):
+    """Goes in front of PEFT's model class of a task whose base model may be causal."""
+
+    _packed_arguments: ClassVar[set[str]] = set()
+    _packs_packed_rows: ClassVar[bool] = False
+    _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
+    _own_engine: Engine | None = None
+
+    @staticmethod
+    def _packed_forward(base_model: Any, embeds: torch.Tensor, packed: PackedPass, **options: Any) -> Any:
+        """A function of `shared_prefix.forward`."""
+        raise NotImplementedError
+
+    def _mixed_options(self, names: list[str]) -> dict[str, Any]:
+        """Arguments of `_packed_forward` for rows that name their adapters."""
+        return {}
+
+    def _packed_options(self) -> dict[str, Any]:
+        """Arguments of `_packed_forward` that the config decides."""
+        return {}
+
+    @property
+    def _engine(self) -> Engine:
+        if self._own_engine is None:
+            from ..shared_prefix.engine import Engine
+
+            self._own_engine = Engine()
+        return self._own_engine
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        task_ids: torch.Tensor | None = None,
+        adapter_names: Sequence[str] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """See PEFT's class.
+
+        `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
+
+        Raises:
+            ValueError: The mask does not fit the text; or the batch has `adapter_names` and cannot run packed.
+        """
+        self._check_token_path(kwargs)
+        text = input_ids if input_ids is not None else inputs_embeds
+        if text is not None and cache_of(kwargs) is None:
+            check_mask(attention_mask, *text.shape[:2])
+        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        extras = {**asked, "task_ids": task_ids, **kwargs}
+        plan = self._plan(text, attention_mask, adapter_names, extras)
+        if isinstance(plan, Plan):
+            output = self._run_packed(plan, input_ids, inputs_embeds, labels, adapter_names, kwargs)
+            if not isinstance(output, EngineStatus):
+                self._engine.note(self.get_base_model(), plan.status)
+                return output if self._wants_dict(return_dict) else output.to_tuple()
+            plan = output
+        self._engine.note(self.get_base_model(), plan)
+        if adapter_names is not None:
+            raise ValueError(
+                f"adapter_names needs the shared prefix, which this call cannot take: {plan.reason}. Run the rows of "
+                "each adapter alone, after set_adapter."
+            )
+        return super().forward(
+            input_ids,
+            attention_mask=attention_mask,
+            inputs_embeds=inputs_embeds,
+            labels=labels,
+            return_dict=return_dict,
+            **extras,
+        )
+
+    def _plan(
+        self,
+        text: torch.Tensor | None,
+        attention_mask: torch.Tensor | None,
+        adapter_names: Sequence[str] | None,
+        extras: dict[str, Any],
+    ) -> Plan | EngineStatus:
+        """Plan a packed batch, or give the status of one that takes PEFT's path."""
+        obstacle = "it has no text" if text is None else self._find_obstacle(attention_mask, extras)
+        if text is None or obstacle is not None:
+            return EngineStatus(False, obstacle or "")
+        status = self._prove()
+        if not status.packed:
+            return status
+        mask, texts = _read(text, attention_mask, extras.get("position_ids"))
+        if texts is None:
+            return EngineStatus(False, "position_ids do not count the tokens of each text from 0")
+        if bool(texts.any()) and not self._packs_packed_rows:
+            return EngineStatus(False, "a row holds several texts")
+        names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
+        layout = self._lay_out(mask, names, texts)
+        self._check_length(layout.longest_text, max(layout.prompt_lengths))
+        obstacle = _too_long(layout, status) or self._unshared(names)
+        return Plan(layout, names, status) if obstacle is None else EngineStatus(False, obstacle)
+
+    def _find_obstacle(self, attention_mask: Any, extras: dict[str, Any]) -> str | None:
+        """What a packed batch cannot give of this call; None if there is nothing."""
+        if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
+            return "attention_mask is not a tensor [B, T]"
+        if getattr(self, "_is_replica", False):  # without parameters of its own, beside others in threads
+            return "DataParallel copies the model for each batch; launch a process a device instead"
+        allowed = self._packed_arguments | {"position_ids"}
+        if not self._takes("token_type_ids"):
+            allowed = allowed | {"token_type_ids"}
+        if extras.get("position_ids") is not None:  # which say the same
+            allowed = allowed | OF_PACKED_ROWS
+        base_model: Any = self.get_base_model()
+        asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
+        asked |= {n for n in ("output_hidden_states", "output_attentions") if getattr(base_model.config, n, False)}
+        if asked:
+            return f"it asks for {', '.join(sorted(asked))}"
+        if extras.get("fused_lm_head"):
+            hooks = (*base_model._forward_hooks.values(), *base_model._forward_pre_hooks.values())
+            if extras.get("shift_labels") is not None or hooks or not isinstance(base_model.forward, MethodType):
+                return "it asks for fused_lm_head, of a model with hooks or a wrapped forward, or with shift_labels"
+        return None
+
+    def _prove(self) -> EngineStatus:
+        """Tell whether a batch of now may run packed."""
+        config = self.active_peft_config
+        # a stock config in a model of ours has neither field
+        if not getattr(config, "shared_prefix", True):
+            return EngineStatus(False, "shared_prefix=False in the config")
+        probe = getattr(config, "shared_prefix_probe", True)
+        return self._engine.prove(self.get_base_model(), self._packed_forward, self.word_embeddings, probe)
+
+    def _status(self) -> EngineStatus:
+        """The status of the last batch, or what is proved for one of now."""
+        if not getattr(self.active_peft_config, "shared_prefix", True):
+            return self._prove()
+        return self._engine.last_status(self.get_base_model()) or self._prove()
+
+    def _lay_out(self, attention_mask: torch.Tensor, names: list[str], texts: torch.Tensor) -> PackedLayout:
+        from ..shared_prefix.layout import pack
+
+        if len(names) != len(attention_mask):
+            raise ValueError(f"adapter_names has {len(names)} names, the batch has {len(attention_mask)} rows.")
+        known = list(self.peft_config)
+        unknown = sorted(set(names) - {*known, BASE})
+        if unknown:
+            raise ValueError(f"adapter_names has {unknown}; the model's adapters are {known}, or {BASE!r} for none.")
+        used = list(dict.fromkeys(names))
+        configs: dict[str, Any] = self.peft_config
+        lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
+        prompt_of_row = torch.tensor([used.index(name) for name in names], dtype=torch.long)
+        return pack(attention_mask, lengths, prompt_of_row, texts)
+
+    def _unshared(self, names: list[str]) -> str | None:
+        """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
+        if set(names) == {self.active_adapter}:
+            return None
+        own = (name for name, module in self.base_model.named_modules() if isinstance(module, ModulesToSaveWrapper))
+        unshared = sorted(set(own) - self._heads_of_rows)
+        return f"each adapter has its own {', '.join(unshared)}" if unshared else None
+
+    def _run_packed(
+        self,
+        plan: Plan,
+        input_ids: torch.Tensor | None,
+        inputs_embeds: torch.Tensor | None,
+        labels: torch.Tensor | None,
+        adapter_names: Sequence[str] | None,
+        kwargs: dict[str, Any],
+    ) -> Any:
+        """Run a planned batch; the output, or the status if the base model turns out to be unable to."""
+        from ..shared_prefix.attention.select import ATTENTIONS
+        from ..shared_prefix.interface import NotPackable
+        from ..shared_prefix.packed_pass import PackedPass
+
+        self._drop_unused(dict(kwargs))  # and warn of it
+        self._check_in_training(plan.names)
+        options = self._packed_options()
+        options |= {name: kwargs[name] for name in self._packed_arguments if kwargs.get(name) is not None}
+        if labels is not None:
+            options["labels"] = labels
+        if adapter_names is not None:
+            options |= self._mixed_options(plan.names)
+        # of the whole batch: hooks such as NEFTune's reckon with its shape
+        embed: Any = self.word_embeddings
+        words = inputs_embeds if inputs_embeds is not None else embed(input_ids)
+        prompts = self._prompts(plan.names, words)
+        packed = PackedPass(plan.layout, ATTENTIONS[plan.status.attention or "sdpa"])
+        if self._may_keep(plan, prompts) and not options.get(
+            "fused_lm_head"
+        ):  # which reads the prompt's hidden states
+            packed.kept_prefixes = self._engine.keep(self.get_base_model(), embed, prompts)
+        text = words.flatten(0, 1)[plan.layout.to(words.device).source]  # [S, H]
+        embeds = torch.cat([*prompts.values(), text] if packed.kept_prefixes is None else [text])[None]
+        try:
+            return self._packed_forward(self.get_base_model(), embeds, packed, **options)
+        except NotPackable as refusal:  # the probe's batch did not show it
+            return self._engine.refuse(self.get_base_model(), embed, refusal)
+
+    def _may_keep(self, plan: Plan, prompts: dict[str, torch.Tensor]) -> bool:
+        """Whether the batch may run behind kept prefixes; a row without text ends in its prompt, which has to run."""
+        if torch.is_grad_enabled() or self.training or not prompts or not plan.status.keeps_prompts:
+            return False
+        return not bool((plan.layout.last < plan.layout.num_prompt_tokens).any())
+
+    def _prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
+        return {
+            name: self.prompt_encoder[name](self.prompt_tokens[name].to(like.device, non_blocking=True)).to(like.dtype)
+            for name in dict.fromkeys(names)
+            if name != BASE
+        }
+
+    def train(self, mode: bool = True) -> Any:
+        """See torch; prompts run again afterwards, also for `eval()`."""
+        if self._own_engine is not None:
+            self._own_engine.forget_prefixes()
+        return super().train(mode)
+
+
+def _read(
+    text: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """The mask on the host, and where further texts of a row begin; None if the positions mean something else."""
+    from ..shared_prefix.layout import find_texts
+    from ..shared_prefix.transfer import download
+
+    shape = text.shape[:2]
+    read = download(*(x for x in (attention_mask, position_ids) if x is not None))
+    mask = torch.ones(shape, dtype=torch.long) if attention_mask is None else read[0]
+    if position_ids is None:
+        return mask, torch.zeros(shape, dtype=torch.bool)
+    if position_ids.dim() != 2 or position_ids.shape[1] != shape[1]:
+        return mask, None
+    return mask, find_texts(read[-1].expand(shape), mask)
+
+
+def _too_long(layout: PackedLayout, status: EngineStatus) -> str | None:
+    row, packed = max(layout.prompt_lengths) + layout.longest_text, layout.position_ids.shape[1]
+    if status.max_tokens is not None and row > status.max_tokens:
+        return f"{row} tokens are more than the {status.max_tokens} of its window or its short positions"
+    if status.max_packed_tokens is not None and packed > status.max_packed_tokens:
+        return f"its layers count places, and a pack of {packed} tokens has more than {status.max_packed_tokens}"
+    return None
+
+
+def engine_status(model: Any) -> EngineStatus:
+    """Tell whether a model's batches run as one packed sequence, and why.
+
+    Args:
+        model: What `get_peft_model` returned; also compiled or inside a wrapper such as DistributedDataParallel.
+
+    Returns:
+        The status of the last batch. Before the first batch, and after a change of the attention, the probe runs.
+    """
+    while not isinstance(model, PeftModel):
+        inside = getattr(model, "_orig_mod", getattr(model, "module", None))
+        if inside is None:
+            break
+        model = inside
+    if not isinstance(model, PackedMixin):
+        return EngineStatus(False, f"{type(model).__name__} of this task or config has no shared prefix")
+    return model._status()

@@ -1,0 +1,55 @@
+"""PEFT's class of sequence classifiers: encoders on PEFT's path, decoders in packed batches.
+
+Shapes: B rows, T text tokens, C classes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import peft
+import torch
+
+from .packed import PackedMixin
+from .pad_side import BEHIND, IN_FRONT
+
+
+class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceClassification):
+    """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
+
+    _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
+    _heads_of_rows: ClassVar[set[str]] = {"score"}
+    _row_outputs: ClassVar[set[str]] = {"logits"}
+    _heads: ClassVar[tuple[str, ...]] = ("classifier", "score")
+
+    @staticmethod
+    def _packed_forward(base_model: Any, embeds: torch.Tensor, packed: Any, **options: Any) -> Any:
+        from ..shared_prefix.forward import sequence_classification
+
+        return sequence_classification(base_model, embeds, packed, **options)
+
+    def _mixed_options(self, names: list[str]) -> dict[str, Any]:
+        return {"adapter_names": names}
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """See PEFT's class; without a mask a decoder finds its last token by the pad token, as it does alone."""
+        kwargs = self._by_name(args, kwargs)
+        if kwargs.get("input_ids") is not None and kwargs.get("attention_mask") is None:
+            kwargs["attention_mask"] = self._mask_of_text(kwargs["input_ids"])
+        return super().forward(**kwargs)
+
+    def _mask_of_text(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Mask [B, T] without the pads behind each text, where the base model looks for them; None: no pads."""
+        pad = self.config.get_text_config().pad_token_id
+        if pad is None and len(input_ids) > 1 and hasattr(self.get_base_model(), "score"):
+            raise ValueError(
+                f"{len(input_ids)} texts came without attention_mask, and the base model's config has no "
+                "pad_token_id: nobody knows where a text ends. Give attention_mask, or set model.config.pad_token_id."
+            )
+        if pad is None or not bool((input_ids[:, -1] == pad).any()) or self._find_pad_side() == BEHIND:
+            return None
+        return (input_ids != pad).long().flip(1).cummax(1).values.flip(1)
+
+    def _find_pad_side(self) -> str:
+        # a decoder reads the last column off, having no input_ids to find the last token by
+        return IN_FRONT if hasattr(self.get_base_model(), "score") else super()._find_pad_side()

@@ -1,0 +1,1 @@
+"""Attention over a packed sequence: four computations with one signature, and the selection among them."""
