@@ -164,6 +164,7 @@ def outside(model):
     return {name: p.requires_grad for name, p in named if ".original_module." not in name}
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # DeBERTa, with torch 2.11
 @heads
 def test_all_outside_the_trunk_is_trained_saved_and_loaded(without_head, tmp_path, architecture, task_type):
     load = without_head(architecture, task_type)
@@ -184,6 +185,7 @@ def test_all_outside_the_trunk_is_trained_saved_and_loaded(without_head, tmp_pat
     ]
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # DeBERTa, with torch 2.11
 @heads
 def test_all_outside_the_trunk_is_trained_where_nobody_knows_what_is_new(architecture, task_type):
     model = prompted(AUTO_CLASSES[task_type].from_config(AutoConfig.for_model(architecture, **SIZES)), task_type)
