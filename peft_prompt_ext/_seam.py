@@ -1,14 +1,13 @@
-"""Every change that the plugin makes to PEFT, transformers, accelerate or logging: all of them here, all reversible.
+"""Every change that the plugin makes to PEFT, transformers, accelerate or logging. Each can be undone.
 
-- PEFT's tables of tuners and model classes: `register_peft_method` takes new enum members alone, and prompt tuning is
-  an old one.
-- `PeftModel.from_pretrained`: PEFT raises for every prompt that is loaded to be trained, before any class runs.
+- PEFT's tables of tuners and model classes: `register_peft_method` accepts only new enum members.
+- `PeftModel.from_pretrained`: PEFT raises for every trainable prompt before any class is built.
 - `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
 - `LabelSmoother.__call__` and `Trainer.compute_loss`: a Trainer compares PEFT's logits [B, P+T, V] with labels [B, T],
   and its default learning rate is too low for a prompt.
-- The logger of bitsandbytes' matrix products, which repeats one message for every product.
+- The logger of bitsandbytes' matrix products: it repeats one message for every product.
 
-Each replacement calls the original unless a model or an adapter of the plugin is involved. `deactivate` restores all.
+A replacement calls the original for models and adapters of other libraries. `deactivate` restores the originals.
 """
 
 from __future__ import annotations
@@ -23,10 +22,10 @@ from typing import Any, cast
 import peft
 
 
-_originals: dict[tuple[Any, str], tuple[Any, Any]] = {}  # by owner and name: the original, and its replacement
-_tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # each table, and its original entries
+_originals: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, name): original, replacement
+_tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # table, original entries
 _filters: list[tuple[logging.Logger, logging.Filter]] = []
-LOWEST_RATE, USUAL_RATE = 1e-3, 0.01  # of AdamW, for a prompt
+LOWEST_RATE, USUAL_RATE = 1e-3, 0.01  # AdamW's learning rates for a prompt
 
 
 def is_replaced(owner: Any, name: str) -> bool:
@@ -42,7 +41,7 @@ def replace(owner: Any, name: str, replacement: Any) -> None:
 
 
 def restore(owner: Any, name: str) -> None:
-    """Restore an attribute that `replace` replaced, unless another library has replaced it since and may call it."""
+    """Restore a replaced attribute, unless another library has replaced it since and may call the replacement."""
     original, replacement = _originals.get((owner, name), (None, None))
     if original is not None and vars(owner)[name] is replacement:
         setattr(owner, name, original)
@@ -50,7 +49,7 @@ def restore(owner: Any, name: str) -> None:
 
 
 def is_active() -> bool:
-    """Whether PEFT's tables have the plugin's classes."""
+    """Whether PEFT's tables contain the plugin's classes."""
     return bool(_tables)
 
 
@@ -59,7 +58,7 @@ def activate(tuner: Any, classes: Mapping[str, Any], from_pretrained: Callable[.
 
     Args:
         tuner: The class of soft prompts.
-        classes: By task type, the class of models.
+        classes: The model class of each task type.
         from_pretrained: Called with PEFT's own function and the arguments of `PeftModel.from_pretrained`.
     """
     if is_active():
@@ -92,31 +91,31 @@ def deactivate() -> None:
 
 
 def log_once(name: str) -> None:
-    """Let a logger say each message once."""
+    """Log each message of a logger once."""
     log = logging.getLogger(name)
     if all(log is not known for known, _ in _filters):
-        _filters.append((log, _Once()))
+        _filters.append((log, _RepeatFilter()))
         log.addFilter(_filters[-1][1])
 
 
-class _Once(logging.Filter):
+class _RepeatFilter(logging.Filter):
     def __init__(self) -> None:
         super().__init__()
         self.seen: set[str] = set()
 
     def filter(self, record: logging.LogRecord) -> bool:
         message = record.getMessage()
-        new = message not in self.seen
+        is_new = message not in self.seen
         self.seen.add(message)
-        return new
+        return is_new
 
 
 def prepare_trainer() -> None:
-    """Make transformers' Trainer and LabelSmoother right for prompts, if a Trainer has been imported.
+    """Adapt transformers' Trainer and LabelSmoother to prompts, if a Trainer has been imported.
 
-    To find out whether a model's labels are shifted, the Trainer reads the name of `model.base_model.model`, where
-    LoRA keeps the base model. A prompt keeps it one level higher: T5, GPT-2 and BERT have nothing of that name, so the
-    Trainer fails, and Llama has another model there, so labels are not shifted.
+    The Trainer shifts labels by the class name of `model.base_model.model`, where LoRA stores the base model. A prompt
+    stores it one level higher. T5, GPT-2 and BERT have no such attribute, so the Trainer fails; Llama has its decoder
+    there, so labels are not shifted.
     """
     smoother = getattr(sys.modules.get("transformers.trainer_pt_utils"), "LabelSmoother", None)
     if smoother is not None and not is_replaced(smoother, "__call__"):
@@ -144,14 +143,14 @@ def _prepare_loss(original: Any) -> Any:
     @wraps(original)
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         prompted = self.accelerator.unwrap_model(model)
-        if not hasattr(prompted, "predicts_next"):  # of the plugin's models
+        if not hasattr(prompted, "predicts_next"):  # not a model of the plugin
             return original(self, model, inputs, *args, **kwargs)
         if model.training:
             _check_rate(self, prompted)
         smoother: Any = self.label_smoother
         if smoother is None or self.compute_loss_func is not None:
             return original(self, model, inputs, *args, **kwargs)
-        # the Trainer asks for a model's name only where it has no loss function
+        # with a loss function of its own, the Trainer does not read the model's name
         self.compute_loss_func = partial(smoother, shift_labels=prompted.predicts_next)
         try:
             return original(self, model, inputs, *args, **kwargs)
@@ -162,22 +161,22 @@ def _prepare_loss(original: Any) -> Any:
 
 
 def _check_rate(trainer: Any, model: Any) -> None:
-    """Warn once a Trainer, at its first step, of a learning rate at which a prompt does not learn."""
+    """Warn once per Trainer if the learning rate is too low for a prompt."""
     if getattr(trainer, "_prompt_rate_is_checked", False):
         return
     trainer._prompt_rate_is_checked = True
-    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # accelerate wraps it
+    optimizer = getattr(trainer.optimizer, "optimizer", trainer.optimizer)  # inside accelerate's wrapper
     if "adam" not in type(optimizer).__name__.lower():
         return
     prompts = {id(parameter) for parameter in model.prompt_encoder.parameters()}
     rates = [
-        group.get("initial_lr", group["lr"])  # without the schedule's warm-up
+        group.get("initial_lr", group["lr"])  # before the warm-up of the schedule
         for group in optimizer.param_groups
         if any(id(parameter) in prompts for parameter in group["params"])
     ]
     if rates and max(rates) < LOWEST_RATE:
         warnings.warn(
-            f"The prompt trains with {type(optimizer).__name__} at a learning rate of {max(rates):g}, which suits "
-            f"full fine-tuning: a prompt hardly changes. Set learning_rate={USUAL_RATE} in the training arguments.",
+            f"The prompt trains with {type(optimizer).__name__} at a learning rate of {max(rates):g}. That suits full "
+            f"fine-tuning; a prompt hardly changes. Set learning_rate={USUAL_RATE} in the training arguments.",
             stacklevel=2,
         )

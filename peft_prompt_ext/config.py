@@ -17,43 +17,43 @@ from .inits.class_labels import label_names
 @dataclass
 class PromptTuningExtConfig(PromptTuningConfig):
     """
-    This is the configuration class of prompt tuning with this plugin; pass it to `peft.get_peft_model`.
+    The configuration of prompt tuning with this plugin; pass it to `peft.get_peft_model`.
 
     Args:
         num_virtual_tokens (`int`, defaults to 20):
             The number of virtual tokens. Lester et al. 2021 (section 3.2) find only marginal gains over 20.
         task_type (Union[[`~peft.utils.config.TaskType`], `str`]):
-            The type of task; decides how the prompt enters the model, and so is needed.
+            The type of task. Required.
         prompt_tuning_init (`str`, defaults to `"SAMPLE_VOCAB"`):
-            The initialisation scheme, in any case: a name of `peft_prompt_ext.available_inits()`.
+            The initialisation scheme: a name from `peft_prompt_ext.available_inits()`, in upper or lower case.
         prompt_tuning_init_kwargs (`dict`, *optional*):
-            The scheme's arguments, checked against its signature when the config is built.
+            The scheme's arguments; checked against its signature.
         prompt_tuning_init_seed (`int`, defaults to 0):
-            Seed of the initialisation. The same seed gives the same prompt, whatever the global random state.
+            The seed of the initialisation; independent of the global random state.
         prompt_tuning_init_text (`str`, *optional*):
-            The text for `TEXT`, alone or as a fallback.
+            The text for `TEXT`, used alone or as a fallback.
         shared_prefix (`bool`, defaults to `True`):
-            Run a batch as one packed sequence, the prompt once for all rows and no pads, where the base model allows
-            it (`peft_prompt_ext.engine_status(model)` tells). The results are the same.
+            Run a batch as one packed sequence: the prompt once, no pads. The results are the same. Where the base
+            model does not allow it, PEFT's path is used; see `peft_prompt_ext.engine_status(model)`.
         shared_prefix_probe (`bool`, defaults to `True`):
-            Before the first packed batch compare a small one with the base model's own results, and refuse to pack if
-            they differ.
+            Before the first packed batch, compare a small one with the base model's own results. If they differ, use
+            PEFT's path.
         train_logits (`str`, defaults to `"all"`):
-            `"all"`: logits as PEFT's, [B, P+T, V]. `"supervised"`: while training, the head runs only where a label
-            is predicted, and `logits` are [1, L, V], in the order of the L labels. The loss is the same. Without
-            labels (a Trainer keeps them for its label smoothing or `compute_loss_func`) logits are as with `"all"`.
-            Only a packed causal language model can leave logits out.
+            `"all"`: logits [B, P+T, V], as in PEFT. `"supervised"`: in training, the head runs only where a label is
+            predicted; `logits` are [1, L, V], in the order of the L labels. The loss is the same. Only packed batches
+            of a causal language model with `labels` have fewer logits; a Trainer with label smoothing or a
+            `compute_loss_func` passes no labels.
         virtual_columns (`bool`, defaults to `True`):
-            Outputs of each token have columns for the virtual tokens too, [B, P+T, ...], as PEFT's. `False`: for the
-            text alone, [B, T, ...], as the base model's, for pooling and metrics that count the text's columns;
-            `logits_to_keep` names those as well. Attention weights have all columns in any case.
+            `True`: outputs per token include the virtual tokens, [B, P+T, ...], as in PEFT. `False`: they are those of
+            the text, [B, T, ...], as in the base model, and `logits_to_keep` counts the same columns. Attention
+            weights always have all columns.
         tokenizer_name_or_path (`str`, *optional*):
             The tokenizer that schemes use; by default the base model's own.
         tokenizer_kwargs (`dict`, *optional*):
             Keyword arguments for `AutoTokenizer.from_pretrained`. `trust_remote_code` is refused.
 
     Raises:
-        ValueError: A value that cannot work; says what was wanted and what came.
+        ValueError: A value is invalid.
 
     Example:
     ```py
@@ -72,7 +72,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
     num_virtual_tokens: int = field(default=20, metadata={"help": "Number of virtual tokens"})
     prompt_tuning_init: str = field(
         default="SAMPLE_VOCAB",
-        metadata={"help": "How to initialize the prompt: a name of peft_prompt_ext.available_inits(), in any case"},
+        metadata={"help": "The initialization scheme of the prompt: a name from peft_prompt_ext.available_inits()"},
     )
     prompt_tuning_init_kwargs: dict[str, Any] | None = field(
         default=None, metadata={"help": "The arguments of the initialization scheme"}
@@ -84,22 +84,22 @@ class PromptTuningExtConfig(PromptTuningConfig):
         default=True, metadata={"help": "Run a batch as one packed sequence that holds the prompt once"}
     )
     shared_prefix_probe: bool = field(
-        default=True, metadata={"help": "Compare a small packed batch with the base model before the first one"}
+        default=True, metadata={"help": "Check packing on a small batch before the first packed batch"}
     )
     train_logits: str = field(
-        default="all", metadata={"help": "Where the head runs in training: 'all' or 'supervised' positions"}
+        default="all", metadata={"help": "Positions where the head runs in training: 'all' or 'supervised'"}
     )
 
     virtual_columns: bool = field(
-        default=True, metadata={"help": "Whether outputs of each token have columns for the virtual tokens too"}
+        default=True, metadata={"help": "Whether outputs per token include the virtual tokens"}
     )
 
     def __post_init__(self) -> None:
-        # PromptTuningConfig's own checks ask TEXT for a tokenizer name, which here defaults to the base model's, and
-        # refuse tokenizer_kwargs for every other scheme.
+        # PromptTuningConfig's own checks require a tokenizer name for TEXT, where the base model's is the default
+        # here, and refuse tokenizer_kwargs for every other scheme.
         super(PromptTuningConfig, self).__post_init__()
-        # What the scheme chose; None where nobody knows. And which word embeddings the prompt is for; see
-        # `inits.fingerprint`. No fields: PEFT writes every field into adapter_config.json.
+        # What the scheme drew (None: unknown), and the fingerprint of the word embeddings. Not dataclass fields,
+        # because PEFT writes every field into adapter_config.json.
         self.init_record: dict[str, Any] | None = {}
         self.base_fingerprint: dict[str, Any] | None = None
         self.peft_type = PeftType.PROMPT_TUNING
@@ -108,15 +108,15 @@ class PromptTuningExtConfig(PromptTuningConfig):
         self.check_init()
         self._check_engine()
         if self.num_transformer_submodules is None:
-            # PEFT would make two prompts for an encoder-decoder and read only the first of them
+            # PEFT would make two prompts for an encoder-decoder and read only the first
             self.num_transformer_submodules = 1
 
     def _check_sizes(self) -> None:
         if self.task_type is None:
-            raise ValueError(f"task_type is needed, got None. Set one of: {', '.join(TaskType)}.")
+            raise ValueError(f"task_type is required, got None. Set one of: {', '.join(TaskType)}.")
         for name, least in (("num_virtual_tokens", 1), ("prompt_tuning_init_seed", 0)):
             value = getattr(self, name)
-            # 2**63 - 1 is the largest seed of a torch.Generator, and more than any prompt
+            # 2**63 - 1 is the largest seed of a torch.Generator
             if not isinstance(value, int) or isinstance(value, bool) or not least <= value < 2**63:
                 raise ValueError(f"{name} ({value!r}) must be a whole number, {least} or more, below 2**63.")
 
@@ -126,12 +126,12 @@ class PromptTuningExtConfig(PromptTuningConfig):
             raise ValueError(f"tokenizer_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
         if kwargs and kwargs.get("trust_remote_code"):
             raise ValueError(
-                "tokenizer_kwargs asks for trust_remote_code=True: an adapter's config must not run code. Save the "
-                "tokenizer to a folder yourself and set tokenizer_name_or_path to it."
+                "tokenizer_kwargs has trust_remote_code=True, but an adapter's config must not run code. Save the "
+                "tokenizer to a folder yourself and set tokenizer_name_or_path to that folder."
             )
 
     def check_init(self) -> None:
-        """Raise ValueError unless the scheme is known and its arguments can work."""
+        """Raise ValueError unless the scheme is known and its arguments are valid."""
         init = self.prompt_tuning_init
         self.prompt_tuning_init = str(init.value if isinstance(init, Enum) else init).upper()
         scheme = get_scheme(self.prompt_tuning_init)
@@ -139,7 +139,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         if kwargs is not None and not isinstance(kwargs, dict):
             raise ValueError(f"prompt_tuning_init_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
         if kwargs and "labels" in kwargs:
-            # a datasets.ClassLabel, or what can be read only once, becomes a list of texts
+            # a datasets.ClassLabel or an iterator becomes a list of texts
             kwargs = self.prompt_tuning_init_kwargs = {**kwargs, "labels": label_names(kwargs["labels"])}
         scheme.validate(self.prompt_tuning_init, self.num_virtual_tokens, kwargs or {})
         text = self.prompt_tuning_init_text
@@ -161,7 +161,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         return "TEXT" in (self.prompt_tuning_init, str(fallback).upper())
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields that stock PEFT knows, so that an adapter loads where this plugin is not installed."""
+        """Return the fields of stock PEFT, so that an adapter loads without this plugin."""
         stock = {f.name: getattr(self, f.name) for f in fields(PromptTuningConfig)}
         if self.prompt_tuning_init == "TEXT":
             # PromptTuningConfig refuses TEXT without a tokenizer name
@@ -173,9 +173,9 @@ class PromptTuningExtConfig(PromptTuningConfig):
         return stock
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
-        """Write what stock PEFT knows into `adapter_config.json`, and all of the plugin's into `prompt_init.json`.
+        """Write the fields of stock PEFT to `adapter_config.json` and those of the plugin to `prompt_init.json`.
 
-        There is no record of a prompt that stock PEFT made.
+        A prompt that stock PEFT made has no `prompt_init.json`.
         """
         super().save_pretrained(str(save_directory), **kwargs)
         if self.init_record is not None:
@@ -185,7 +185,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
     def from_pretrained(
         cls, pretrained_model_name_or_path: str | Path, subfolder: str | None = None, **kwargs: Any
     ) -> PromptTuningExtConfig:
-        """Read the config of a saved prompt-tuning adapter, together with the plugin's record if there is one.
+        """Read the config of a saved prompt-tuning adapter, and its record if it has one.
 
         Args:
             pretrained_model_name_or_path: Folder or Hub id of an adapter saved by this plugin or by stock PEFT.
@@ -193,7 +193,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
             **kwargs: Passed to `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: There is no adapter config, or it is not prompt tuning.
+            ValueError: The adapter has no config, or it is not a prompt-tuning adapter.
         """
         name = str(pretrained_model_name_or_path)
         stock = PromptTuningConfig.from_pretrained(name, subfolder=subfolder, **kwargs)
@@ -203,10 +203,9 @@ class PromptTuningExtConfig(PromptTuningConfig):
 
     @classmethod
     def from_stock(cls, stock: PromptTuningConfig, record: dict[str, Any] | None) -> PromptTuningExtConfig:
-        """Build the config of a saved adapter from PEFT's half and the plugin's record.
+        """Build the config of a saved adapter from PEFT's config and the plugin's record.
 
-        The record tells how the prompt began. What it says is kept as it is and not checked again: a label list or a
-        source folder may be gone, and nothing is initialised a second time.
+        The initialisation arguments are not checked again: a source folder may be gone, and nothing is initialised.
         """
         config = cls(task_type=stock.task_type or TaskType.CAUSAL_LM, num_virtual_tokens=stock.num_virtual_tokens)
         for f in fields(PromptTuningConfig):

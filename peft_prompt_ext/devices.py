@@ -1,4 +1,4 @@
-"""Where a module computes, also where accelerate keeps its weights elsewhere (in memory, on a disk) between passes."""
+"""The device that a module computes on, also if accelerate offloads its weights to memory or disk."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ import torch
 
 
 def device_of(module: Any) -> torch.device:
-    """Device that a module computes on: its weights', or the one that accelerate's hook brings them to.
+    """Device that a module computes on: its weight's, or the one that accelerate's hook loads the weight to.
 
-    The device of weights that have no data, and no hook that would bring them, is meta.
+    It is meta for a weight without data and without a hook.
     """
-    device = module.weight.device  # a replica of DataParallel has no parameters
+    device = module.weight.device  # not parameters(): a replica of DataParallel has none
     if device.type != "meta":
         return device
     hook = getattr(module, "_hf_hook", None)
-    for one in getattr(hook, "hooks", [hook]):  # a SequentialHook has several
-        brings_to = getattr(one, "execution_device", None)
-        if brings_to is not None:
-            return torch.device(brings_to)
+    for part in getattr(hook, "hooks", [hook]):  # a SequentialHook has several
+        execution_device = getattr(part, "execution_device", None)
+        if execution_device is not None:
+            return torch.device(execution_device)
     return device
 
 
-def bring_back(model: Any, names: Sequence[str]) -> None:
-    """Give offloaded heads that are to be trained their weights for good: those of a single pass get no gradient."""
+def load_offloaded(model: Any, names: Sequence[str]) -> None:
+    """Load offloaded modules that will be trained: weights that a hook loads for one pass get no gradient."""
     for name, module in model.named_modules():
         hook = getattr(module, "_hf_hook", None)
-        named = any(f".{wanted}." in f".{name}." for wanted in names)
-        if not named or hook is None or not any(weight.is_meta for weight in module.parameters(recurse=False)):
+        is_named = any(f".{wanted}." in f".{name}." for wanted in names)
+        if not is_named or hook is None or not any(weight.is_meta for weight in module.parameters(recurse=False)):
             continue
         from accelerate.hooks import remove_hook_from_module
 
@@ -42,8 +42,8 @@ def bring_back(model: Any, names: Sequence[str]) -> None:
 
 
 @contextmanager
-def left_dispatched(model: Any) -> Iterator[None]:
-    """Keep PEFT from taking an offloaded model apart and dispatching it anew: beside it a prompt needs no room."""
+def keep_dispatched(model: Any) -> Iterator[None]:
+    """Keep PEFT from dispatching an offloaded model again; a prompt needs no extra memory."""
     device_map = model.__dict__.pop("hf_device_map", None)
     try:
         yield

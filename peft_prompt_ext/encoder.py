@@ -1,4 +1,4 @@
-"""The soft prompt itself: PEFT's PromptEmbedding, filled by an initialisation scheme."""
+"""The soft prompt: PEFT's PromptEmbedding, filled by an initialisation scheme."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from .sizes import token_dim
 
 class PromptEmbedding(peft.PromptEmbedding):
     """
-    The model to encode virtual tokens into prompt embeddings; stock configs get stock behaviour.
+    Encodes virtual tokens as prompt embeddings; stock configs get stock behaviour.
 
     Args:
         config ([`PromptTuningExtConfig`] or [`~peft.PromptTuningConfig`]): The configuration of the prompt embedding.
-        word_embeddings (`torch.nn.Module`): The word embeddings of the base transformer model.
+        word_embeddings (`torch.nn.Module`): The word embeddings of the base model.
 
     Raises:
-        ValueError: There are no word embeddings, or `token_dim` is not their width; the scheme cannot work with this
-            model or tokenizer, or returned something else than finite numbers of shape [P, H].
+        ValueError: There are no word embeddings, or `token_dim` is not their width; the scheme does not work with this
+            model or tokenizer, or did not return finite numbers of shape [P, H].
 
     Input Shape: (`batch_size`, `total_virtual_tokens`)
 
@@ -37,34 +37,34 @@ class PromptEmbedding(peft.PromptEmbedding):
             return
         if word_embeddings is None:
             raise ValueError(
-                "PEFT found no word embeddings in the base model: none of its parameters has config.vocab_size rows. "
-                "Prompt tuning needs a transformers model with word embeddings."
+                "The base model has no word embeddings: none of its parameters has config.vocab_size rows. Prompt "
+                "tuning needs a transformers model with word embeddings."
             )
         config.token_dim = token_dim(config, word_embeddings)
-        # PEFT's __init__ would draw N(0, 1) from the global random state, then run its own schemes
+        # PEFT's __init__ would draw from the global random state and run its own schemes
         super(peft.PromptEmbedding, self).__init__()
         if config.inference_mode:
-            prompt = torch.zeros(config.num_virtual_tokens, config.token_dim)  # the saved prompt is loaded over it
+            prompt = torch.zeros(config.num_virtual_tokens, config.token_dim)  # replaced by the saved prompt
         else:
-            prompt = initial_prompt(config, word_embeddings)
+            prompt = initialize_prompt(config, word_embeddings)
         self.embedding = torch.nn.Embedding.from_pretrained(
             prompt.repeat(config.num_transformer_submodules or 1, 1), freeze=False
         )
 
 
 def _check_width(config: peft.PromptTuningConfig, word_embeddings: Any) -> None:
-    """Refuse a saved prompt that the text's embeddings cannot stand behind, before it is loaded."""
+    """Raise ValueError if a saved prompt is not as wide as the word embeddings."""
     width = getattr(word_embeddings, "embedding_dim", config.token_dim)
     if config.token_dim != width:
         raise ValueError(
-            f"The prompt was trained for word embeddings of width {config.token_dim} (of "
-            f"{config.base_model_name_or_path!r}), those of this base model have {width}. Load it with the base model "
+            f"The prompt was trained for word embeddings of width {config.token_dim} "
+            f"({config.base_model_name_or_path!r}); this base model has {width}. Load the prompt with the base model "
             "that it was trained on."
         )
 
 
-def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> torch.Tensor:
-    """Run the config's scheme, check what comes out, and keep the record of what was chosen in the config.
+def initialize_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> torch.Tensor:
+    """Run the config's scheme, check the result, and store the scheme's record in the config.
 
     Returns:
         [P, H], float32, on the CPU.
@@ -72,17 +72,17 @@ def initial_prompt(config: PromptTuningExtConfig, word_embeddings: torch.nn.Modu
     Raises:
         ValueError: See [`PromptEmbedding`].
     """
-    config.check_init()  # a config that was read from a file has not been checked
+    config.check_init()  # a config from a file has not been checked
     generator = torch.Generator().manual_seed(config.prompt_tuning_init_seed)
     ctx = InitContext(config=config, word_embeddings=word_embeddings, generator=generator)
     prompt = get_scheme(config.prompt_tuning_init).function(ctx, **(config.prompt_tuning_init_kwargs or {}))
     wanted = (config.num_virtual_tokens, config.token_dim)
     if tuple(prompt.shape) != wanted:
         raise ValueError(
-            f"prompt_tuning_init={config.prompt_tuning_init!r} gave a prompt of shape {tuple(prompt.shape)}, "
-            f"the model needs [P, H] = {wanted}: one vector for each virtual token, as wide as a word's."
+            f"prompt_tuning_init={config.prompt_tuning_init!r} returned a prompt of shape {tuple(prompt.shape)}; "
+            f"the model needs [P, H] = {wanted}: one vector for each virtual token, as wide as a word embedding."
         )
     if not torch.isfinite(prompt).all():
-        raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} gave NaN or infinite numbers.")
+        raise ValueError(f"prompt_tuning_init={config.prompt_tuning_init!r} returned NaN or infinite numbers.")
     config.init_record = ctx.record
     return prompt.detach().to(device="cpu", dtype=torch.float32).clone()

@@ -1,3 +1,3 @@
-"""The label that losses leave out."""
+"""The label that losses ignore."""
 
-IGNORE_INDEX = -100  # of torch.nn.CrossEntropyLoss, and so of every model of transformers
+IGNORE_INDEX = -100  # the default of torch.nn.CrossEntropyLoss

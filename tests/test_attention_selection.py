@@ -86,7 +86,7 @@ def test_right_attentions_pass_the_proof(monkeypatch, name, dtype):
 
 
 def test_cuda_is_offered_varlen_and_flex_and_a_cpu_sdpa(build_model, monkeypatch):
-    assert select.candidates(torch.device("cuda", 1)) == ("varlen", "flex")
+    assert select.list_candidates(torch.device("cuda", 1)) == ("varlen", "flex")
     monkeypatch.setitem(select.ATTENTIONS, "flex", fails)
     status = engine_status(prompted(build_model("llama"), "CAUSAL_LM"))
     assert (status.attention, "flex" in status.reason) == ("sdpa", False)
@@ -94,15 +94,15 @@ def test_cuda_is_offered_varlen_and_flex_and_a_cpu_sdpa(build_model, monkeypatch
 
 def test_the_environment_decides_what_is_tried(monkeypatch):
     monkeypatch.setenv(select.VARIABLE, "sdpa")
-    assert select.candidates(torch.device("cuda")) == ()
+    assert select.list_candidates(torch.device("cuda")) == ()
     monkeypatch.setenv(select.VARIABLE, "flex")
-    assert select.candidates(CPU) == ("flex",)
+    assert select.list_candidates(CPU) == ("flex",)
 
 
 def test_an_unknown_attention_is_an_error(build_model, monkeypatch):
     monkeypatch.setenv(select.VARIABLE, "flash")
     model = prompted(build_model("llama"), "CAUSAL_LM")
-    with pytest.raises(ValueError, match="it can be 'sdpa' or 'varlen' or 'flex'"):
+    with pytest.raises(ValueError, match="Set it to 'sdpa' or 'varlen' or 'flex'"):
         model(**padded("left", "CAUSAL_LM"))
 
 

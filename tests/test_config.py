@@ -100,7 +100,7 @@ def test_a_seed_that_no_generator_takes_is_refused_before_any_model():
 
 
 def test_a_missing_task_type_is_refused():
-    with pytest.raises(ValueError, match=r"task_type is needed, got None. Set one of: .*CAUSAL_LM"):
+    with pytest.raises(ValueError, match=r"task_type is required, got None. Set one of: .*CAUSAL_LM"):
         PromptTuningExtConfig()
 
 
@@ -116,7 +116,7 @@ def test_an_init_kwarg_that_is_unknown_suggests_the_nearest():
 
 
 def test_an_init_kwarg_for_a_scheme_without_any_is_refused():
-    with pytest.raises(ValueError, match=r"RANDOM has no argument 'scale'\. It takes: none"):
+    with pytest.raises(ValueError, match=r"RANDOM has no argument 'scale'\. Its arguments: none"):
         config("RANDOM", scale=1.0)
 
 
@@ -141,10 +141,10 @@ def test_init_kwargs_must_be_a_dict():
     [
         ([], "labels is empty"),
         ("good", r"must be a list of texts, got one text \('good'\)"),
-        (["good", "bad", "good"], "holds 'good' more than once"),
+        (["good", "bad", "good"], "has 'good' more than once"),
         (["good", " "], "must be a text with words, got ' '"),
         (["good", 3], "must be a text with words, got 3"),
-        (list("abcdefgh"), "8 labels need 8 slots, num_virtual_tokens is 7"),
+        (list("abcdefgh"), "8 labels need 8 slots; num_virtual_tokens is 7"),
     ],
 )
 def test_labels_that_cannot_work_are_refused(labels, message):
@@ -225,7 +225,7 @@ def test_an_unknown_fill_is_refused():
 
 
 def test_a_source_without_a_config_is_refused_before_any_model(tmp_path):
-    with pytest.raises(ValueError, match=r"holds no adapter_config\.json"):
+    with pytest.raises(ValueError, match=r"has no adapter_config\.json"):
         config("TRANSFER", source=tmp_path)
 
 
@@ -249,7 +249,7 @@ def test_a_source_of_another_method_is_refused_before_any_model(tmp_path, build_
 def test_remote_code_is_refused(init, value):
     kwargs = {"trust_remote_code": value}
 
-    with pytest.raises(ValueError, match=r"asks for trust_remote_code=True.*Save the tokenizer to a folder"):
+    with pytest.raises(ValueError, match=r"has trust_remote_code=True.*Save the tokenizer to a folder"):
         PromptTuningExtConfig(task_type="CAUSAL_LM", prompt_tuning_init=init, tokenizer_kwargs=kwargs)
 
 

@@ -139,7 +139,7 @@ def test_further_rows_for_added_tokens_are_the_same_base_model(saved, build_mode
 def test_other_weights_are_warned_of(saved, build_model, architecture, task_type, load):
     folder, base = saved(architecture, task_type), build_model(architecture, task_type, seed=1)
 
-    with pytest.warns(UserWarning, match=rf"'{folder}'.* another base model \(a .*\): its word embeddings are other"):
+    with pytest.warns(UserWarning, match=rf"'{folder}'.* another base model \(a .*\): its word embeddings differ"):
         load(base, folder, task_type)
 
 
@@ -175,7 +175,7 @@ def test_another_width_is_an_error_before_anything_is_loaded(saved, build_model,
     wider = {CHANGES[architecture]: 48, **({"head_dim": 24} if architecture == "llama" else {})}
     base = build_model(architecture, task_type, **wider)
 
-    with pytest.raises(ValueError, match=r"trained for word embeddings of width 24 .* of this base model have 48"):
+    with pytest.raises(ValueError, match=r"trained for word embeddings of width 24 .* this base model has 48"):
         load(base, saved(architecture, task_type), task_type)
 
 
@@ -208,7 +208,7 @@ def test_a_fingerprint_that_is_not_whole_does_not_lose_the_prompt(saved, build_m
         model = PeftModel.from_pretrained(build_model("llama"), folder)
 
     assert prompt_of(model).shape == (5, HIDDEN)
-    assert any("not whole" in str(warning.message) for warning in caught) == bool(broken)
+    assert any("incomplete" in str(warning.message) for warning in caught) == bool(broken)
 
 
 # --- prompts without a fingerprint, where the model scales its embeddings

@@ -92,8 +92,8 @@ def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, slidin
         return
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(flex, "BLOCK", 3)
-        mask = flex.block_mask(layout, queries, sliding_window)
-    seen = reference.visible(layout, sliding_window)[-queries:]
+        mask = flex.make_block_mask(layout, queries, sliding_window)
+    seen = reference.make_mask(layout, sliding_window)[-queries:]
     tiles = torch.nn.functional.pad(seen, (0, -count % 3, 0, -queries % 3)).unfold(0, 3, 3).unfold(1, 3, 3)
     part, whole = dense(mask.kv_num_blocks, mask.kv_indices), dense(mask.full_kv_num_blocks, mask.full_kv_indices)
     assert not (part & whole).any()
@@ -107,7 +107,7 @@ def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, slidin
 def test_a_batch_of_short_rows_leaves_most_blocks_out():
     layout = pack(torch.ones(64, 32), (256,))  # 2 blocks of 128 virtual tokens, 16 of four rows each
 
-    mask = flex.block_mask(layout, 256 + 64 * 32)
+    mask = flex.make_block_mask(layout, 256 + 64 * 32)
 
     assert mask.full_kv_num_blocks.sum() == 1 + 16 * 2  # what is behind in the prompt; for each text the prompt
     assert mask.kv_num_blocks.sum() == 2 + 16  # the diagonal
@@ -163,8 +163,8 @@ def test_classifiers_give_each_rows_own_results(build_model, flex_first):
 
 
 def test_a_batch_is_laid_out_in_blocks_once_for_each_window_not_for_each_layer(build_model, flex_first, monkeypatch):
-    made, block_mask = [], flex.block_mask
-    monkeypatch.setattr(flex, "block_mask", lambda *args: made.append(args[1:]) or block_mask(*args))
+    made, make_block_mask = [], flex.make_block_mask
+    monkeypatch.setattr(flex, "make_block_mask", lambda *args: made.append(args[1:]) or make_block_mask(*args))
     model = prompted(build_model("gemma2", num_hidden_layers=5), "CAUSAL_LM")
     engine_status(model)
     made.clear()

@@ -263,7 +263,7 @@ def test_ways_that_are_not_known_to_be_right_are_refused_by_name(pair, options, 
 def test_a_generate_that_the_base_model_has_of_its_own_is_refused(pair):
     model, _ = pair()
     model.get_base_model().generate = lambda ids, **kwargs: ids
-    with pytest.raises(NotImplementedError, match="LlamaForCausalLM has of its own"):
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM's own generate"):
         model.generate(text(1), **OPTIONS)
 
 
@@ -289,7 +289,7 @@ def test_candidates_from_elsewhere_are_refused(pair, monkeypatch):
 def test_a_cache_that_cannot_be_made_here_is_refused(pair, architecture, backend):
     model, _ = pair(architecture)  # two packages are not here, and windows cannot be quantized
     options = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
-    with pytest.raises(ValueError, match="cache_implementation='quantized' cannot be made here") as refused:
+    with pytest.raises(ValueError, match="cache_implementation='quantized' could not be created") as refused:
         model.generate(text(1), **options, **OPTIONS)
     assert "peft_prompt_ext" in str(refused.traceback[-1].path)
 
@@ -728,7 +728,7 @@ def test_a_cache_with_a_prompt_is_refused_without_the_adapter(pair):
     with model.disable_adapter():
         refuses(model, cache, "the adapter is disabled")
         own = loop(model, text(), steps=1)[1]
-    refuses(model, own, "did not put behind its prompt")
+    refuses(model, own, "of another model, without the prompt")
     with model.disable_adapter():
         assert loop(model, text())[0] == new_tokens(model, text()) == new_tokens(base, text())
 

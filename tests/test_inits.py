@@ -166,7 +166,7 @@ def test_a_registered_scheme_works_and_its_kwargs_are_checked(make):
 
 @pytest.mark.parametrize(
     ("result", "message"),
-    [(torch.zeros(HIDDEN, SIZE), r"shape \(24, 7\).*\(7, 24\)"), (torch.full((SIZE, HIDDEN), torch.nan), "gave NaN")],
+    [(torch.zeros(HIDDEN, SIZE), r"shape \(24, 7\).*\(7, 24\)"), (torch.full((SIZE, HIDDEN), torch.nan), "returned NaN")],
 )
 def test_a_scheme_that_returns_something_else_is_refused(make, result, message):
     register_init("WRONG")(lambda ctx: result)
@@ -253,7 +253,7 @@ def test_without_a_tokenizer_every_row_but_padding_may_be_drawn(build_model):
     base = build_model("llama")
     config = PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=VOCAB_ROWS - 1)
 
-    with pytest.warns(UserWarning, match=f"sampling from all {VOCAB_ROWS} embedding rows"):
+    with pytest.warns(UserWarning, match=f"sampled from all {VOCAB_ROWS} embedding rows"):
         model = get_peft_model(base, config)
 
     padding = base.get_input_embeddings().padding_idx
@@ -299,7 +299,7 @@ def test_nothing_is_unpickled(make, source, tmp_path):
     (folder / "adapter_model.safetensors").unlink()
     torch.save({"prompt_embeddings": RunsWhenUnpickled(tmp_path / "ran")}, folder / "adapter_model.bin")
 
-    with pytest.raises(ValueError, match=r"holds no adapter_model\.safetensors"):
+    with pytest.raises(ValueError, match=r"has no adapter_model\.safetensors"):
         make("TRANSFER", size=3, **source)
 
     assert not (tmp_path / "ran").exists()

@@ -67,7 +67,7 @@ def test_the_oracle_sees_the_own_prompt_and_the_own_text_causally_and_nothing_el
     layout, mask = case
     begins = torch.tensor([[data.draw(st.booleans()) for _ in row] for row in mask])
     layout = pack(mask, layout.prompt_lengths, layout.prompt_of_row, begins)
-    seen, places = reference.visible(layout), places_of(layout)
+    seen, places = reference.make_mask(layout), places_of(layout)
     starts = torch.tensor([0, *layout.prompt_lengths]).cumsum(0).tolist()
     for row, real in enumerate(mask):
         number, text = int(layout.prompt_of_row[row]), set()

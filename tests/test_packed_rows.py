@@ -104,7 +104,7 @@ def test_where_the_engine_cannot_several_texts_in_a_row_are_refused(build_model)
     model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=False)
     with pytest.raises(ValueError, match="position_ids"):
         model(**flattened())
-    with pytest.raises(ValueError, match="packed row"):
+    with pytest.raises(ValueError, match="hold several texts"):
         model(**flattened(return_flash_attn_kwargs=True, return_position_ids=False))
     classifier = prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS")
     batch = flattened()

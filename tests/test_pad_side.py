@@ -71,7 +71,7 @@ def test_the_side_is_that_of_what_the_classifier_reads(architecture, side):
 def test_a_model_that_sees_pads_says_so_once(architecture, task_type):
     model, ids, mask = prompted(build(architecture, task_type), task_type), ids_of(), torch.tensor(MASKS["right"])
 
-    with pytest.warns(UserWarning, match=r"For(Sequence|Token)Classification sees pads .* one length"):
+    with pytest.warns(UserWarning, match=r"For(Sequence|Token)Classification does not mask pads .* one length"):
         model(input_ids=ids, attention_mask=mask)
 
     with warnings.catch_warnings():

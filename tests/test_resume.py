@@ -236,7 +236,7 @@ def test_a_prompt_without_the_weights_of_a_new_head_is_warned_of(without_head, t
     stock = get_peft_model(load(), PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=5))
     stock.save_pretrained(tmp_path / "stock")
 
-    with pytest.warns(UserWarning, match=r"has no weights for pooler, and the base model's checkpoint had none"):
+    with pytest.warns(UserWarning, match=r"has no weights for pooler, and neither has the base model's checkpoint"):
         PeftModel.from_pretrained(load(), tmp_path / "stock")
     with pytest.warns(UserWarning, match=r"has no weights for pooler"):
         prompted(load(), "SEQ_CLS").load_adapter(tmp_path / "stock", "second")
@@ -246,7 +246,7 @@ def test_an_output_table_that_is_new_is_warned_of_unless_it_is_saved(build_model
     build_model("llama", tie_word_embeddings=False).model.save_pretrained(tmp_path)
     load = lambda: AutoModelForCausalLM.from_pretrained(tmp_path)  # noqa: E731
 
-    with pytest.warns(UserWarning, match=r"lm_head is not as its checkpoint has it: it is new, or was resized"):
+    with pytest.warns(UserWarning, match=r"lm_head differs from its checkpoint: it is new, or was resized"):
         prompted(load(), "CAUSAL_LM")
     model = prompted(load(), "CAUSAL_LM", modules_to_save=["lm_head"])
 
@@ -276,7 +276,7 @@ def test_what_is_trained_and_not_saved_is_warned_of(build_model, tmp_path):
     model = prompted(build_model("llama"), "CAUSAL_LM")
     model.get_base_model().model.norm.weight.requires_grad = True
 
-    with pytest.warns(UserWarning, match=r"model\.norm\.weight can be trained and belong to no adapter"):
+    with pytest.warns(UserWarning, match=r"model\.norm\.weight can be trained but belong to no adapter"):
         model.save_pretrained(tmp_path)
 
 

@@ -6,12 +6,12 @@ from transformers.modeling_outputs import ModelOutput
 
 from peft_prompt_ext.peft_models.tokens import (
     IGNORE_INDEX,
-    OF_VIRTUAL_TOKENS,
+    VIRTUAL_TOKEN_VALUES,
     check_mask,
-    column_behind,
     cut_prompt,
-    positions_behind,
     put_back,
+    shift_column,
+    shift_positions,
     widen,
 )
 
@@ -28,7 +28,7 @@ COLUMNS = torch.arange(W).expand(B, W)
 
 
 def widened(**arguments):
-    return widen(arguments, {**OF_VIRTUAL_TOKENS, "labels": IGNORE_INDEX}, set(), (B, T), P)
+    return widen(arguments, {**VIRTUAL_TOKEN_VALUES, "labels": IGNORE_INDEX}, set(), (B, T), P)
 
 
 @pytest.mark.parametrize(
@@ -72,14 +72,14 @@ def test_an_unknown_argument_as_long_as_the_text_is_refused_by_name(shape):
 def test_arguments_of_something_else_are_left_alone(name, value):
     arguments = {name: value}
 
-    assert widen(arguments, OF_VIRTUAL_TOKENS, set(), (B, T), P) == {}
+    assert widen(arguments, VIRTUAL_TOKEN_VALUES, set(), (B, T), P) == {}
     assert arguments == {name: value}
 
 
 def test_labels_of_rows_are_left_alone_also_where_they_are_as_many_as_the_tokens():
     arguments = {"labels": torch.ones(B, T)}
 
-    assert widen(arguments, OF_VIRTUAL_TOKENS, {"labels"}, (B, T), P) == {} and list(arguments) == ["labels"]
+    assert widen(arguments, VIRTUAL_TOKEN_VALUES, {"labels"}, (B, T), P) == {} and list(arguments) == ["labels"]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_mask_that_is_not_one_value_a_token_is_refused(mask):
 def test_positions_that_count_on_count_on_from_the_prompt():
     counted = torch.tensor([[1, 1, 1, 0, 1, 2, 3], [0, 1, 2, 3, 4, 5, 6], [1, 4, 5, 1, 1, 6, 1]])  # 1 at pads
 
-    wide = positions_behind(counted, MASK, B, P)
+    wide = shift_positions(counted, MASK, B, P)
 
     for row, real in enumerate(WIDE_MASK.bool()):
         start = 4 if row == 2 else 0
@@ -107,24 +107,24 @@ def test_positions_that_count_on_count_on_from_the_prompt():
 )
 def test_positions_that_do_not_count_on_are_refused(positions):
     with pytest.raises(ValueError, match="one by one"):
-        positions_behind(torch.tensor([positions]), None, B, P)
+        shift_positions(torch.tensor([positions]), None, B, P)
 
 
 def test_positions_of_three_axes_are_refused():
     with pytest.raises(ValueError, match=r"position_ids \[3, 3, 7\]"):
-        positions_behind(torch.arange(T).expand(3, B, T), None, B, P)
+        shift_positions(torch.arange(T).expand(3, B, T), None, B, P)
 
 
 @pytest.mark.parametrize("order", [None, ORDER])
 def test_a_column_stands_where_its_token_went(order):
     column = torch.tensor([3, 0, 5])
 
-    behind = column_behind(column, P, order)
+    behind = shift_column(column, P, order)
 
     seen = COLUMNS if order is None else order
     assert seen.gather(1, behind[:, None])[:, 0].tolist() == (column + P).tolist()
-    assert column_behind(torch.tensor([T, T, 99]), P, order).tolist() == [W, W, 99 + P]
-    assert column_behind(torch.tensor([-1, -1, -1]), P, None).tolist() == [P] * B  # as transformers reads it
+    assert shift_column(torch.tensor([T, T, 99]), P, order).tolist() == [W, W, 99 + P]
+    assert shift_column(torch.tensor([-1, -1, -1]), P, None).tolist() == [P] * B  # as transformers reads it
 
 
 # --- outputs

@@ -98,7 +98,7 @@ def test_a_population_is_counted_over_a_corpus(make, tokenizer, tmp_path, form):
 
 @pytest.mark.parametrize("corpus", [None, ["great film"]])
 def test_a_population_larger_than_what_can_be_drawn_is_refused(make, corpus):
-    with pytest.raises(ValueError, match=r"population \(5000\) is larger than what can be drawn"):
+    with pytest.raises(ValueError, match=r"population \(5000\) is too large"):
         make("SAMPLE_VOCAB", population=5000, corpus=corpus)
 
 
@@ -177,7 +177,7 @@ def test_a_long_text_warns_what_was_cut(make, tokenizer):
     ids = tokenizer("great film and terrible acting")["input_ids"]
     cut = tokenizer.decode(ids[2:])
 
-    with pytest.warns(UserWarning, match=rf"has {len(ids)} tokens for num_virtual_tokens=2; cut off: '{cut}'"):
+    with pytest.warns(UserWarning, match=rf"has {len(ids)} tokens, more than num_virtual_tokens=2; cut off: '{cut}'"):
         model = make("TEXT", size=2, text="great film and terrible acting")
 
     assert torch.equal(prompt_of(model), rows(model, ids[:2]))
@@ -191,9 +191,9 @@ def test_a_text_that_tokenises_to_nothing_is_refused(make, tokenizer_folder, tmp
     tokenizer.backend_tokenizer.normalizer = Replace("x", "")
     tokenizer.save_pretrained(tmp_path / "empty")
 
-    with pytest.raises(ValueError, match=r"prompt_tuning_init_text \('xx'\) tokenises to nothing"):
+    with pytest.raises(ValueError, match=r"prompt_tuning_init_text \('xx'\) has no tokens"):
         make("TEXT", text="xx", tokenizer=str(tmp_path / "empty"))
-    with pytest.raises(ValueError, match="the label 'xx' tokenises to nothing"):
+    with pytest.raises(ValueError, match="no token for the label 'xx'"):
         make("CLASS_LABELS", labels=["great", "xx"], tokenizer=str(tmp_path / "empty"))
 
 
@@ -236,5 +236,5 @@ def test_the_fallback_may_be_any_scheme(make):
 
 
 def test_a_label_that_is_unknown_to_the_vocabulary_is_refused(make, word_piece):
-    with pytest.raises(ValueError, match="the label 'zzz' tokenises to nothing that the vocabulary knows"):
+    with pytest.raises(ValueError, match="the vocabulary has no token for the label 'zzz'"):
         make("CLASS_LABELS", labels=["great", "zzz"], tokenizer=word_piece)

@@ -1,4 +1,4 @@
-"""Initialisation schemes for the soft prompt, one a file; the imports below are the table of contents."""
+"""Initialisation schemes for the soft prompt, one per file."""
 
 from . import class_labels, random, random_uniform, sample_vocab, text, transfer
 from .base import InitContext, available_inits, get_scheme, register_init

@@ -1,4 +1,4 @@
-"""The registry of initialisation schemes and what a scheme gets to see. No scheme lives here.
+"""The registry of initialisation schemes, and the context that a scheme gets.
 
 Shapes: P virtual tokens, H hidden size of the word embeddings (`token_dim`), n any number of tokens.
 """
@@ -30,14 +30,14 @@ Check = Callable[..., None]
 
 @dataclass(frozen=True)
 class InitContext:
-    """What an initialisation scheme works with.
+    """The input of an initialisation scheme.
 
     Attributes:
-        config: The adapter's config; its kwargs have been checked already.
-        word_embeddings: The base model's embedding module, maps ids [n] to rows [n, H].
-        generator: The only source of randomness a scheme may use; lives on the CPU, so that a seed gives the same
-            bits on every machine.
-        record: Filled by the scheme with what it chose (ids, texts, sources); saved beside the adapter.
+        config: The adapter's config; its kwargs are valid.
+        word_embeddings: The base model's embedding module; maps ids [n] to rows [n, H].
+        generator: The only source of randomness that a scheme may use. It is on the CPU, so that a seed gives the
+            same bits on every machine.
+        record: The scheme writes its ids, texts and sources here; saved in `prompt_init.json`.
     """
 
     config: PromptTuningExtConfig
@@ -57,11 +57,11 @@ class InitContext:
 
     @property
     def num_embeddings(self) -> int:
-        """Rows of the embedding table, which may be more than the tokenizer has tokens."""
+        """Rows of the embedding table; may be more than the tokenizer's tokens."""
         return int(self.word_embeddings.num_embeddings)  # type: ignore[arg-type]
 
     def embed(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Look up rows *through the embedding module*, which may scale them (Gemma) or hold them sharded (ZeRO-3).
+        """Look up rows through the embedding module, which may scale them (Gemma) or shard them (ZeRO-3).
 
         Args:
             token_ids: n ids.
@@ -70,7 +70,7 @@ class InitContext:
             Rows [n, H], float32, on the CPU, without gradient.
 
         Raises:
-            ValueError: The rows have no data because the module is on the meta device.
+            ValueError: The module is on the meta device.
         """
         ids = torch.tensor(list(token_ids), dtype=torch.long, device=device_of(self.word_embeddings))
         with torch.no_grad(), gather_params_ctx(self.word_embeddings.parameters()):
@@ -83,10 +83,10 @@ class InitContext:
 
     @cached_property
     def tokenizer(self) -> PreTrainedTokenizerBase | None:
-        """The tokenizer named by the config, else the base model's own; None if the base model has none.
+        """The tokenizer that the config names, else the base model's own; None if there is none.
 
         Raises:
-            ValueError: `tokenizer_name_or_path` cannot be loaded, or has more tokens than the embedding table.
+            ValueError: `tokenizer_name_or_path` cannot be loaded, or has ids beyond the embedding table.
         """
         from transformers import AutoTokenizer
 
@@ -96,11 +96,11 @@ class InitContext:
             return None
         try:
             tokenizer = AutoTokenizer.from_pretrained(name, **(self.config.tokenizer_kwargs or {}))
-        except Exception as error:  # AutoTokenizer raises many types for "there is no tokenizer here"
+        except Exception as error:  # AutoTokenizer raises many types if there is no tokenizer
             if named:
                 raise ValueError(
-                    f"tokenizer_name_or_path ({named!r}) could not be loaded: {error}. Give a folder or a Hub name "
-                    "that holds the base model's tokenizer."
+                    f"tokenizer_name_or_path ({named!r}) could not be loaded: {error}. Give the folder or Hub name of "
+                    "the base model's tokenizer."
                 ) from error
             return None
         self._check_vocabulary(name, tokenizer)
@@ -108,34 +108,34 @@ class InitContext:
         return tokenizer
 
     def require_tokenizer(self) -> PreTrainedTokenizerBase:
-        """The tokenizer, for a scheme that cannot do without.
+        """Return the tokenizer.
 
         Raises:
-            ValueError: There is none; says how to name one.
+            ValueError: There is none.
         """
         if self.tokenizer is None:
             raise ValueError(
-                f"prompt_tuning_init={self.config.prompt_tuning_init!r} needs a tokenizer, and the base model "
-                f"({self.config.base_model_name_or_path!r}) comes with none. Set tokenizer_name_or_path."
+                f"prompt_tuning_init={self.config.prompt_tuning_init!r} needs a tokenizer, but the base model "
+                f"({self.config.base_model_name_or_path!r}) has none. Set tokenizer_name_or_path."
             )
         return self.tokenizer
 
     def tokenize(self, text: str) -> list[int]:
-        """Ids of `text` alone: no BOS, EOS or any other special token is added.
+        """Tokenize `text` without BOS, EOS or other special tokens.
 
         Raises:
-            ValueError: There is no tokenizer, or the text holds an added token that the model has no row for.
+            ValueError: There is no tokenizer, or the embedding table has no row for an added token in the text.
         """
         ids = self.require_tokenizer()(text, add_special_tokens=False)["input_ids"]
         if max(ids, default=0) >= self.num_embeddings:
             raise ValueError(
-                f"{text!r} holds the token id {max(ids)}, the embedding table has {self.num_embeddings} rows. Call "
-                "model.resize_token_embeddings(len(tokenizer)) for added tokens, or write other words."
+                f"{text!r} has the token id {max(ids)}; the embedding table has {self.num_embeddings} rows. Call "
+                "model.resize_token_embeddings(len(tokenizer)) for added tokens, or use other words."
             )
         return ids
 
     def run(self, name: str, kwargs: Mapping[str, Any] | None = None) -> torch.Tensor:
-        """Run another scheme, as a fallback for the slots that a scheme leaves open. Returns [P, H]."""
+        """Run another scheme, as a fallback for the slots that a scheme does not fill. Returns [P, H]."""
         return SCHEMES[name.upper()].function(self, **(kwargs or {}))
 
     def _check_vocabulary(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -143,15 +143,15 @@ class InitContext:
         largest = max((i for i in tokenizer.get_vocab().values() if i not in added), default=-1)
         if largest >= self.num_embeddings:
             raise ValueError(
-                f"The tokenizer ({name!r}) and the model do not belong together: the tokenizer has ids up to "
-                f"{largest}, the embedding table has {self.num_embeddings} rows. Set tokenizer_name_or_path to the "
-                "model's own tokenizer."
+                f"The tokenizer ({name!r}) does not belong to the model: the tokenizer has ids up to {largest}, the "
+                f"embedding table has {self.num_embeddings} rows. Set tokenizer_name_or_path to the model's own "
+                "tokenizer."
             )
 
 
 @dataclass(frozen=True)
 class InitScheme:
-    """One entry of the registry: the function, and the check of its values that needs no model."""
+    """An entry of the registry: the function, and a check of its arguments that needs no model."""
 
     function: Scheme
     check: Check | None
@@ -168,7 +168,7 @@ class InitScheme:
             if key not in known:
                 raise ValueError(
                     f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{nearest(str(key), known)}. "
-                    f"It takes: {', '.join(known) or 'none'}."
+                    f"Its arguments: {', '.join(known) or 'none'}."
                 )
         missing = [p.name for p in parameters if p.default is p.empty and p.name not in kwargs]
         if missing:
@@ -185,21 +185,21 @@ SCHEMES: dict[str, InitScheme] = {}
 
 
 def register_init(name: str, *, check: Check | None = None) -> Callable[[Scheme], Scheme]:
-    """Register an initialisation scheme under a name that `prompt_tuning_init` then accepts.
+    """Register an initialisation scheme for `prompt_tuning_init`.
 
-    A scheme is one function `(ctx, *, keyword_only_arguments) -> Tensor [P, H]`; its keyword-only arguments are what
-    `prompt_tuning_init_kwargs` may hold.
+    A scheme is a function `(ctx, *, keyword_only_arguments) -> Tensor [P, H]`. `prompt_tuning_init_kwargs` gives its
+    keyword-only arguments.
 
     Args:
-        name: Name in PEFT's UPPER_SNAKE form; stored upper.
-        check: Optional function `(num_virtual_tokens, **kwargs) -> None` that raises `ValueError` on bad values; it
-            gets every argument, defaults included, when the config is built and before any weight is loaded.
+        name: Name in PEFT's UPPER_SNAKE form; stored in upper case.
+        check: Optional function `(num_virtual_tokens, **kwargs) -> None` that raises `ValueError` on bad values. The
+            config calls it with every argument, defaults included, before any weight is loaded.
 
     Returns:
         A decorator that returns the function unchanged.
 
     Raises:
-        ValueError: The name is taken; names both functions.
+        ValueError: The name is registered already.
 
     Example:
         >>> @register_init("ZEROS")
@@ -226,10 +226,10 @@ def available_inits() -> list[str]:
 
 
 def get_scheme(name: str) -> InitScheme:
-    """Look a scheme up by name, in any case.
+    """Look up a scheme by name, in upper or lower case.
 
     Raises:
-        ValueError: Unknown; suggests the nearest and lists all.
+        ValueError: The name is unknown.
     """
     scheme = SCHEMES.get(name.upper())
     if scheme is None:

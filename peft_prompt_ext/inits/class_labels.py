@@ -1,4 +1,4 @@
-"""CLASS_LABELS: a slot for each label, the mean of its sub-token embeddings; a fallback scheme fills the rest."""
+"""CLASS_LABELS: one slot per label, the mean of its token embeddings; a fallback scheme fills the other slots."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ POSITIONS = ("first", "last")
 
 
 def label_names(labels: Any) -> list[str]:
-    """The labels as a list of texts, from an iterable or a `datasets.ClassLabel`.
+    """Convert an iterable or a `datasets.ClassLabel` to a list of texts.
 
     Raises:
-        ValueError: Anything else.
+        ValueError: `labels` is neither.
     """
     names = getattr(labels, "names", labels)
     if isinstance(names, str):
@@ -39,16 +39,16 @@ def _check(
 ) -> None:
     names = label_names(labels)
     if not names:
-        raise ValueError("CLASS_LABELS: labels is empty. Give the text of each class, e.g. labels=['negative', ...].")
+        raise ValueError("CLASS_LABELS: labels is empty. Give one text per class, e.g. labels=['negative', ...].")
     bad = [name for name in names if not isinstance(name, str) or not name.strip()]
     if bad:
         raise ValueError(f"CLASS_LABELS: every label must be a text with words, got {bad[0]!r}.")
     twice = sorted({name for name in names if names.count(name) > 1})
     if twice:
-        raise ValueError(f"CLASS_LABELS: labels holds {twice[0]!r} more than once. Give each label one time.")
+        raise ValueError(f"CLASS_LABELS: labels has {twice[0]!r} more than once. Give each label once.")
     if len(names) > num_virtual_tokens:
         raise ValueError(
-            f"CLASS_LABELS: {len(names)} labels need {len(names)} slots, num_virtual_tokens is {num_virtual_tokens}. "
+            f"CLASS_LABELS: {len(names)} labels need {len(names)} slots; num_virtual_tokens is {num_virtual_tokens}. "
             "Raise num_virtual_tokens or give fewer labels."
         )
     check_choice("CLASS_LABELS: position", position, POSITIONS)
@@ -71,29 +71,29 @@ def class_labels(
     fallback: str = "SAMPLE_VOCAB",
     fallback_kwargs: Mapping[str, Any] | None = None,
 ) -> torch.Tensor:
-    """Slot i is the mean of label i's sub-token embeddings (Lester et al. 2021, section 3.2).
+    """Fill slot i with the mean of label i's token embeddings (Lester et al. 2021, section 3.2).
 
-    Labels are tokenised as written: with a byte-level tokenizer " positive", as it stands inside a sentence, is
-    another token than "positive".
+    Labels are tokenised as written. With a byte-level tokenizer, " positive" (inside a sentence) and "positive" are
+    different tokens.
 
     Args:
         ctx: The context.
         labels: Texts of the classes, or a `datasets.ClassLabel`.
         position: Whether the labels take the "first" or the "last" slots.
-        repeat: Whether the labels are repeated over the whole prompt; the last round may be incomplete.
-        fallback: Scheme that fills the slots without a label (the paper: sampled vocabulary).
+        repeat: Whether the labels are repeated over the whole prompt; the last repetition may be incomplete.
+        fallback: Scheme that fills the slots without a label (in the paper: sampled vocabulary).
         fallback_kwargs: Arguments of that scheme.
 
     Returns:
         [P, H], float32.
 
     Raises:
-        ValueError: A label tokenises to nothing that the vocabulary knows.
+        ValueError: The vocabulary has no token for a label.
     """
     size, names = ctx.num_virtual_tokens, label_names(labels)
     ids = [_label_ids(ctx, name) for name in names]
     means = torch.stack([ctx.embed(i).double().mean(0).float() for i in ids])  # [labels, H]
-    shift = 0 if position == "first" else -size  # so that a full round stands at the chosen end
+    shift = 0 if position == "first" else -size  # the incomplete repetition is at the other end
     order = [(i + shift) % len(names) for i in range(size)] if repeat else list(range(len(names)))
     if len(order) < size:
         rows = ctx.run(fallback, fallback_kwargs)
@@ -111,7 +111,5 @@ def _label_ids(ctx: InitContext, label: str) -> list[int]:
     ids = ctx.tokenize(label)
     unknown = ctx.require_tokenizer().unk_token_id
     if not ids or all(i == unknown for i in ids):
-        raise ValueError(
-            f"CLASS_LABELS: the label {label!r} tokenises to nothing that the vocabulary knows. Give it as words."
-        )
+        raise ValueError(f"CLASS_LABELS: the vocabulary has no token for the label {label!r}. Give words that it has.")
     return ids

@@ -1,4 +1,4 @@
-"""What tells one base model from another in a saved prompt: a few figures of its word embeddings.
+"""The fingerprint of a base model in a saved prompt: a few figures of its word embeddings.
 
 Shapes: P virtual tokens, H hidden size of the word embeddings.
 """
@@ -15,10 +15,10 @@ from peft.utils.integrations import gather_params_ctx
 from .base import InitContext
 
 
-ROWS = 8  # of the table, spread over it
-# The norm of a row in bfloat16 is that in float32 up to a thousandth; another model's is some percent away.
+ROWS = 8  # evenly spaced in the table
+# A row's norm in bfloat16 and in float32 differ by a thousandth at most; norms of another model by some percent.
 TOLERANCE = 5e-3
-# A module that changes the size of its rows by less than this does not scale them.
+# Smaller changes of a row's size do not count as scaling.
 LEAST_SCALE = 1.5
 
 
@@ -26,9 +26,9 @@ def fingerprint(ctx: InitContext, model_type: str | None = None) -> dict[str, An
     """Describe the word embeddings of a base model.
 
     Returns:
-        What `prompt_init.json` holds of them: `model_type`, `vocab_size`, `hidden_size`, and of some rows as they
-        enter the model `embedding_scale`, the root of their mean square, and `row_norms`. None where the table has
-        no data yet, or is no table.
+        For `prompt_init.json`: `model_type`, `vocab_size`, `hidden_size`, and for some rows as they enter the model
+        `embedding_scale` (their root mean square) and `row_norms`. None if the embeddings are no table, or a table
+        without data.
     """
     if not hasattr(ctx.word_embeddings, "num_embeddings"):
         return None
@@ -48,21 +48,21 @@ def fingerprint(ctx: InitContext, model_type: str | None = None) -> dict[str, An
 def check_saved(
     ctx: InitContext, prompt: torch.Tensor, saved: Mapping[str, Any] | None, source: str, model_type: str | None = None
 ) -> None:
-    """Warn of a saved prompt that belongs to another base model, or to another scale of its embeddings.
+    """Warn if a saved prompt belongs to another base model, or to embeddings of another scale.
 
     Args:
-        ctx: Gives the base model's word embeddings.
-        prompt: [P, H], as it was saved.
-        saved: The fingerprint beside it; None: the prompt alone can tell.
-        source: What to call it in the warning.
-        model_type: Of the base model, if it is known.
+        ctx: Has the base model's word embeddings.
+        prompt: [P, H], as saved.
+        saved: Its saved fingerprint; None: only the prompt's scale is checked.
+        source: The prompt's name in the warning.
+        model_type: The base model's type, if known.
     """
     if not hasattr(ctx.word_embeddings, "num_embeddings"):
         return
     try:
-        found = _other_base(ctx, saved, model_type) if saved else _other_scale(ctx, prompt)
+        found = _check_base(ctx, saved, model_type) if saved else _check_scale(ctx, prompt)
     except (AttributeError, KeyError, TypeError):
-        found = "has a fingerprint of its base model that is not whole: whether it is this one is not known."
+        found = "has an incomplete fingerprint of its base model, so it could not be compared with this one."
     except ValueError:  # the base model has no data yet
         return
     if found:
@@ -73,35 +73,35 @@ def _spread(rows: int) -> list[int]:
     return [(2 * i + 1) * rows // (2 * ROWS) for i in range(ROWS)]
 
 
-def _other_base(ctx: InitContext, saved: Mapping[str, Any], model_type: str | None) -> str | None:
-    """What is wrong with the base model for a prompt that has a fingerprint."""
+def _check_base(ctx: InitContext, saved: Mapping[str, Any], model_type: str | None) -> str | None:
+    """Compare the base model with a saved fingerprint. Returns a warning, or None."""
     if len(saved["row_norms"]) != ROWS:
         raise TypeError(f"{len(saved['row_norms'])} norms instead of {ROWS}")
     ids = _spread(saved["vocab_size"])
-    was = f"a {saved.get('model_type') or 'model'} with {saved['vocab_size']} words"
-    trained_on = f"was trained on another base model ({was})"
+    original = f"a {saved.get('model_type') or 'model'} with {saved['vocab_size']} words"
+    trained_on = f"was trained on another base model ({original})"
     if max(ids) >= ctx.num_embeddings:
-        return f"{trained_on}: this one has {ctx.num_embeddings} words. Its results mean nothing here."
+        return f"{trained_on}: this one has {ctx.num_embeddings} words. Results are meaningless."
     now = ctx.embed(ids).double().norm(dim=1)
     then = torch.tensor(saved["row_norms"], dtype=torch.float64)
     factor = float(now.norm() / then.norm())
     if not torch.allclose(now, then * factor, rtol=TOLERANCE, atol=0.0):
-        return f"{trained_on}: its word embeddings are other ones. Its results mean little here."
+        return f"{trained_on}: its word embeddings differ. Results are unreliable."
     if abs(factor - 1) > TOLERANCE:
         return (
-            f"was trained where the embeddings enter the model at another scale: here they are {factor:.4g} times as "
-            f"large, as another version of transformers may have them. Multiply the prompt by {factor:.4g}, or load "
-            "it with the version that it was trained with."
+            f"was trained with embeddings of another scale: here they are {factor:.4g} times as large, perhaps due to "
+            f"another version of transformers. Multiply the prompt by {factor:.4g}, or load it with the version that "
+            "it was trained with."
         )
     if model_type and saved.get("model_type") not in (None, model_type):
-        return f"{trained_on}: this one is a {model_type}. Its results mean little here."
+        return f"{trained_on}: this one is a {model_type}. Results are unreliable."
     return None
 
 
-def _other_scale(ctx: InitContext, prompt: torch.Tensor) -> str | None:
-    """What is wrong with the size of a prompt that has no fingerprint, where the model scales its embeddings.
+def _check_scale(ctx: InitContext, prompt: torch.Tensor) -> str | None:
+    """Compare a prompt's size with embeddings that the model scales. Returns a warning, or None.
 
-    Gemma did so after `inputs_embeds` until transformers 5.4: prompts of that time are small by the square root of H.
+    Until transformers 5.4 Gemma scaled `inputs_embeds`, so older prompts are smaller by the square root of H.
     """
     ids = _spread(ctx.num_embeddings)
     weight: Any = next(ctx.word_embeddings.parameters())
@@ -115,12 +115,12 @@ def _other_scale(ctx: InitContext, prompt: torch.Tensor) -> str | None:
     if abs(torch.tensor(size / table).log()) >= abs(torch.tensor(size / entering).log()):
         return None
     return (
-        f"has rows of size {size:.3g}; the word embeddings are {table:.3g} in their table and enter the model at a "
-        f"scale of {entering / table:.4g} times that. So it seems to be of a version of transformers that scaled "
-        f"prompts inside the model (before 5.4). If it is, multiply it by {entering / table:.4g}."
+        f"has rows of size {size:.3g}; the word embeddings have size {table:.3g} in their table and enter the model "
+        f"{entering / table:.4g} times as large. The prompt was probably trained with transformers before 5.4, which "
+        f"scaled prompts inside the model. If so, multiply it by {entering / table:.4g}."
     )
 
 
 def _size(rows: torch.Tensor) -> float:
-    """The root of the mean square."""
+    """Root mean square."""
     return float(rows.double().square().mean().sqrt())

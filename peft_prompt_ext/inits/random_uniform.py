@@ -1,4 +1,4 @@
-"""RANDOM_UNIFORM: a symmetric uniform range, or the embedding table's own location and spread."""
+"""RANDOM_UNIFORM: a symmetric uniform range, or the embedding table's mean and standard deviation."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def random_uniform(ctx: InitContext, *, scale: float = 0.5, match_embeddings: bo
     Args:
         ctx: The context.
         scale: Half the width of the range.
-        match_embeddings: Draw column h from the uniform distribution that has the mean and the standard deviation of
-            the embedding table's column h (over real tokens) instead; `scale` is then not used.
+        match_embeddings: Draw column h with the mean and standard deviation of the embedding table's column h (over
+            words) instead; `scale` is then ignored.
 
     Returns:
         [P, H], float32.

@@ -1,4 +1,4 @@
-"""SAMPLE_VOCAB: the embeddings of real tokens, drawn from the vocabulary."""
+"""SAMPLE_VOCAB: the embeddings of tokens drawn from the vocabulary."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ def _check(num_virtual_tokens: int, *, population: int | None, corpus: Iterable[
         if not isinstance(population, int) or isinstance(population, bool) or population < num_virtual_tokens:
             raise ValueError(
                 f"SAMPLE_VOCAB: population ({population!r}) must be a whole number, at least num_virtual_tokens "
-                f"({num_virtual_tokens}): tokens are drawn without replacement."
+                f"({num_virtual_tokens}), because tokens are drawn without replacement."
             )
     elif corpus is not None:
-        raise ValueError("SAMPLE_VOCAB: corpus is only used to rank tokens. Set population as well.")
+        raise ValueError("SAMPLE_VOCAB: corpus is used only with population. Set population as well.")
     if corpus is not None and not isinstance(corpus, Iterable) and not isinstance(corpus, Path):
         raise ValueError(f"SAMPLE_VOCAB: corpus ({corpus!r}) must be texts or the path of a text file.")
     if isinstance(corpus, (str, Path)) and not Path(corpus).is_file():
@@ -33,20 +33,19 @@ def sample_vocab(
 ) -> torch.Tensor:
     """Draw P tokens without replacement and take their embeddings (Lester et al. 2021, section 3.2).
 
-    Special, added, unused and padding rows are never drawn, nor tokens without visible text.
+    Special, added, unused and padding tokens, and tokens without visible text, are not drawn.
 
     Args:
         ctx: The context.
-        population: Draw from this many most frequent tokens (the paper takes 5,000); None: from all.
-        corpus: Texts, or the path of a text file, to count frequencies over; needed with `population` where the
+        population: Draw from this number of most frequent tokens (5,000 in the paper); None: from all.
+        corpus: Texts, or the path of a text file, in which frequencies are counted; required with `population` if the
             tokenizer's ids are not in order of frequency (WordPiece).
 
     Returns:
         [P, H], float32.
 
     Raises:
-        ValueError: `population` is larger than the vocabulary (or than what occurs in `corpus`), or the vocabulary
-            has fewer than P tokens.
+        ValueError: The vocabulary or `corpus` has fewer than `population` tokens, or fewer than P.
     """
     tokenizer = ctx.tokenizer
     if population is None:
@@ -55,10 +54,10 @@ def sample_vocab(
         ranked = (i for i in ids_by_frequency(ctx, corpus) if is_text(tokenizer, i))
         candidates = list(islice(ranked, population))
         if len(candidates) < population:
-            source = "the vocabulary has" if corpus is None else "the corpus holds"
+            source = "vocabulary" if corpus is None else "corpus"
             raise ValueError(
-                f"SAMPLE_VOCAB: population ({population}) is larger than what can be drawn: {source} "
-                f"{len(candidates)} different tokens of text."
+                f"SAMPLE_VOCAB: population ({population}) is too large: the {source} has {len(candidates)} different "
+                "tokens with visible text. Lower population."
             )
     order = torch.randperm(len(candidates), generator=ctx.generator).tolist()
     drawn = (candidates[i] for i in order)
@@ -66,7 +65,7 @@ def sample_vocab(
     if len(ids) < ctx.num_virtual_tokens:
         raise ValueError(
             f"SAMPLE_VOCAB: num_virtual_tokens ({ctx.num_virtual_tokens}) is larger than the vocabulary: "
-            f"{len(ids)} tokens can be drawn without replacement."
+            f"{len(ids)} tokens can be drawn without replacement. Lower num_virtual_tokens."
         )
     ctx.record["slots"] = [{"token_ids": [i], "text": tokenizer.decode([i]) if tokenizer else None} for i in ids]
     return ctx.embed(ids)

@@ -1,4 +1,4 @@
-"""TEXT: the embeddings of a text's tokens, from PEFT's own field `prompt_tuning_init_text`."""
+"""TEXT: the token embeddings of PEFT's own field `prompt_tuning_init_text`."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ def _check(num_virtual_tokens: int, *, fill: str) -> None:
 
 @register_init("TEXT", check=_check)
 def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
-    """Token i of `prompt_tuning_init_text` initialises slot i; no BOS or EOS comes in.
+    """Initialise slot i with token i of `prompt_tuning_init_text`, without BOS or EOS.
 
     Args:
         ctx: The context.
-        fill: What fills the slots after a short text: "repeat" the text (as PEFT does) or "sample_vocab".
+        fill: How to fill the slots after a short text: "repeat" the text (as in PEFT) or "sample_vocab".
 
     Returns:
         [P, H], float32.
 
     Raises:
-        ValueError: The text tokenises to nothing.
+        ValueError: The text has no tokens.
 
     Warns:
-        UserWarning: The text is longer than the prompt; says what was cut.
+        UserWarning: The text is longer than the prompt.
     """
     tokenizer, size = ctx.require_tokenizer(), ctx.num_virtual_tokens
-    wanted = ctx.config.prompt_tuning_init_text or ""
-    ids = ctx.tokenize(wanted)
+    init_text = ctx.config.prompt_tuning_init_text or ""
+    ids = ctx.tokenize(init_text)
     if not ids:
-        raise ValueError(f"prompt_tuning_init_text ({wanted!r}) tokenises to nothing. Give a text with words.")
+        raise ValueError(f"prompt_tuning_init_text ({init_text!r}) has no tokens. Give a text with words.")
     if len(ids) > size:
         warnings.warn(
-            f"prompt_tuning_init_text has {len(ids)} tokens for num_virtual_tokens={size}; cut off: "
+            f"prompt_tuning_init_text has {len(ids)} tokens, more than num_virtual_tokens={size}; cut off: "
             f"{tokenizer.decode(ids[size:])!r}.",
             stacklevel=2,
         )

@@ -50,19 +50,19 @@ def transfer(
 
     Args:
         ctx: The context.
-        source: A folder or Hub id of a prompt-tuning adapter, or a list of them, which are averaged.
-        weights: Weight of each source in the mean; they are divided by their sum. None: all equal.
-        length_policy: What to do with a source of another length: "strict" raises, "truncate_pad" keeps the first P
-            rows and fills missing ones with SAMPLE_VOCAB, "interpolate" resamples linearly along the tokens.
-        check_base_model: Raise if the source was trained on a model of another name. Set to False where the names
-            differ and the model is the same.
+        source: Folder or Hub id of a prompt-tuning adapter, or a list of these; several are averaged.
+        weights: Weight of each source in the mean, normalised to the sum 1. None: equal weights.
+        length_policy: How to fit a source of another length: "strict" raises, "truncate_pad" takes the first P rows
+            and fills missing ones with SAMPLE_VOCAB, "interpolate" interpolates linearly along the tokens.
+        check_base_model: Raise if the source's base model has another name. Set it to False for two names of one
+            model.
 
     Returns:
         [P, H], float32.
 
     Raises:
-        ValueError: A source that is missing, no prompt-tuning adapter, of another hidden size, base model or length,
-            not finite, or not in safetensors (pickles are not read).
+        ValueError: A source is missing, is no prompt-tuning adapter, has another hidden size, base model or length,
+            is not finite, or is not in safetensors (pickles are not read).
     """
     prompts = [_load_prompt(ctx, str(path), check_base_model) for path in _as_list(source)]
     fitted = torch.stack([_fit(ctx, prompt, length_policy) for prompt in prompts])  # [sources, P, H]
@@ -72,7 +72,7 @@ def transfer(
         {"source": str(path), "weight": weight, "num_virtual_tokens": len(prompt)}
         for path, weight, prompt in zip(_as_list(source), share.tolist(), prompts, strict=True)
     ]
-    ctx.record.pop("slots", None)  # what padding a source drew says little once it is averaged
+    ctx.record.pop("slots", None)  # written by SAMPLE_VOCAB for padding; meaningless in a mean
     return (fitted.double() * share[:, None, None]).sum(0).float()
 
 
@@ -96,7 +96,7 @@ def _find(source: str, filename: str) -> Path | None:
 
     try:
         return Path(hf_hub_download(source, filename))
-    except LocalEntryNotFoundError as error:  # a subclass of the next, but says "no network", not "no such file"
+    except LocalEntryNotFoundError as error:  # no network; a subclass of the error for a missing file
         raise ValueError(
             f"TRANSFER: source ({source!r}) is no folder, and the Hub was not reached: {error}"
         ) from error
@@ -109,13 +109,13 @@ def _find(source: str, filename: str) -> Path | None:
 def _read_config(source: str) -> dict[str, Any]:
     path = _find(source, "adapter_config.json")
     if path is None:
-        raise ValueError(f"TRANSFER: source ({source!r}) holds no adapter_config.json. Give the folder of an adapter.")
+        raise ValueError(f"TRANSFER: source ({source!r}) has no adapter_config.json. Give the folder of an adapter.")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} is not whole: {error}") from error
+        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
-        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} holds no config, but a {type(config).__name__}.")
+        raise ValueError(f"TRANSFER: source ({source!r}): {path.name} is a {type(config).__name__}, not a config.")
     if config.get("peft_type") != "PROMPT_TUNING":
         raise ValueError(
             f"TRANSFER: source ({source!r}) is a {config.get('peft_type')} adapter; only PROMPT_TUNING has a prompt."
@@ -130,30 +130,30 @@ def _load_prompt(ctx: InitContext, source: str, check_base_model: bool) -> torch
     path = _find(source, "adapter_model.safetensors")
     if path is None:
         raise ValueError(
-            f"TRANSFER: source ({source!r}) holds no adapter_model.safetensors. Other formats are not read, because a "
-            "pickle can run code: load the adapter in PEFT and save it again."
+            f"TRANSFER: source ({source!r}) has no adapter_model.safetensors. Other formats are not read, because a "
+            "pickle can run code. Load the adapter in PEFT and save it again."
         )
     try:
         prompt = load_file(path).get("prompt_embeddings")
     except SafetensorError as error:
-        raise ValueError(f"TRANSFER: {str(path)!r} is not a whole safetensors file: {error}") from error
+        raise ValueError(f"TRANSFER: {str(path)!r} is not a valid safetensors file: {error}") from error
     if prompt is None or prompt.ndim != 2:
-        raise ValueError(f"TRANSFER: source ({source!r}) holds no `prompt_embeddings` of shape [P, H].")
+        raise ValueError(f"TRANSFER: source ({source!r}) has no `prompt_embeddings` of shape [P, H].")
     if prompt.shape[1] != ctx.token_dim:
         raise ValueError(
             f"TRANSFER: source ({source!r}, base model {config.get('base_model_name_or_path')!r}) has hidden size "
             f"{prompt.shape[1]}; the base model ({ctx.config.base_model_name_or_path!r}) has {ctx.token_dim}."
         )
-    # stock PEFT saves two prompts for an encoder-decoder and only reads the first
+    # stock PEFT saves two prompts for an encoder-decoder and reads only the first
     prompt = prompt[: config["num_virtual_tokens"]].float()
     if not torch.isfinite(prompt).all():
-        raise ValueError(f"TRANSFER: the prompt of source ({source!r}) holds NaN or infinite numbers.")
+        raise ValueError(f"TRANSFER: the prompt of source ({source!r}) has NaN or infinite numbers.")
     check_saved(ctx, prompt, _read_fingerprint(source), f"TRANSFER: source ({source!r})")
     return prompt
 
 
 def _read_fingerprint(source: str) -> Any:
-    """What the source's record tells of its base model; None if there is no record, or none that is whole."""
+    """Read the base model's fingerprint from the source's record; None if the record is missing or not valid."""
     path = _find(source, "prompt_init.json")
     try:
         record = json.loads(path.read_text(encoding="utf-8")) if path else None
@@ -162,18 +162,18 @@ def _read_fingerprint(source: str) -> Any:
     return record.get("base_model") if isinstance(record, dict) else None
 
 
-def _check_base_model(ctx: InitContext, source: str, config: dict[str, Any], wanted: bool) -> None:
+def _check_base_model(ctx: InitContext, source: str, config: dict[str, Any], is_wanted: bool) -> None:
     theirs, ours = config.get("base_model_name_or_path"), ctx.config.base_model_name_or_path
-    # a Hub id and a local copy of it end in the same name
-    if wanted and theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
+    # a Hub id and its local copy end in the same name
+    if is_wanted and theirs and ours and Path(theirs).name.lower() != Path(ours).name.lower():
         raise ValueError(
-            f"TRANSFER: source ({source!r}) was trained on {theirs!r}, the base model is {ours!r}. If they are the "
+            f"TRANSFER: source ({source!r}) was trained on {theirs!r}; the base model is {ours!r}. If they are the "
             "same model, set prompt_tuning_init_kwargs={..., 'check_base_model': False}."
         )
 
 
 def _fit(ctx: InitContext, prompt: torch.Tensor, length_policy: str) -> torch.Tensor:
-    """Bring a prompt [any, H] to [P, H]."""
+    """Fit a prompt [any, H] to [P, H]."""
     size = ctx.num_virtual_tokens
     if len(prompt) == size:
         return prompt
@@ -183,6 +183,6 @@ def _fit(ctx: InitContext, prompt: torch.Tensor, length_policy: str) -> torch.Te
         columns = prompt.T[None]  # [1, H, any]
         return torch.nn.functional.interpolate(columns, size=size, mode="linear", align_corners=True)[0].T
     raise ValueError(
-        f"TRANSFER: a source has {len(prompt)} virtual tokens, num_virtual_tokens is {size}. "
+        f"TRANSFER: a source has {len(prompt)} virtual tokens; num_virtual_tokens is {size}. "
         "Set length_policy='truncate_pad' or 'interpolate'."
     )

@@ -1,4 +1,4 @@
-"""Which rows of an embedding table are words that a model was trained on, and how often they occur."""
+"""The words among the rows of an embedding table, and their order of frequency."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Rows that tokenizers keep free (BERT, Gemma, T5, Llama 3, XGLM) and single bytes (SentencePiece byte fallback).
+# Reserved tokens (BERT, Gemma, T5, Llama 3, XGLM) and single bytes (SentencePiece byte fallback).
 _UNUSED = re.compile(
     r"\[unused\d+\]|<unused\d+>|▁?<extra_id_\d+>|<\|reserved_special_token_\d+\|>|<?madeupword\d+>?|<0x[0-9A-Fa-f]{2}>"
 )
 
 
 def word_ids(ctx: InitContext) -> list[int]:
-    """Ids that a prompt may be sampled from: never special, added, unused, or beyond the tokenizer.
+    """List the ids of words: no special, added, reserved or padding tokens.
 
-    Without a tokenizer the special rows cannot be told apart: warns, and leaves out the padding row alone.
+    Without a tokenizer, special tokens are unknown: all rows but the padding row count as words, with a warning.
 
     Returns:
         Ids in ascending order.
@@ -33,7 +33,7 @@ def word_ids(ctx: InitContext) -> list[int]:
     tokenizer = ctx.tokenizer
     if tokenizer is None:
         warnings.warn(
-            f"No tokenizer for the base model ({ctx.config.base_model_name_or_path!r}): sampling from all "
+            f"No tokenizer for the base model ({ctx.config.base_model_name_or_path!r}): tokens are sampled from all "
             f"{ctx.num_embeddings} embedding rows, special tokens included. Set tokenizer_name_or_path.",
             stacklevel=2,
         )
@@ -44,7 +44,7 @@ def word_ids(ctx: InitContext) -> list[int]:
 
 
 def is_text(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> bool:
-    """Whether a token stands for visible text: not for white space alone, nor for a part of a UTF-8 character."""
+    """Whether a token has visible text: more than white space or a part of a UTF-8 character."""
     if tokenizer is None:
         return True
     text = str(tokenizer.decode([token_id])).strip()
@@ -52,20 +52,20 @@ def is_text(tokenizer: PreTrainedTokenizerBase | None, token_id: int) -> bool:
 
 
 def ids_by_frequency(ctx: InitContext, corpus: Iterable[str] | str | Path | None) -> list[int]:
-    """Sampleable ids, the most frequent first.
+    """List the ids of words, the most frequent first.
 
     Args:
         ctx: The context.
-        corpus: Texts to count over, or the path of a text file (counted line by line); ids that do not occur are
-            left out. None: the order of ids, for tokenizers whose vocabulary is built in order of frequency.
+        corpus: Texts, or the path of a text file, in which ids are counted; only ids that occur are listed. None: the
+            order of ids, if the tokenizer's vocabulary is in order of frequency.
 
     Raises:
-        ValueError: There is no corpus and the tokenizer's ids carry no order, or no tokenizer.
+        ValueError: There is no tokenizer, or no corpus and the tokenizer's ids are not in order of frequency.
     """
     tokenizer = ctx.require_tokenizer()
     words = word_ids(ctx)
     if corpus is None:
-        if not _ordered_by_frequency(tokenizer):
+        if not _is_ordered_by_frequency(tokenizer):
             raise ValueError(
                 f"SAMPLE_VOCAB: population needs `corpus` with this tokenizer ({type(tokenizer).__name__}): its ids "
                 "are not in order of frequency. Give corpus=texts or the path of a text file."
@@ -79,12 +79,12 @@ def ids_by_frequency(ctx: InitContext, corpus: Iterable[str] | str | Path | None
     except (TypeError, UnicodeDecodeError) as error:
         raise ValueError(f"SAMPLE_VOCAB: corpus must be texts, or a text file in UTF-8: {error}") from error
     allowed = set(words)
-    # ties in order of id, so that the result does not hang on the order of the corpus
+    # ties in order of id, so that the order of the corpus does not matter
     return [i for i, _ in sorted(counts.items(), key=lambda item: (-item[1], item[0])) if i in allowed]
 
 
-def _ordered_by_frequency(tokenizer: PreTrainedTokenizerBase) -> bool:
-    # BPE ids follow the order of merges, Unigram (SentencePiece) ids the order of likelihood
+def _is_ordered_by_frequency(tokenizer: PreTrainedTokenizerBase) -> bool:
+    # BPE ids are in the order of merges, Unigram (SentencePiece) ids in the order of likelihood
     backend = getattr(tokenizer, "backend_tokenizer", None)
     return type(getattr(backend, "model", None)).__name__ in {"BPE", "Unigram"}
 

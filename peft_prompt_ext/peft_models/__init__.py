@@ -1,6 +1,6 @@
-"""PEFT's model classes with what a PromptTuningExtConfig adds.
+"""PEFT's model classes, extended for a PromptTuningExtConfig.
 
-The classes keep PEFT's names, because AutoPeftModel compares names; with any other config they build PEFT's own class.
+The classes have PEFT's names, because AutoPeftModel compares names. With another config they build PEFT's own class.
 """
 
 from __future__ import annotations
@@ -31,5 +31,5 @@ CLASSES: dict[str, Any] = {
 
 
 def register() -> None:
-    """Let PEFT build these classes."""
+    """Register these classes with PEFT."""
     _seam.activate(PromptEmbedding, CLASSES, load)

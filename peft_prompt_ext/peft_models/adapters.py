@@ -1,4 +1,4 @@
-"""Several prompts in one model: which is active, which are in training, and what a prompt cannot do."""
+"""Several prompts in one model: the active one, the ones in training, and methods that prompts do not support."""
 
 from __future__ import annotations
 
@@ -13,44 +13,44 @@ from peft.utils import ModulesToSaveWrapper
 from .. import _seam
 
 
-_IN_WEIGHTS = "a prompt changes no weights, so there are none to {}. model.get_base_model() is the model without it."
-_NOT_OF_PROMPTS = {
-    "merge_and_unload": _IN_WEIGHTS.format("merge"),
-    "merge_adapter": _IN_WEIGHTS.format("merge"),
-    "unmerge_adapter": _IN_WEIGHTS.format("restore"),
-    "unload": _IN_WEIGHTS.format("take out"),
-    "add_weighted_adapter": "a weighted sum of prompts is no prompt for their tasks. Give each row its own with "
-    "adapter_names, or begin a new prompt from others with prompt_tuning_init='TRANSFER'.",
+_NO_WEIGHTS = "a prompt changes no weights, so there are none to {}. model.get_base_model() is the model without it."
+_UNSUPPORTED = {
+    "merge_and_unload": _NO_WEIGHTS.format("merge"),
+    "merge_adapter": _NO_WEIGHTS.format("merge"),
+    "unmerge_adapter": _NO_WEIGHTS.format("restore"),
+    "unload": _NO_WEIGHTS.format("remove"),
+    "add_weighted_adapter": "a weighted sum of prompts solves none of their tasks. Select a prompt for each row "
+    "with adapter_names, or initialise a new prompt from others with prompt_tuning_init='TRANSFER'.",
     "disable_adapter_layers": "a prompt has no layers. Use `with model.disable_adapter():`.",
     "enable_adapter_layers": "a prompt has no layers. Use `with model.disable_adapter():` for the base model alone.",
 }
 
 
 class NotOfPromptsError(AttributeError, NotImplementedError):
-    """A method of PEFT's other adapters that prompts cannot have; `hasattr` is False for it, as in PEFT."""
+    """A method of other adapters that prompts do not support. `hasattr` is False for it, as in PEFT."""
 
 
 class AdaptersMixin(PeftModel):
-    """The adapters of a model: each is a prompt, and its own copy of each module in `modules_to_save`."""
+    """The adapters of a model: each has a prompt, and its own copy of each module in `modules_to_save`."""
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Make an adapter the active one, and the only one in training (none with `inference_mode`).
+        """Activate an adapter, and put it alone into training (none with `inference_mode`).
 
         Raises:
-            ValueError: It is unknown, or more than one.
+            ValueError: The adapter is unknown, or more than one is given.
         """
         names = [adapter_name] if isinstance(adapter_name, str) else list(adapter_name)
         if len(names) != 1 or names[0] not in self.peft_config:
             raise ValueError(
-                f"set_adapter got {adapter_name!r}: one prompt stands in front of a text. Name one of "
-                f"{list(self.peft_config)}; adapter_names in a call gives each row its own."
+                f"set_adapter got {adapter_name!r}; wanted one of {list(self.peft_config)}. To select an adapter for "
+                "each row, pass adapter_names to the call."
             )
         super().set_adapter(names[0], inference_mode)
         for name, prompt in self.prompt_encoder.items():
             prompt.requires_grad_(name == names[0] and not inference_mode)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """Put adapters beside the active one into training, for batches whose rows name theirs, or take them out.
+        """Turn training of adapters on or off, also of inactive ones, for batches with `adapter_names`.
 
         Raises:
             ValueError: A name is unknown.
@@ -65,7 +65,7 @@ class AdaptersMixin(PeftModel):
                     head.modules_to_save[name].requires_grad_(requires_grad)
 
     def _check_in_training(self, names: Sequence[str]) -> None:
-        """Raise ValueError if a training batch names an adapter that is to be trained and would get no gradient."""
+        """Raise ValueError if a training batch names a trainable adapter that would get no gradient."""
         if not self.training or not torch.is_grad_enabled() or set(names) == {self.active_adapter}:
             return
         named = sorted(set(names) & set(self.peft_config))
@@ -73,16 +73,15 @@ class AdaptersMixin(PeftModel):
             in_training = any(parameter.requires_grad for parameter in self.prompt_encoder[name].parameters())
             if not in_training and not self.peft_config[name].inference_mode:
                 raise ValueError(
-                    f"A training batch names the adapter {name!r}, which is not in training: only the active one is "
-                    f"({self.active_adapter!r}). Call model.set_requires_grad({named}) before the "
-                    "optimizer is made."
+                    f"A training batch names the adapter {name!r}, which is not in training; the active adapter is "
+                    f"{self.active_adapter!r}. Call model.set_requires_grad({named}) before you create the optimizer."
                 )
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """Delete an adapter; if it was active another one becomes it. Without any, one has to be added before a call.
+        """Delete an adapter. If it was active, the first of the others becomes active.
 
         Raises:
-            ValueError: It is unknown.
+            ValueError: The adapter is unknown.
         """
         if adapter_name not in self.peft_config:
             raise ValueError(
@@ -115,16 +114,16 @@ class AdaptersMixin(PeftModel):
     def get_base_model(self) -> Any:
         """The base model, also where no adapter is left."""
         if not torch.compiler.is_compiling():
-            _seam.prepare_trainer()  # a Trainer asks for the base model when it is built
+            _seam.prepare_trainer()  # every Trainer calls this method in its __init__
         return self.base_model
 
     def __getattr__(self, name: str) -> Any:
-        """See PEFT; what its other methods have and a prompt cannot have says so."""
+        """See PEFT; for a method that prompts do not support, the error says why."""
         try:
             return super().__getattr__(name)
         except AttributeError:
-            if name in _NOT_OF_PROMPTS:
-                raise NotOfPromptsError(f"{name}: {_NOT_OF_PROMPTS[name]}", name=name, obj=self) from None
+            if name in _UNSUPPORTED:
+                raise NotOfPromptsError(f"{name}: {_UNSUPPORTED[name]}", name=name, obj=self) from None
             raise
 
     def _wrapped_heads(self) -> list[ModulesToSaveWrapper]:

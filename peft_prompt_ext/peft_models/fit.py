@@ -1,4 +1,4 @@
-"""Which base model a prompt was trained for, and whether a loaded one fits the base model at hand."""
+"""The base model that a prompt was trained on, and whether a loaded prompt fits its base model."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from ..inits.fingerprint import check_saved, fingerprint
 
 
 def is_covered(path: str, names: Sequence[str]) -> bool:
-    """Whether PEFT's `modules_to_save` mean a module, or one around it: it goes by the ends of paths."""
+    """Whether `modules_to_save` includes a module or a parent of it; PEFT compares the ends of paths."""
     parts = path.split(".")
     return any(".".join(parts[: end + 1]).endswith(tuple(names)) for end in range(len(parts)))
 
 
-def listed(names: Sequence[str], most: int = 5) -> str:
-    """Join the first names, and count the others."""
+def list_names(names: Sequence[str], most: int = 5) -> str:
+    """Join the first names and count the others."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
@@ -33,25 +33,25 @@ def _init_context(model: PeftModel, adapter_name: str) -> InitContext:
 
 
 def remember_base(model: PeftModel, adapter_name: str) -> None:
-    """Keep in the config which word embeddings its prompt is trained for."""
+    """Store the fingerprint of the word embeddings in the prompt's config."""
     config = model.peft_config[adapter_name]
     if isinstance(config, PromptTuningExtConfig):
         config.base_fingerprint = fingerprint(_init_context(model, adapter_name), _model_type(model))
 
 
 def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = None) -> None:
-    """Warn if a loaded prompt was trained on another base model, or its base model has random modules it lacks.
+    """Warn if a loaded prompt was trained on another base model, or lacks weights for random modules.
 
-    `saved` is the fingerprint beside it, if there is one.
+    `saved` is the prompt's saved fingerprint, if it has one.
     """
-    kept, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
+    own, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
     prompt = cast(Any, model.prompt_encoder)[adapter_name].embedding.weight.detach()
     check_saved(_init_context(model, adapter_name), prompt, saved, name, _model_type(model))
-    lacks = [path for path in new_modules(model.base_model, False) if not is_covered(path, kept or [])]
-    if lacks:
+    missing = [path for path in new_modules(model.base_model, False) if not is_covered(path, own or [])]
+    if missing:
         warnings.warn(
-            f"{name} has no weights for {listed(lacks)}, and the base model's checkpoint had none: they are random, "
-            "and were so when it was trained. Train it again, or load the base model that it was trained on.",
+            f"{name} has no weights for {list_names(missing)}, and neither has the base model's checkpoint, so they "
+            "are random. Train the prompt again, or load the base model that it was trained on.",
             stacklevel=2,
         )
 
@@ -61,7 +61,7 @@ def _model_type(model: PeftModel) -> str | None:
 
 
 def make_trainable(model: PeftModel, adapter_name: str) -> None:
-    """Put a loaded prompt and its `modules_to_save` into training: at once if it is active, else by `set_adapter`."""
+    """Make a loaded prompt and its `modules_to_save` trainable: now if it is active, else in `set_adapter`."""
     model.peft_config[adapter_name].inference_mode = False
     remember_base(model, adapter_name)
     if adapter_name in model.active_adapters:

@@ -1,4 +1,4 @@
-"""`PeftModel.from_pretrained` that also reads the plugin's record, and loads a prompt to be trained further."""
+"""`PeftModel.from_pretrained` that also reads the plugin's record, and loads trainable prompts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 from peft import PeftConfig, PeftModel, PeftType
 
 from ..config import PromptTuningExtConfig
-from ..devices import left_dispatched
+from ..devices import keep_dispatched
 from .base import PromptTuningMixin
 from .fit import check_base, make_trainable
 
@@ -24,33 +24,36 @@ def load(
     *args: Any,
     **kwargs: Any,
 ) -> PeftModel:
-    """Load an adapter; `from_pretrained` is PEFT's own, and the other arguments are its arguments."""
+    """Load an adapter with PEFT's own `from_pretrained`, which gets the other arguments."""
     if config is None:
-        config = _saved_by_plugin(str(model_id), kwargs)
-    further = is_trainable and _is_prompt_tuning(config, str(model_id), kwargs)
+        config = _read_plugin_config(str(model_id), kwargs)
+    trains_prompt = is_trainable and _is_prompt_tuning(config, str(model_id), kwargs)
     was_training = getattr(model, "training", False)
-    with left_dispatched(model) if isinstance(config, PromptTuningExtConfig) else nullcontext():
-        loaded = from_pretrained(model, model_id, adapter_name, is_trainable and not further, config, *args, **kwargs)
+    with keep_dispatched(model) if isinstance(config, PromptTuningExtConfig) else nullcontext():
+        loaded = from_pretrained(
+            model, model_id, adapter_name, is_trainable and not trains_prompt, config, *args, **kwargs
+        )
     if not isinstance(loaded, PromptTuningMixin) and _is_prompt_tuning(config, str(model_id), kwargs):
         check_base(loaded, adapter_name, str(model_id))
-    if further:
+    if trains_prompt:
         loaded.train(was_training)
         make_trainable(loaded, adapter_name)
     return loaded
 
 
-def _hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
+def _select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in kwargs.items() if k in {"subfolder", "revision", "cache_dir", "token"}}
 
 
 def _is_prompt_tuning(config: PeftConfig | None, model_id: str, kwargs: dict[str, Any]) -> bool:
-    peft_type = config.peft_type if config is not None else PeftConfig._get_peft_type(model_id, **_hub_kwargs(kwargs))
+    hub_kwargs = _select_hub_kwargs(kwargs)
+    peft_type = config.peft_type if config is not None else PeftConfig._get_peft_type(model_id, **hub_kwargs)
     return peft_type == PeftType.PROMPT_TUNING
 
 
-def _saved_by_plugin(model_id: str, kwargs: dict[str, Any]) -> PromptTuningExtConfig | None:
-    """The config of an adapter that this plugin saved; None for every other adapter."""
+def _read_plugin_config(model_id: str, kwargs: dict[str, Any]) -> PromptTuningExtConfig | None:
+    """Read the config of an adapter that this plugin saved; None for other adapters."""
     if not _is_prompt_tuning(None, model_id, kwargs):
         return None
-    config = PromptTuningExtConfig.from_pretrained(model_id, **_hub_kwargs(kwargs))
+    config = PromptTuningExtConfig.from_pretrained(model_id, **_select_hub_kwargs(kwargs))
     return None if config.init_record is None else config

@@ -1,6 +1,6 @@
-"""PeftModels that run a batch as one packed sequence where their base model allows it.
+"""PeftModels that run a batch as one packed sequence if their base model allows it.
 
-The engine is imported with the first batch: every import of the plugin pays for this file.
+The engine is imported in functions, so that `import peft_prompt_ext` stays fast.
 
 Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hidden size.
 """
@@ -17,8 +17,8 @@ from peft.utils import ModulesToSaveWrapper
 
 from ..shared_prefix.status import EngineStatus
 from .base import PromptTuningMixin
-from .decoding.feed import cache_of
-from .tokens import OF_PACKED_ROWS, check_mask
+from .decoding.feed import find_cache
+from .tokens import PACKED_ROW_INPUTS, check_mask
 
 
 if TYPE_CHECKING:
@@ -31,12 +31,12 @@ BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 
 
 class Plan(NamedTuple):
-    """How a batch runs packed.
+    """A packed batch before it runs.
 
     Attributes:
-        layout: Where each token belongs.
+        layout: The place of each token.
         names: The adapter of each row.
-        status: What was proved.
+        status: The result of the proof.
     """
 
     layout: PackedLayout
@@ -45,24 +45,24 @@ class Plan(NamedTuple):
 
 
 class PackedMixin(PromptTuningMixin):
-    """Goes in front of PEFT's model class of a task whose base model may be causal."""
+    """The first base class of a model whose base model may be causal, before PEFT's class."""
 
     _packed_arguments: ClassVar[set[str]] = set()
     _packs_packed_rows: ClassVar[bool] = False
-    _heads_of_rows: ClassVar[set[str]] = set()  # modules of which `_mixed_options` gives each row its adapter's own
+    _heads_of_rows: ClassVar[set[str]] = set()  # modules that `_packed_forward` can select for each row
     _own_engine: Engine | None = None
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, packed: PackedPass, **options: Any) -> Any:
-        """A function of `shared_prefix.forward`."""
+        """Call a function of `shared_prefix.forward`."""
         raise NotImplementedError
 
     def _mixed_options(self, names: list[str]) -> dict[str, Any]:
-        """Arguments of `_packed_forward` for rows that name their adapters."""
+        """Return the arguments of `_packed_forward` for `adapter_names`."""
         return {}
 
     def _packed_options(self) -> dict[str, Any]:
-        """Arguments of `_packed_forward` that the config decides."""
+        """Return the arguments of `_packed_forward` that the config sets."""
         return {}
 
     @property
@@ -88,29 +88,29 @@ class PackedMixin(PromptTuningMixin):
     ) -> Any:
         """See PEFT's class.
 
-        `adapter_names` gives each row its own adapter, as for LoRA; `"__base__"` is a row without one.
+        `adapter_names` selects an adapter for each row, as for LoRA; `"__base__"` selects none.
 
         Raises:
-            ValueError: The mask does not fit the text; or the batch has `adapter_names` and cannot run packed.
+            ValueError: The mask does not fit the text, or a batch with `adapter_names` cannot run packed.
         """
         self._check_token_path(kwargs)
         text = input_ids if input_ids is not None else inputs_embeds
-        if text is not None and cache_of(kwargs) is None:
+        if text is not None and find_cache(kwargs) is None:
             check_mask(attention_mask, *text.shape[:2])
-        asked = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
-        extras = {**asked, "task_ids": task_ids, **kwargs}
+        outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        extras = {**outputs, "task_ids": task_ids, **kwargs}
         plan = self._plan(text, attention_mask, adapter_names, extras)
         if isinstance(plan, Plan):
             output = self._run_packed(plan, input_ids, inputs_embeds, labels, adapter_names, kwargs)
             if not isinstance(output, EngineStatus):
-                self._engine.note(self.get_base_model(), plan.status)
+                self._engine.set_last_status(self.get_base_model(), plan.status)
                 return output if self._wants_dict(return_dict) else output.to_tuple()
             plan = output
-        self._engine.note(self.get_base_model(), plan)
+        self._engine.set_last_status(self.get_base_model(), plan)
         if adapter_names is not None:
             raise ValueError(
-                f"adapter_names needs the shared prefix, which this call cannot take: {plan.reason}. Run the rows of "
-                "each adapter alone, after set_adapter."
+                f"adapter_names needs a packed batch, and this batch takes PEFT's path: {plan.reason}. Run the rows "
+                "of each adapter alone, after set_adapter."
             )
         return super().forward(
             input_ids,
@@ -128,14 +128,14 @@ class PackedMixin(PromptTuningMixin):
         adapter_names: Sequence[str] | None,
         extras: dict[str, Any],
     ) -> Plan | EngineStatus:
-        """Plan a packed batch, or give the status of one that takes PEFT's path."""
+        """Plan a packed batch, or return the status of a batch that takes PEFT's path."""
         obstacle = "it has no text" if text is None else self._find_obstacle(attention_mask, extras)
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
         status = self._prove()
         if not status.packed:
             return status
-        mask, texts = _read(text, attention_mask, extras.get("position_ids"))
+        mask, texts = _read_batch(text, attention_mask, extras.get("position_ids"))
         if texts is None:
             return EngineStatus(False, "position_ids do not count the tokens of each text from 0")
         if bool(texts.any()) and not self._packs_packed_rows:
@@ -143,25 +143,26 @@ class PackedMixin(PromptTuningMixin):
         names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
         layout = self._lay_out(mask, names, texts)
         self._check_length(layout.longest_text, max(layout.prompt_lengths))
-        obstacle = _too_long(layout, status) or self._unshared(names)
+        obstacle = _find_length_obstacle(layout, status) or self._find_unshared(names)
         return Plan(layout, names, status) if obstacle is None else EngineStatus(False, obstacle)
 
     def _find_obstacle(self, attention_mask: Any, extras: dict[str, Any]) -> str | None:
-        """What a packed batch cannot give of this call; None if there is nothing."""
+        """Find what a packed batch does not support in this call; None if nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
             return "attention_mask is not a tensor [B, T]"
-        if getattr(self, "_is_replica", False):  # without parameters of its own, beside others in threads
+        if getattr(self, "_is_replica", False):  # has no parameters of its own, and runs in a thread
             return "DataParallel copies the model for each batch; launch a process a device instead"
         allowed = self._packed_arguments | {"position_ids"}
         if not self._takes("token_type_ids"):
             allowed = allowed | {"token_type_ids"}
-        if extras.get("position_ids") is not None:  # which say the same
-            allowed = allowed | OF_PACKED_ROWS
+        if extras.get("position_ids") is not None:  # these have the same information
+            allowed = allowed | PACKED_ROW_INPUTS
         base_model: Any = self.get_base_model()
-        asked = {name for name, value in extras.items() if value is not None and value is not False} - allowed
-        asked |= {n for n in ("output_hidden_states", "output_attentions") if getattr(base_model.config, n, False)}
-        if asked:
-            return f"it asks for {', '.join(sorted(asked))}"
+        unsupported = {name for name, value in extras.items() if value is not None and value is not False} - allowed
+        outputs = ("output_hidden_states", "output_attentions")
+        unsupported |= {name for name in outputs if getattr(base_model.config, name, False)}
+        if unsupported:
+            return f"it asks for {', '.join(sorted(unsupported))}"
         if extras.get("fused_lm_head"):
             hooks = (*base_model._forward_hooks.values(), *base_model._forward_pre_hooks.values())
             if extras.get("shift_labels") is not None or hooks or not isinstance(base_model.forward, MethodType):
@@ -169,16 +170,16 @@ class PackedMixin(PromptTuningMixin):
         return None
 
     def _prove(self) -> EngineStatus:
-        """Tell whether a batch of now may run packed."""
+        """Prove that a batch may run packed, as the model is now."""
         config = self.active_peft_config
-        # a stock config in a model of ours has neither field
+        # a stock config has neither field
         if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
         probe = getattr(config, "shared_prefix_probe", True)
         return self._engine.prove(self.get_base_model(), self._packed_forward, self.word_embeddings, probe)
 
     def _status(self) -> EngineStatus:
-        """The status of the last batch, or what is proved for one of now."""
+        """Return the status of the last batch; without one, prove it."""
         if not getattr(self.active_peft_config, "shared_prefix", True):
             return self._prove()
         return self._engine.last_status(self.get_base_model()) or self._prove()
@@ -198,8 +199,8 @@ class PackedMixin(PromptTuningMixin):
         prompt_of_row = torch.tensor([used.index(name) for name in names], dtype=torch.long)
         return pack(attention_mask, lengths, prompt_of_row, texts)
 
-    def _unshared(self, names: list[str]) -> str | None:
-        """What the adapters of a batch do not share beside the prompt, unless all have the active one's."""
+    def _find_unshared(self, names: list[str]) -> str | None:
+        """Find modules that differ between the adapters of a batch; None if all rows have the active adapter."""
         if set(names) == {self.active_adapter}:
             return None
         own = (name for name, module in self.base_model.named_modules() if isinstance(module, ModulesToSaveWrapper))
@@ -215,7 +216,7 @@ class PackedMixin(PromptTuningMixin):
         adapter_names: Sequence[str] | None,
         kwargs: dict[str, Any],
     ) -> Any:
-        """Run a planned batch; the output, or the status if the base model turns out to be unable to."""
+        """Run a planned batch. Returns the output, or a status if the base model does not support the batch."""
         from ..shared_prefix.attention.select import ATTENTIONS
         from ..shared_prefix.interface import NotPackable
         from ..shared_prefix.packed_pass import PackedPass
@@ -228,30 +229,29 @@ class PackedMixin(PromptTuningMixin):
             options["labels"] = labels
         if adapter_names is not None:
             options |= self._mixed_options(plan.names)
-        # of the whole batch: hooks such as NEFTune's reckon with its shape
+        # embed the padded batch, because hooks such as NEFTune's depend on its shape
         embed: Any = self.word_embeddings
         words = inputs_embeds if inputs_embeds is not None else embed(input_ids)
-        prompts = self._prompts(plan.names, words)
+        prompts = self._embed_prompts(plan.names, words)
         packed = PackedPass(plan.layout, ATTENTIONS[plan.status.attention or "sdpa"])
-        if self._may_keep(plan, prompts) and not options.get(
-            "fused_lm_head"
-        ):  # which reads the prompt's hidden states
+        # fused_lm_head reads the prompt's hidden states
+        if self._may_keep(plan, prompts) and not options.get("fused_lm_head"):
             packed.kept_prefixes = self._engine.keep(self.get_base_model(), embed, prompts)
         text = words.flatten(0, 1)[plan.layout.to(words.device).source]  # [S, H]
         embeds = torch.cat([*prompts.values(), text] if packed.kept_prefixes is None else [text])[None]
         try:
             return self._packed_forward(self.get_base_model(), embeds, packed, **options)
-        except NotPackable as refusal:  # the probe's batch did not show it
+        except NotPackable as refusal:  # the probe did not detect it
             return self._engine.refuse(self.get_base_model(), embed, refusal)
 
     def _may_keep(self, plan: Plan, prompts: dict[str, torch.Tensor]) -> bool:
-        """Whether the batch may run behind kept prefixes; a row without text ends in its prompt, which has to run."""
+        """Whether the batch may use kept prefixes; the prompt of a row without text has to run."""
         if torch.is_grad_enabled() or self.training or not prompts or not plan.status.keeps_prompts:
             return False
         return not bool((plan.layout.last < plan.layout.num_prompt_tokens).any())
 
-    def _prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
+    def _embed_prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Get each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
         return {
             name: self.prompt_encoder[name](self.prompt_tokens[name].to(like.device, non_blocking=True)).to(like.dtype)
             for name in dict.fromkeys(names)
@@ -259,16 +259,16 @@ class PackedMixin(PromptTuningMixin):
         }
 
     def train(self, mode: bool = True) -> Any:
-        """See torch; prompts run again afterwards, also for `eval()`."""
+        """See torch; drops kept prefixes, also in `eval()`."""
         if self._own_engine is not None:
             self._own_engine.forget_prefixes()
         return super().train(mode)
 
 
-def _read(
+def _read_batch(
     text: torch.Tensor, attention_mask: torch.Tensor | None, position_ids: torch.Tensor | None
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The mask on the host, and where further texts of a row begin; None if the positions mean something else."""
+    """Read the mask, and the first tokens of a row's further texts; None if the positions are unsupported."""
     from ..shared_prefix.layout import find_texts
     from ..shared_prefix.transfer import download
 
@@ -282,20 +282,20 @@ def _read(
     return mask, find_texts(read[-1].expand(shape), mask)
 
 
-def _too_long(layout: PackedLayout, status: EngineStatus) -> str | None:
+def _find_length_obstacle(layout: PackedLayout, status: EngineStatus) -> str | None:
     row, packed = max(layout.prompt_lengths) + layout.longest_text, layout.position_ids.shape[1]
     if status.max_tokens is not None and row > status.max_tokens:
-        return f"{row} tokens are more than the {status.max_tokens} of its window or its short positions"
+        return f"a row of {row} tokens is longer than {status.max_tokens}, its window or its short positions"
     if status.max_packed_tokens is not None and packed > status.max_packed_tokens:
-        return f"its layers count places, and a pack of {packed} tokens has more than {status.max_packed_tokens}"
+        return f"its layers count tokens, and the pack has {packed}, more than {status.max_packed_tokens}"
     return None
 
 
 def engine_status(model: Any) -> EngineStatus:
-    """Tell whether a model's batches run as one packed sequence, and why.
+    """Get a model's engine status: whether its batches run as one packed sequence, and why.
 
     Args:
-        model: What `get_peft_model` returned; also compiled or inside a wrapper such as DistributedDataParallel.
+        model: A model from `get_peft_model`, also compiled or in a wrapper such as DistributedDataParallel.
 
     Returns:
         The status of the last batch. Before the first batch, and after a change of the attention, the probe runs.

@@ -1,4 +1,4 @@
-"""Where the pads of a batch stand, and moving them to where a base model takes no notice of them: index maths.
+"""Index maths for pads: where they are, and how to move them.
 
 Shapes: B rows, T columns.
 """
@@ -11,33 +11,33 @@ import torch
 
 
 def is_padded(mask: Any) -> TypeGuard[torch.Tensor]:
-    """Whether it is a mask [B, T] that has pads."""
+    """Whether `mask` is a mask [B, T] with pads."""
     return isinstance(mask, torch.Tensor) and mask.dim() == 2 and not bool(mask.all())
 
 
 def pads_behind(attention_mask: torch.Tensor) -> bool:
-    """Whether every row's real tokens come first, so that nothing has to be moved."""
+    """Whether in every row the real tokens come first."""
     real = attention_mask != 0
     return not bool((real[:, 1:] & ~real[:, :-1]).any())
 
 
 def real_first(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Order of the columns, [B, T], that puts each row's real tokens first and keeps their order."""
+    """Order of columns, [B, T], that puts each row's real tokens first, in their own order."""
     return (attention_mask == 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def real_last(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Order of the columns, [B, T], that puts each row's real tokens last and keeps their order."""
+    """Order of columns, [B, T], that puts each row's real tokens last, in their own order."""
     return (attention_mask != 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
 def reorder(x: torch.Tensor, order: torch.Tensor, first_column: int = 0) -> torch.Tensor:
-    """Take the columns of `x` [B, T, ...] in the given order [B, t]; `first_column` columns before them stay."""
+    """Reorder the columns of `x` [B, T, ...] by `order` [B, t]; the first `first_column` columns stay."""
     head, body = x[:, :first_column], x[:, first_column:]
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
     return torch.cat([head, body.gather(1, index)], dim=1)
 
 
 def count_real(attention_mask: torch.Tensor) -> torch.Tensor:
-    """Number of each real token in its row, [B, T]; pads have 0."""
+    """Count each row's real tokens from 0, [B, T]; pads before them have 0."""
     return (attention_mask.long().cumsum(1) - 1).clamp(min=0)

@@ -1,4 +1,4 @@
-"""PEFT's class of sequence classifiers: encoders on PEFT's path, decoders in packed batches.
+"""PEFT's class of sequence classifiers: encoders take PEFT's path, decoders run packed.
 
 Shapes: B rows, T text tokens, C classes.
 """
@@ -15,7 +15,7 @@ from .pad_side import BEHIND, IN_FRONT
 
 
 class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceClassification):
-    """Output: as PEFT's, logits [B, C]. A decoder reads them off the last real token; PEFT reads them off a pad."""
+    """Output: logits [B, C], as in PEFT. A decoder reads them from the last real token; stock PEFT from a pad."""
 
     _packed_arguments: ClassVar[set[str]] = {"num_items_in_batch"}
     _heads_of_rows: ClassVar[set[str]] = {"score"}
@@ -32,24 +32,25 @@ class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceC
         return {"adapter_names": names}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class; without a mask a decoder finds its last token by the pad token, as it does alone."""
-        kwargs = self._by_name(args, kwargs)
+        """See PEFT's class; without a mask, a decoder finds the last real token by the pad token, as without PEFT."""
+        kwargs = self._name_arguments(args, kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("attention_mask") is None:
-            kwargs["attention_mask"] = self._mask_of_text(kwargs["input_ids"])
+            kwargs["attention_mask"] = self._make_mask(kwargs["input_ids"])
         return super().forward(**kwargs)
 
-    def _mask_of_text(self, input_ids: torch.Tensor) -> torch.Tensor | None:
-        """Mask [B, T] without the pads behind each text, where the base model looks for them; None: no pads."""
+    def _make_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
+        """Make a mask [B, T] of the pads behind each text; None: no pads, or the base model does not need one."""
         pad = self.config.get_text_config().pad_token_id
         if pad is None and len(input_ids) > 1 and hasattr(self.get_base_model(), "score"):
             raise ValueError(
                 f"{len(input_ids)} texts came without attention_mask, and the base model's config has no "
-                "pad_token_id: nobody knows where a text ends. Give attention_mask, or set model.config.pad_token_id."
+                "pad_token_id, so the end of each text is unknown. Pass attention_mask, or set "
+                "model.config.pad_token_id."
             )
         if pad is None or not bool((input_ids[:, -1] == pad).any()) or self._find_pad_side() == BEHIND:
             return None
         return (input_ids != pad).long().flip(1).cummax(1).values.flip(1)
 
     def _find_pad_side(self) -> str:
-        # a decoder reads the last column off, having no input_ids to find the last token by
+        # with inputs_embeds a decoder reads the last column
         return IN_FRONT if hasattr(self.get_base_model(), "score") else super()._find_pad_side()

@@ -1,4 +1,4 @@
-"""What of a call belongs to each token: told by its shape, widened by the prompt, moved with the pads and back again.
+"""Inputs and outputs per token, recognised by their shape: adding the prompt's columns, reordering, cutting.
 
 Shapes: B rows, T text tokens, P virtual tokens, W = P + T columns.
 """
@@ -13,77 +13,77 @@ import torch
 from .padding import reorder
 
 
-# what a virtual token has of an argument that has a value, or a vector, for each token
-OF_VIRTUAL_TOKENS = {"attention_mask": 1, "bbox": 0, "global_attention_mask": 0}
-OF_VIRTUAL_TOKENS |= {"token_type_ids": 0, "mm_token_type_ids": 0}  # 0: of the first text, and text
-# arguments that begin so belong to something else, also where they happen to be as long as the text
-_OF_OTHERS = (
+# values of virtual tokens in arguments with a value, or a vector, for each token
+VIRTUAL_TOKEN_VALUES = {"attention_mask": 1, "bbox": 0, "global_attention_mask": 0}
+VIRTUAL_TOKEN_VALUES |= {"token_type_ids": 0, "mm_token_type_ids": 0}  # 0: first text; text, not image
+# arguments with these prefixes are not per token, also if they are as long as the text
+_OTHER_PREFIXES = (
     *("decoder_", "entity_", "pixel_", "image_", "video_", "audio_", "feature_", "input_features", "start_", "end_"),
     *("output_", "return_", "logits_to_keep", "num_items_in_batch"),
 )
-# where the texts of a packed row begin and end, as kernels are told it
-OF_PACKED_ROWS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
+# arguments of kernels for rows that hold several texts
+PACKED_ROW_INPUTS = {"cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"}
 
 
 def check_mask(attention_mask: Any, rows: int, columns: int) -> None:
-    """Raise ValueError for a mask that is not one value for each text token, [B, T]."""
+    """Raise ValueError unless a mask has one value for each text token, [B, T]."""
     if attention_mask is None or getattr(attention_mask, "shape", None) == (rows, columns):
         return
     shape = getattr(attention_mask, "shape", None)
     got = f"is {list(shape)}" if shape is not None else f"is a {type(attention_mask).__name__}"
     raise ValueError(
-        f"attention_mask {got}; wanted one value for each text token, {[rows, columns]}: 1 for a real one, 0 for a "
-        "pad. The prompt's columns are added by the model; leave them out, and masks of more dimensions as well."
+        f"attention_mask {got}; wanted {[rows, columns]}, one value for each text token: 1 for a real token, 0 for a "
+        "pad. The model adds the prompt's columns. Pass no mask of more dimensions."
     )
 
 
 def widen(
     arguments: dict[str, Any], fills: Mapping[str, int], of_rows: set[str], text: tuple[int, int], prompt: int
 ) -> dict[str, torch.Tensor]:
-    """Take the arguments that have something for each text token, and put what virtual tokens have in front.
+    """Add the values of virtual tokens to the arguments per token.
 
     Args:
-        arguments: What the base model is called with; what is taken leaves it.
-        fills: What a virtual token has, by the argument's name.
-        of_rows: Arguments that have something for each row.
+        arguments: The base model's arguments; those per token are removed.
+        fills: The value of a virtual token, by argument.
+        of_rows: Arguments per row.
         text: B and T.
         prompt: P.
 
     Returns:
-        The arguments of each token, [B, P+T, ...].
+        The arguments per token, [B, P+T, ...].
 
     Raises:
-        ValueError: A known argument is not as long as the text, or an unknown one is; or rows are packed.
+        ValueError: A known argument is not as long as the text, an unknown one is, or rows hold several texts.
     """
     (rows, columns), names = text, list(arguments)
     wide = {}
     for name in names:
         value = arguments[name]
-        if name in OF_PACKED_ROWS:
+        if name in PACKED_ROW_INPUTS:
             raise ValueError(
-                f"{name} tells where the texts of a packed row lie, and only the shared prefix puts a prompt in front "
-                "of each: give position_ids that begin again at 0 with each text, or every text a row of its own."
+                f"{name} is for rows that hold several texts, which need a packed batch. Pass position_ids that begin "
+                "again at 0 with each text, or one text per row."
             )
         if name in fills and name not in of_rows:
             del arguments[name]
             if tuple(value.shape[:2]) != (rows, columns):
                 raise ValueError(
-                    f"{name} is {list(value.shape)}; wanted one for each text token, {[rows, columns]}: the model "
-                    "adds what virtual tokens have."
+                    f"{name} is {list(value.shape)}; wanted {[rows, columns]}, one for each text token. The model "
+                    "adds the values of virtual tokens."
                 )
             front = value.new_full((rows, prompt, *value.shape[2:]), fills[name])
             wide[name] = torch.cat([front, value], dim=1)
-        elif name not in of_rows and _is_of_tokens(name, value, rows, columns):
+        elif name not in of_rows and _is_per_token(name, value, rows, columns):
             raise ValueError(
-                f"{name} is {list(value.shape)}, as long as the text ({rows} rows of {columns} tokens), and nobody "
-                f"knows what the {prompt} virtual tokens should have there. Leave it out, or run the base model "
-                "without the prompt (disable_adapter())."
+                f"{name} is {list(value.shape)}, as long as the text ({rows} rows of {columns} tokens), and has no "
+                f"known value for the {prompt} virtual tokens. Leave it out, or run the base model without the prompt "
+                "(disable_adapter())."
             )
     return wide
 
 
-def _is_of_tokens(name: str, value: Any, rows: int, columns: int) -> bool:
-    if not isinstance(value, torch.Tensor) or name.startswith(_OF_OTHERS):
+def _is_per_token(name: str, value: Any, rows: int, columns: int) -> bool:
+    if not isinstance(value, torch.Tensor) or name.startswith(_OTHER_PREFIXES):
         return False
     shape = tuple(value.shape)
     if columns > 1 and (shape == (1, columns) or (shape == (columns,) and rows != columns)):
@@ -91,13 +91,13 @@ def _is_of_tokens(name: str, value: Any, rows: int, columns: int) -> bool:
     return (rows, columns) in (shape[:2], shape[1:3])
 
 
-def positions_behind(
+def shift_positions(
     position_ids: torch.Tensor, attention_mask: torch.Tensor | None, rows: int, prompt: int
 ) -> torch.Tensor:
-    """Positions [B, P+T] that count on from the prompt's first one as the text's positions [B, T] count.
+    """Extend positions of the text [B, T] to the prompt, [B, P+T]; they keep their first number.
 
     Raises:
-        ValueError: A row's real tokens are not counted one by one: several texts in a row, gaps, or several axes.
+        ValueError: Positions do not count a row's real tokens one by one: several texts in a row, gaps, several axes.
     """
     if position_ids.dim() == 2:
         position_ids = position_ids.expand(rows, -1)
@@ -107,13 +107,13 @@ def positions_behind(
         if not bool(((position_ids != first + place) & (real != 0)).any()):
             return torch.cat([first + torch.arange(prompt, device=first.device), position_ids + prompt], dim=1)
     raise ValueError(
-        f"position_ids {list(position_ids.shape)} do not count each row's real tokens one by one. A prompt stands in "
-        "front of one text a row: give every text a row of its own, or leave position_ids out."
+        f"position_ids {list(position_ids.shape)} do not count each row's real tokens one by one. Pass one text per "
+        "row, or leave position_ids out."
     )
 
 
-def column_behind(column: torch.Tensor, prompt: int, order: torch.Tensor | None) -> torch.Tensor:
-    """Where a column of the text, one for each row, stands behind the prompt; one beyond the text stays beyond."""
+def shift_column(column: torch.Tensor, prompt: int, order: torch.Tensor | None) -> torch.Tensor:
+    """Shift a column of the text, one for each row, by the prompt; a column beyond the text stays beyond."""
     column = column.clamp(min=0) + prompt
     if order is None:
         return column
@@ -123,15 +123,15 @@ def column_behind(column: torch.Tensor, prompt: int, order: torch.Tensor | None)
 
 
 def put_back(output: Any, names: Iterable[str], order: torch.Tensor, predicts_next: bool = False) -> None:
-    """Give an output's fields the columns in the order that the caller has.
+    """Restore the caller's order of columns in an output.
 
-    What belongs to tokens is told by its shape: [B, W, ...], [B*W, ...], attention weights [B, heads, W, W] or
-    [B, heads, D, W], and from a causal model [B, W-1, ...], which is what each column predicts of the next one.
+    Fields per token have the shape [B, W, ...] or [B*W, ...]; attention weights [B, heads, W, W] or [B, heads, D, W];
+    predictions of the next token, in a causal model, also [B, W-1, ...].
 
     Args:
-        output: A mapping whose fields are tensors or tuples of them; changed in place.
-        names: Its fields that may belong to the columns.
-        order: Which column of the caller's stands in each column that the base model saw, [B, W].
+        output: A mapping whose fields are tensors or tuples of tensors; changed in place.
+        names: Fields that may be per token.
+        order: The caller's column at each column of the base model, [B, W].
         predicts_next: Whether the base model is causal.
     """
     back = order.argsort(1)
@@ -159,14 +159,14 @@ def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) 
 
 
 def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: int, predicts_next: bool) -> None:
-    """Cut the virtual tokens off an output's fields, so that item t belongs to text token t.
+    """Cut the virtual tokens off an output's fields, so that column t belongs to text token t.
 
     Args:
-        output: A mapping whose fields are tensors [B, P+T, ...], or tuples of them; changed in place.
-        names: Its fields that may belong to the columns.
+        output: A mapping whose fields are tensors [B, P+T, ...], or tuples of tensors; changed in place.
+        names: Fields that may be per token.
         text: B and T.
         prompt: P.
-        predicts_next: Whether fields [B, P+T-1] are what each column predicts of the next one.
+        predicts_next: Whether fields [B, P+T-1] are predictions of the next token.
     """
     rows, columns = text[0], prompt + text[1]
 

@@ -1,1 +1,1 @@
-"""The shared-prefix engine: the prompt runs once for a whole batch, and pads do not run at all."""
+"""The shared-prefix engine: a prompt runs once for a whole batch, and pads do not run."""

@@ -1,4 +1,4 @@
-"""What is proved and kept for one model between its batches: statuses, and prompt keys and values.
+"""The state of one model between its batches: proved statuses, and prompt keys and values.
 
 Shapes: P virtual tokens, H hidden size.
 """
@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .interface import attach, attention_of
+from .interface import attach, get_attention
 from .kept_prefix import KeptPrefix, keep_prefix
 from .precision import precision_of
 from .probe import prove
@@ -23,11 +23,11 @@ logger = logging.getLogger(__name__)
 
 
 class Engine:
-    """Belongs to one PeftModel. A copy of the model, or the model on another machine, gets a new one.
+    """The engine of one PeftModel. A copied or unpickled model gets a new one.
 
     Attributes:
-        last: The status of the last batch, and the attention that the base model had; None before a batch.
-        prefixes: By adapter, its kept prefix and what that was computed in; they hold while the watch does.
+        last: The base model's attention and the status in the last batch; None before a batch.
+        prefixes: The kept prefix of each adapter, with its proof key; valid while the watch holds.
     """
 
     def __init__(self) -> None:
@@ -40,7 +40,7 @@ class Engine:
         return Engine, ()
 
     def prove(self, base_model: Any, forward: Callable[..., Any], words: Any, run: bool = True) -> EngineStatus:
-        """Tell whether a batch of now may run packed; the probe runs once for each device, precision and attention.
+        """Prove that batches may run packed, once for each device, precision and attention.
 
         Args:
             base_model: A model of transformers with its head.
@@ -48,51 +48,51 @@ class Engine:
             words: Its word embeddings.
             run: See `probe.prove`.
         """
-        now = circumstances(base_model, words)
-        if now not in self._proved:
-            self._proved[now] = prove(base_model, forward, words, run)
-        elif self._proved[now].packed:
+        key = make_proof_key(base_model, words)
+        if key not in self._proved:
+            self._proved[key] = prove(base_model, forward, words, run)
+        elif self._proved[key].packed:
             attach(base_model)
-        return self._proved[now]
+        return self._proved[key]
 
     def refuse(self, base_model: Any, words: Any, refusal: Exception) -> EngineStatus:
-        """Take PEFT's path from here on, and log why."""
+        """Switch to PEFT's path, and log why."""
         status = EngineStatus(False, str(refusal))
-        logger.info("The shared prefix is no longer used, PEFT's path is: %s.", status.reason)
-        self._proved[circumstances(base_model, words)] = status
+        logger.info("From now on, batches take PEFT's path: %s.", status.reason)
+        self._proved[make_proof_key(base_model, words)] = status
         return status
 
-    def note(self, base_model: Any, status: EngineStatus) -> None:
-        """Keep the status of the batch that ran."""
-        self.last = attention_of(base_model), status
+    def set_last_status(self, base_model: Any, status: EngineStatus) -> None:
+        """Store the status of the last batch."""
+        self.last = get_attention(base_model), status
 
     def last_status(self, base_model: Any) -> EngineStatus | None:
-        """The status of the last batch; None before one, and if the base model has another attention since."""
-        return self.last[1] if self.last is not None and self.last[0] == attention_of(base_model) else None
+        """Get the status of the last batch; None before a batch, or after a change of the attention."""
+        return self.last[1] if self.last is not None and self.last[0] == get_attention(base_model) else None
 
     def keep(self, base_model: Any, words: Any, prompts: Mapping[str, torch.Tensor]) -> list[KeptPrefix] | None:
-        """Get the kept prefixes of prompts [P, H]; None if nothing can be kept of this base model as it is."""
+        """Get the kept prefixes of prompts [P, H]; None if the base model does not allow it as it is now."""
         if self._watch is None or not self._watch.holds():
             self._watch, self.prefixes = Watch(base_model), {}
         if not self._watch.constant:
             return None
-        now = circumstances(base_model, words)
+        key = make_proof_key(base_model, words)
         for name, prompt in prompts.items():
             kept = self.prefixes.get(name)
-            if kept is None or kept[0] != now or not torch.equal(kept[1].prompt, prompt):
-                self.prefixes[name] = now, keep_prefix(base_model, prompt)
+            if kept is None or kept[0] != key or not torch.equal(kept[1].prompt, prompt):
+                self.prefixes[name] = key, keep_prefix(base_model, prompt)
                 self._watch.expect()
         return [self.prefixes[name][1] for name in prompts]
 
     def forget_prefixes(self) -> None:
-        """Have every prompt run again."""
+        """Drop all kept prefixes."""
         self.prefixes, self._watch = {}, None
 
     def forget_proofs(self) -> None:
-        """Have the probe run again."""
+        """Drop all proofs, so that the probe runs again."""
         self.last, self._proved = None, {}
 
 
-def circumstances(base_model: Any, words: Any) -> Any:
-    """What a proof holds for: the device, the precision and the attention."""
-    return precision_of(words), attention_of(base_model)
+def make_proof_key(base_model: Any, words: Any) -> Any:
+    """Make the key of a proof: the device, the precision and the attention."""
+    return precision_of(words), get_attention(base_model)

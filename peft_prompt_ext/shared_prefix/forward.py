@@ -1,4 +1,4 @@
-"""Runs a batch through the base model as one packed sequence, and gives the shapes that PEFT gives.
+"""Runs a batch through the base model as one packed sequence, and returns the shapes of PEFT.
 
 Shapes: B rows, T padded text length, P virtual tokens, N packed tokens, V words, H hidden size, C classes, L labelled
 tokens.
@@ -13,7 +13,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..labels import IGNORE_INDEX
-from .interface import arguments
+from .interface import make_arguments
 from .layout import PackedLayout
 from .packed_pass import PackedPass
 from .transfer import download, upload
@@ -33,33 +33,33 @@ def causal_lm(
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H]; of the text alone if prefixes are kept.
+        embeds: [1, N, H]; only text tokens if prefixes are kept.
         packed: The batch's layout and attention.
-        labels: [B, T], -100 where there is none.
-        logits_to_keep: The last so many columns, or these columns, of [B, P+T]; 0: all.
-        supervised: Run the head where there is a label alone, if there are labels. Columns asked for by
-            `logits_to_keep` or `shift_labels` go before it.
-        shift_labels: What each kept column predicts, the shape of the kept columns; then `labels` only ask for a loss.
+        labels: [B, T], -100 at tokens without a label.
+        logits_to_keep: The number of last columns, or the indices of columns, of [B, P+T]; 0: all.
+        supervised: If there are labels, run the head only where a label is predicted. `logits_to_keep` and
+            `shift_labels` override it.
+        shift_labels: Labels that the kept columns predict, in the shape of these columns; they replace `labels`.
         num_items_in_batch: See the loss functions of transformers.
 
     Returns:
-        The base model's output with logits [B, P+T, V] (or of the columns to keep), zero at pads; with `supervised`
-        [1, L, V] in the order of the labels.
+        The base model's output with logits [B, P+T, V] (or of the kept columns), zero at pads; with `supervised`
+        [1, L, V], in the order of the labels.
 
     Raises:
-        ValueError: The labels are not one for each text token.
+        ValueError: The labels do not have the shape of the text.
     """
     layout = packed.layout
     if labels is not None and labels.shape != layout.shape:
         raise ValueError(
-            f"labels are {list(labels.shape)}; wanted one for each text token, {list(layout.shape)}: virtual tokens "
-            "have none."
+            f"labels are {list(labels.shape)}; wanted {list(layout.shape)}, one for each text token. Pass none for "
+            "virtual tokens."
         )
-    places, targets = _labelled(labels if shift_labels is None else None, layout)
-    columns_asked = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
-    if supervised and labels is not None and not columns_asked:
-        output = _logits_at(places, base_model, embeds, packed)
-        return _with(output, output.logits, _loss(base_model, output.logits, targets, num_items_in_batch))
+    places, targets = _find_labelled(labels if shift_labels is None else None, layout)
+    has_columns = shift_labels is not None or isinstance(logits_to_keep, torch.Tensor) or logits_to_keep != 0
+    if supervised and labels is not None and not has_columns:
+        output = _run_at(places, base_model, embeds, packed)
+        return _replace(output, output.logits, _compute_loss(base_model, output.logits, targets, num_items_in_batch))
 
     sources = layout.column_sources()
     if isinstance(logits_to_keep, torch.Tensor):
@@ -69,20 +69,20 @@ def causal_lm(
         sources = sources[:, -logits_to_keep:]
     if labels is not None and shift_labels is not None:
         labelled = (download(shift_labels)[0] != IGNORE_INDEX) & (sources >= 0)
-        places, targets = sources[labelled], _taken(shift_labels, labelled.flatten().nonzero()[:, 0])
+        places, targets = sources[labelled], _take(shift_labels, labelled.flatten().nonzero()[:, 0])
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
-    output = _logits_at(wanted, base_model, embeds, packed)
+    output = _run_at(wanted, base_model, embeds, packed)
     number, empty = upload(output.logits.device, number, sources < 0)
     loss = None
     if labels is not None:
         labelled_logits = output.logits[:, number[sources.numel() :]]
-        loss = _loss(base_model, labelled_logits, targets, num_items_in_batch)
+        loss = _compute_loss(base_model, labelled_logits, targets, num_items_in_batch)
     logits = output.logits[0][number[: sources.numel()]].view(*sources.shape, -1)
-    return _with(output, logits.masked_fill_(empty[..., None], 0), loss)
+    return _replace(output, logits.masked_fill_(empty[..., None], 0), loss)
 
 
-def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, packed: PackedPass) -> Any:
-    """The output with the logits of the given places of the packed sequence, [1, L, V]."""
+def _run_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, packed: PackedPass) -> Any:
+    """Run the model, with its head only at the given places of the packed sequence: logits [1, L, V]."""
     layout = packed.layout
     if packed.kept_prefixes is None:
         return run(base_model, embeds, packed, logits_to_keep=upload(embeds.device, places)[0])
@@ -95,48 +95,48 @@ def _logits_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, pack
     kept = upload(virtual.device, places[~in_text])[0]
     order = torch.cat([in_text.nonzero()[:, 0], (~in_text).nonzero()[:, 0]]).argsort()
     together = torch.cat([output.logits[0], virtual[kept].to(output.logits)])
-    return _with(output, together[upload(together.device, order)[0]][None], None)
+    return _replace(output, together[upload(together.device, order)[0]][None], None)
 
 
-def _labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places whose logits predict a label, on the host, and those labels; both [L]."""
+def _find_labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
+    """Find the places that predict a label, on the host, and their labels; both [L]."""
     places = layout.previous()
     if labels is None:
         return places[:0], places[:0]
     labelled = (download(labels)[0].flatten()[layout.source] != IGNORE_INDEX) & (places >= 0)
-    return places[labelled], _taken(labels, layout.source[labelled])
+    return places[labelled], _take(labels, layout.source[labelled])
 
 
-def _taken(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
-    """The labels at places of the host, read as one list."""
+def _take(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
+    """Take labels at flat indices that are on the host."""
     return labels.flatten()[upload(labels.device, source)[0]]
 
 
 def causal_lm_with_own_head(
     base_model: Any, embeds: torch.Tensor, packed: PackedPass, labels: torch.Tensor | None = None, **kwargs: Any
 ) -> Any:
-    """Run a model's own forward, whatever its head gives, on hidden states as the padded batch would have them.
+    """Run a model's own forward, with its own head, on hidden states in the shape of the padded batch.
 
-    TRL puts a head into a model's forward that gives log-probabilities of the labels and never holds the logits.
+    TRL replaces a model's forward, so that its head computes log-probabilities of the labels without all logits.
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H], prompts included.
+        embeds: [1, N, H], including prompts.
         packed: The batch's layout and attention.
-        labels: [B, T], -100 where there is none.
-        **kwargs: Passed to the forward, such as `fused_lm_head`.
+        labels: [B, T], -100 at tokens without a label.
+        **kwargs: Arguments of the forward, such as `fused_lm_head`.
 
     Returns:
-        What the forward returns for labels [B, P+T]; the hidden state of a column is that of the token that predicts
-        the next column, so nothing but predictions of labels is to be read.
+        The forward's output for labels [B, P+T]. A column's hidden state is that of the token that predicts the next
+        column, so only predictions of labels are valid.
 
     Raises:
-        ValueError: There are no labels, or not one for each text token.
+        ValueError: The labels are missing, or do not have the shape of the text.
     """
     layout = packed.layout
     if labels is None or labels.shape != layout.shape:
         got = None if labels is None else list(labels.shape)
-        raise ValueError(f"labels are {got}; wanted one for each text token, {list(layout.shape)}.")
+        raise ValueError(f"labels are {got}; wanted {list(layout.shape)}, one for each text token.")
     name, places = base_model.base_model_prefix, layout.predicting()
     backbone = base_model._modules[name]
 
@@ -146,7 +146,7 @@ def causal_lm_with_own_head(
         where, empty = upload(hidden.device, places.clamp(min=0), places < 0)
         return type(output)(last_hidden_state=hidden[where].masked_fill(empty[..., None], 0))  # [B, P+T, H]
 
-    view, inside = copy(base_model), copy(backbone)  # a head may look for more than the backbone's forward
+    view, inside = copy(base_model), copy(backbone)  # copies, because a head may read other attributes
     inside.forward, inside._forward_hooks, inside._forward_pre_hooks = unpacked, {}, {}
     view._modules = {**base_model._modules, name: inside}
     empty = labels.new_full((len(labels), places.shape[1] - labels.shape[1]), IGNORE_INDEX)
@@ -165,11 +165,11 @@ def sequence_classification(
 
     Args:
         base_model: A `...ForSequenceClassification` of transformers with the head `score`.
-        embeds: [1, N, H]; of the text alone if prefixes are kept: then every row needs a real token.
+        embeds: [1, N, H]; only text tokens if prefixes are kept, and then every row needs a real token.
         packed: The batch's layout and attention.
-        labels: [B], or [B, C] for several labels a row.
-        num_items_in_batch: The Trainer passes it; the classification losses of transformers take a mean without it.
-        adapter_names: Whose head each row has, where adapters have heads of their own; by default the active one's.
+        labels: [B], or [B, C] for several labels per row.
+        num_items_in_batch: Passed by the Trainer; ignored, because classification losses of transformers are means.
+        adapter_names: The adapter whose head each row gets; by default the active one's.
 
     Returns:
         The output with logits [B, C].
@@ -179,10 +179,10 @@ def sequence_classification(
     backbone = getattr(base_model, base_model.base_model_prefix)
     states = run(backbone, embeds, packed).last_hidden_state[0]
     layout = packed.layout.to(states.device)
-    first = 0 if packed.kept_prefixes is None else layout.num_prompt_tokens  # the place of the first hidden state
+    first = 0 if packed.kept_prefixes is None else layout.num_prompt_tokens  # place of the first hidden state
     hidden = states[layout.last - first]  # [B, H]
-    own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
-    logits = base_model.score(hidden, **({"adapter_names": adapter_names} if own_heads else {}))
+    has_own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
+    logits = base_model.score(hidden, **({"adapter_names": adapter_names} if has_own_heads else {}))
     loss = None
     if labels is not None:
         loss = base_model.loss_function(logits=logits, labels=labels, pooled_logits=logits, config=base_model.config)
@@ -195,13 +195,15 @@ def run(model: Any, embeds: torch.Tensor, packed: PackedPass, **kwargs: Any) -> 
         inputs_embeds=embeds,
         use_cache=False,
         return_dict=True,
-        **arguments(model, packed, embeds),
+        **make_arguments(model, packed, embeds),
         **kwargs,
     )
 
 
-def _loss(base_model: Any, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: Any) -> torch.Tensor:
-    """The base model's own loss on logits [1, L, V] that predict `targets` [L]."""
+def _compute_loss(
+    base_model: Any, logits: torch.Tensor, targets: torch.Tensor, num_items_in_batch: Any
+) -> torch.Tensor:
+    """Compute the base model's own loss of logits [1, L, V] that predict `targets` [L]."""
     return base_model.loss_function(
         logits=logits,
         labels=targets[None],
@@ -211,5 +213,5 @@ def _loss(base_model: Any, logits: torch.Tensor, targets: torch.Tensor, num_item
     )
 
 
-def _with(output: Any, logits: torch.Tensor, loss: torch.Tensor | None) -> Any:
+def _replace(output: Any, logits: torch.Tensor, loss: torch.Tensor | None) -> Any:
     return type(output)(**{**output, "loss": loss, "logits": logits})

@@ -1,12 +1,11 @@
-"""How the packed attention gets into a transformers model: by the lookup of attention functions.
+"""Adds packed attention to models of transformers, by a wrapper of `AttentionInterface.get_interface`.
 
-A model asks `AttentionInterface.get_interface` for its attention in every layer and every pass, and names the
-function that "eager" means in its own file. Here a stand-in answers: it calls the very function that was asked for,
-unless a packed pass is among the arguments. The config keeps its name and the registry its entries, so the model's own
-branches on the name, and everyone who looks a name up or registers another function, see what they saw before.
+A model looks up its attention function there in every layer and pass, with its own function for "eager". The wrapper
+calls that function unless the arguments have a packed pass. The config's attention name and the registry do not
+change, because models branch on the name.
 
-The stand-in answers while a packed pass is in use. It lives as long as something may still run with it: gradient
-checkpointing, which asks for the attention again in the backward pass, holds it until then.
+The wrapper is in use while a packed pass exists. Gradient checkpointing, which looks up the attention again in the
+backward pass, holds a reference to its pass until then.
 """
 
 from __future__ import annotations
@@ -27,17 +26,17 @@ from .packed_pass import PackedPass
 
 KEYWORD = "shared_prefix_pass"
 IMPLEMENTATIONS = ("sdpa", "eager")
-# no token is seen through this mask: whatever reads it in place of the layout fails by its shape
+# an empty mask: code that reads it instead of the layout fails by its shape
 MASK_SHAPE = (1, 1, 0, 0)
-# arguments that do not change which tokens see each other, or how much
+# arguments that do not change the attention weights
 _HARMLESS = {
-    "cache_position",  # of a cache, and there is none
+    "cache_position",  # there is no cache
     "output_attentions",
     "output_hidden_states",
-    "position_ids",  # in the keys and queries already
+    "position_ids",  # applied to keys and queries already
     "return_dict",
     "use_cache",
-    "logits_to_keep",  # the head's
+    "logits_to_keep",  # for the head
 }
 
 _in_use: weakref.WeakSet[Any] = weakref.WeakSet()
@@ -46,16 +45,16 @@ _own_lookup: Callable[..., Any] = AttentionInterface.get_interface
 
 
 class NotPackable(Exception):
-    """A packed batch cannot give this model's result; the message says why."""
+    """A packed batch would not give this model's results; the message has the reason."""
 
 
 def attach(base_model: Any) -> None:
-    """Make the model's attention able to run a packed batch.
+    """Enable packed batches in the model's attention.
 
     Raises:
-        NotPackable: Its attention implementation is one that the packed path does not stand in for.
+        NotPackable: The model's attention implementation is not supported.
     """
-    for name, _ in attention_of(base_model):
+    for name, _ in get_attention(base_model):
         if name not in IMPLEMENTATIONS:
             raise NotPackable(f"attn_implementation is {name!r}; load the model with attn_implementation='sdpa'")
     global _own_lookup
@@ -64,46 +63,46 @@ def attach(base_model: Any) -> None:
         _seam.replace(AttentionInterface, "get_interface", _get_interface)
 
 
-def attention_of(base_model: Any) -> tuple[tuple[Any, Any], ...]:
-    """Name and registered function of the model's attention, and of its text part's: another one is to be proved."""
+def get_attention(base_model: Any) -> tuple[tuple[Any, Any], ...]:
+    """Get the name and the registered function of the attention, for the model and for its text part."""
     configs = base_model.config, base_model.config.get_text_config(decoder=True)
     return tuple((c._attn_implementation, ALL_ATTENTION_FUNCTIONS.get(c._attn_implementation)) for c in configs)
 
 
-def arguments(model: Any, packed: PackedPass, embeds: torch.Tensor) -> dict[str, Any]:
-    """The arguments by which a packed batch goes through a model to its attention."""
+def make_arguments(model: Any, packed: PackedPass, embeds: torch.Tensor) -> dict[str, Any]:
+    """Make the arguments of a model's forward for a packed pass."""
     _in_use.add(packed)
     if model not in _first_positions:
-        _first_positions[model] = _first_position(model)
+        _first_positions[model] = _find_first_position(model)
     positions = packed.layout.to(embeds.device).position_ids[:, -embeds.shape[1] :]
     return {
         KEYWORD: packed,
-        "attention_mask": embeds.new_zeros(MASK_SHAPE),  # a mask of four dimensions is handed on as it is
+        "attention_mask": embeds.new_zeros(MASK_SHAPE),  # models pass on a mask of four dimensions unchanged
         "position_ids": positions + first if (first := _first_positions[model]) else positions,
     }
 
 
-def _first_position(model: Any) -> int:
-    """The position of a row's first token: RoBERTa counts from padding_idx + 1."""
+def _find_first_position(model: Any) -> int:
+    """Find the position of a row's first token; RoBERTa counts from padding_idx + 1."""
     for name, module in model.named_modules():
         if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
             return int(module.padding_idx) + 1
     return 0
 
 
-class Listener:
-    """Goes through a model in a packed pass's place, which leaves the model's own attention as it is.
+class Observer:
+    """Observes the attention calls of a model's own forward pass, without changing them.
 
     Args:
-        hear: Called in each layer with what its attention gets.
+        observe: Called in each layer with the arguments of its attention.
     """
 
-    def __init__(self, hear: Callable[..., None]) -> None:
-        self.hear = hear
+    def __init__(self, observe: Callable[..., None]) -> None:
+        self.observe = observe
 
     @property
     def arguments(self) -> dict[str, Any]:
-        """For the model's forward."""
+        """Arguments of the model's forward."""
         _in_use.add(self)
         return {KEYWORD: self}
 
@@ -120,8 +119,8 @@ def _attention(function: Any, *args: Any, **kwargs: Any) -> Any:
     packed = kwargs.pop(KEYWORD, None)
     if packed is None:
         return function(*args, **kwargs)
-    if isinstance(packed, Listener):
-        packed.hear(*args, **kwargs)
+    if isinstance(packed, Observer):
+        packed.observe(*args, **kwargs)
         return function(*args, **kwargs)
     return _attend(packed, *args, **kwargs), None
 
@@ -137,10 +136,10 @@ def _attend(
     is_causal: bool | None = None,
     **kwargs: Any,
 ) -> torch.Tensor:
-    """Attention of a layer, [1, N, A, D].
+    """Compute a layer's attention, [1, N, A, D].
 
     Raises:
-        NotPackable: The layer asks for more than the packed attention knows.
+        NotPackable: Packed attention does not support the layer's call.
     """
     if attention_mask is not None and attention_mask.shape != MASK_SHAPE:
         raise NotPackable(f"it makes an attention mask of its own, {list(attention_mask.shape)}")
@@ -151,8 +150,8 @@ def _attend(
     }
     if kwargs.get("s_aux") is not None:
         options["sinks"] = kwargs.pop("s_aux")
-    asked = (name for name, value in kwargs.items() if value is not None and value is not False)
-    unknown = sorted(set(asked) - _HARMLESS)
+    given = (name for name, value in kwargs.items() if value is not None and value is not False)
+    unknown = sorted(set(given) - _HARMLESS)
     if unknown:
         raise NotPackable(f"it hands {', '.join(unknown)} to its attention")
     if packed.keys_values is not None:

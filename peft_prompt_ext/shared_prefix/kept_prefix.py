@@ -1,4 +1,4 @@
-"""Prompt keys and values kept for inference, where a prompt is a constant: computed once.
+"""Prompt keys and values kept for inference, where prompts do not change.
 
 Shapes: P virtual tokens, H hidden size, G key-value heads, D head size, V words.
 """
@@ -17,15 +17,16 @@ from .layout import pack
 from .packed_pass import PackedPass
 
 
-KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # of each attention module, [1, G, P, D]
+KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # by attention module, [1, G, P, D]
 
 
 @dataclass
 class KeptPrefix:
-    """One prompt in one base model.
+    """The keys and values of one prompt in one base model.
 
     Attributes:
-        prompt: The virtual tokens that it was computed from, [P, H].
+        base_model: The base model.
+        prompt: The virtual tokens, [P, H].
         keys_values: Keys and values of every layer.
     """
 
@@ -35,7 +36,7 @@ class KeptPrefix:
 
     @cached_property
     def logits(self) -> torch.Tensor:
-        """Logits of the virtual tokens, [P, V]; computed when they are first read."""
+        """Logits of the virtual tokens, [P, V]."""
         return _prefill(self.base_model, self.prompt)[0].logits[0]
 
 

@@ -1,11 +1,11 @@
-"""How a padded batch lies as one packed sequence `[prompt_1 | prompt_2 | ... | text_1 | text_2 | ...]`: index maths.
+"""Index maths of a padded batch as one packed sequence `[prompt_1 | prompt_2 | ... | text_1 | text_2 | ...]`.
 
-All of it is computed on the host and goes to a device in one transfer: to read a number from a device is to wait for
+All indices are computed on the host and copied to a device in one transfer, because a read from a device waits for
 all its pending work.
 
 Shapes: B rows and T columns of the batch, R texts, K prompts, P_k virtual tokens of prompt k, P the longest prompt,
-S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row is one text, or
-none if it has no real token, or several if it is packed already.
+S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row has one text, several if the
+caller packed them, or none.
 """
 
 from __future__ import annotations
@@ -20,26 +20,24 @@ from .transfer import upload
 
 @dataclass(eq=False)
 class PackedLayout:
-    """Index tensors of one batch.
-
-    Texts keep the order of the batch.
+    """Index tensors of one batch, with texts in the order of the batch. A place is an index of the packed sequence.
 
     Attributes:
-        prompt_lengths: P_k of each prompt, K of them.
+        prompt_lengths: P_k of each prompt.
         shape: (B, T).
         longest_text: M.
         lengths: P_k as a tensor, [K].
-        prompt_of_row: Which prompt each row has, [B].
-        prompt_of_text: Which prompt each text has, [R].
-        text: Which text each text token is in, [S].
-        source: Place of each text token in the batch, read as one list of B*T tokens, [S].
-        within: Number of each text token inside its text, [S].
-        position_ids: 0.. for each prompt, P_k.. for the tokens of a text that has prompt k, [1, N].
-        prompts: Place in the packed sequence of each prompt's tokens, from the left; behind its end any place, [K, P].
-        prefix: The same from the right, so that the last column is the token before the text, [K, P].
-        texts: Place in the packed sequence of each text's tokens; behind its end any place, [R, M].
-        last: Place of each row's last real token; of its prompt's last token in a row without text, [B].
-        derived: Indices that an attention derives from the layout, once for all layers.
+        prompt_of_row: The prompt of each row, [B].
+        prompt_of_text: The prompt of each text, [R].
+        text: The text of each text token, [S].
+        source: Index of each text token in the flattened batch, [S].
+        within: Index of each text token in its text, [S].
+        position_ids: 0.. for each prompt, P_k.. for the tokens of a text with prompt k, [1, N].
+        prompts: Place of each prompt's tokens, aligned left; any place after its end, [K, P].
+        prefix: The same, aligned right: the last column is the token before the text, [K, P].
+        texts: Place of each text's tokens; any place after its end, [R, M].
+        last: Place of each row's last real token, or of its prompt's last token in a row without text, [B].
+        derived: Indices that an attention derives from the layout, for all layers.
     """
 
     prompt_lengths: tuple[int, ...]
@@ -58,39 +56,39 @@ class PackedLayout:
     last: torch.Tensor
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
-    _moved: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
+    _copies: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
     _host: PackedLayout | None = field(default=None, repr=False)
 
     def to(self, device: torch.device | str | int) -> PackedLayout:
-        """The layout with its tensors on a device, made once for each device."""
+        """Get the layout with its tensors on a device; one copy per device."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one
         if device == self.texts.device:
             return self
-        if device not in self._moved:
+        if device not in self._copies:
             tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
-            moved: dict[str, Any] = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
-            self._moved[device] = replace(self, **moved, derived={}, _masks={}, _host=self.on_host())
-        return self._moved[device]
+            uploaded: dict[str, Any] = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
+            self._copies[device] = replace(self, **uploaded, derived={}, _masks={}, _host=self.on_host())
+        return self._copies[device]
 
     def on_host(self) -> PackedLayout:
-        """The layout with its tensors on the host, where their numbers can be read."""
+        """Get the layout with its tensors on the host."""
         return self._host or self
 
     @property
     def num_prompt_tokens(self) -> int:
-        """Virtual tokens of all prompts together: the place of the first text token."""
+        """The number of virtual tokens of all prompts, which is the place of the first text token."""
         return sum(self.prompt_lengths)
 
     @property
     def flat(self) -> torch.Tensor:
-        """Where each text token stands in `texts`, if that is read as one list, [S]."""
+        """Index of each text token in the flattened `texts`, [S]."""
         return self.text * self.longest_text + self.within
 
     def mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """The keys of `[prefix | text]` that each text token sees: those not behind it, and inside its window.
+        """Make the mask of the keys of `[prefix | text]` that each text token sees.
 
         Returns:
-            Bool, [M, P+M] if all prompts are equally long, else [R, 1, M, P+M].
+            Bool, [M, P+M] if all prompts have one length, else [R, 1, M, P+M].
         """
         if sliding_window not in self._masks:
             longest = self.prefix.shape[1]
@@ -103,11 +101,11 @@ class PackedLayout:
         return self._masks[sliding_window]
 
     def spans(self, sliding_window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The two runs of places that a token sees: in its prompt, and in its own text (or prompt) up to itself.
+        """Find the two spans of places that a token sees: in its text's prompt, and in its own text (or prompt).
 
         Returns:
-            Where the first run starts, and the place behind its end, which may be no further (virtual tokens have an
-            empty one); where the second run starts. Each [N].
+            Start and end of the first span, which may be empty and is for virtual tokens; start of the second span,
+            which ends with the token. Each [N].
         """
         which = self.prompt_of_text[self.text]
         none = which.new_zeros(self.num_prompt_tokens)
@@ -121,9 +119,9 @@ class PackedLayout:
         return start, end, own
 
     def column_sources(self) -> torch.Tensor:
-        """Place in the packed sequence of each column of the padded batch `[prompt | text]`; -1 where there is none.
+        """Find the place of each column of the padded batch `[prompt | text]`, [B, P+T]; -1 at pads.
 
-        Rows with a prompt that is shorter than the longest have it right before the text. [B, P+T].
+        Shorter prompts are aligned right, next to the text.
         """
         (rows, columns), longest = self.shape, self.prefix.shape[1]
         missing = longest - self.lengths
@@ -133,7 +131,7 @@ class PackedLayout:
         return torch.cat([prefix[self.prompt_of_row], texts.view(rows, columns)], dim=1)
 
     def predicting(self) -> torch.Tensor:
-        """Place of the token that predicts the token of the *next* column, -1 where that has none; [B, P+T]."""
+        """Find the place of the token that predicts the next column, [B, P+T]; -1 if the next column is a pad."""
         (rows, columns), longest = self.shape, self.prefix.shape[1]
         before = self.source.new_full((rows * columns,), -1)
         before[self.source] = self.previous()
@@ -141,29 +139,29 @@ class PackedLayout:
         return torch.cat([whole[:, 1:], whole.new_full((rows, 1), -1)], dim=1)
 
     def previous(self) -> torch.Tensor:
-        """Place of the token before each text token: the last virtual token before the first, -1 if there is none."""
+        """Find the place of the token before each text token, [S]; -1 before a first token without a prompt."""
         ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, -1)
         places = torch.arange(len(self.text), device=ends.device) + self.num_prompt_tokens - 1
         return torch.where(self.within == 0, ends[self.prompt_of_text[self.text]], places)
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
-    """Which keys a query sees, by their positions: [..., Q], [..., L] -> bool [..., Q, L]."""
+    """Make a causal mask from positions of queries and keys: [..., Q], [..., L] -> bool [..., Q, L]."""
     distance = query[..., :, None] - key[..., None, :]
     seen = distance >= 0
     return seen if sliding_window is None else seen & (distance < sliding_window)
 
 
 def find_texts(position_ids: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor | None:
-    """Find the texts that rows already hold, as batches without padding have them: positions begin again at 0.
+    """Find the texts of rows that hold several, as padding-free collators make them: positions begin again at 0.
 
     Args:
         position_ids: [B, T] on the host.
         attention_mask: [B, T], nonzero at real tokens.
 
     Returns:
-        True at the first token of every text but the first of a row, [B, T]; None if positions do not count the
-        tokens of each text from 0.
+        True at the first token of a row's second and further texts, [B, T]; None if positions do not count the tokens
+        of each text from 0.
     """
     row, column = (attention_mask != 0).nonzero(as_tuple=True)
     position = position_ids[row, column]
@@ -183,13 +181,13 @@ def pack(
     prompt_of_row: torch.Tensor | None = None,
     begins: torch.Tensor | None = None,
 ) -> PackedLayout:
-    """Lay out a batch. All tensors are the host's.
+    """Make the layout of a batch. All tensors are on the host.
 
     Args:
-        attention_mask: [B, T], nonzero at real tokens: left- or right-padded, or with holes.
-        prompt_lengths: P_k of each prompt; 0 is a row without a prompt.
-        prompt_of_row: Which prompt each row has, [B]; by default the first.
-        begins: True at real tokens with which another text of their row begins, [B, T]; by default nowhere.
+        attention_mask: [B, T], nonzero at real tokens; pads may be anywhere.
+        prompt_lengths: P_k of each prompt; 0 for rows without a prompt.
+        prompt_of_row: The prompt of each row, [B]; by default the first.
+        begins: True at the first token of a row's second and further texts, [B, T]; by default none.
     """
     real = attention_mask != 0
     if prompt_of_row is None:
@@ -198,7 +196,7 @@ def pack(
     ends = lengths.cumsum(0)
     total, longest = sum(prompt_lengths), max(prompt_lengths)
     slot = torch.arange(longest)
-    # any place will do behind an end, but it has to exist
+    # after the end, any valid place
     prompts = ((ends - lengths)[:, None] + slot).clamp(max=max(total - 1, 0))
     prefix = (ends[:, None] + slot - longest).clamp(min=0)
 

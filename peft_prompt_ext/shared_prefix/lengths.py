@@ -1,8 +1,8 @@
-"""How long a row and a whole pack may be: what changes far behind the few tokens of a proof.
+"""Finds how long a row and a pack may be, without running long batches.
 
-Nothing long runs for it. A row is told late positions, a pack late places, and the model's own mask functions are
-asked about late tokens. Where that changes what it must not, the length at which it begins is a number of the
-config, and it is searched among them.
+A small batch runs with late positions for a row, with late places for the pack, and the model's mask functions are
+called for late tokens. If that changes a result, the length at which the change begins is searched among the numbers
+of the config.
 
 Shapes: N packed tokens, L tokens of a row.
 """
@@ -22,27 +22,27 @@ from torch.utils.weak import WeakIdKeyDictionary
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 
 from .attention.sdpa import packed_attention
-from .interface import IMPLEMENTATIONS, Listener, NotPackable
+from .interface import IMPLEMENTATIONS, NotPackable, Observer
 from .layout import PackedLayout
 from .packed_pass import PackedPass
 
 
-FAR = 2**20  # places that a pack is told, and positions of a model that has no number of them
-# what two runs on tensors of the same shapes may differ by, in float32 and below
+FAR = 2**20  # latest place, and latest position in a model without a limit
+# largest relative difference of two runs on the same shapes, in float32 and in lower precision
 EXACT, ROUNDED = 1e-5, 1e-2
 
 
 class Trial(NamedTuple):
-    """A packed batch that can run again and again.
+    """A small packed batch that runs several times.
 
     Attributes:
-        config: The text model's.
+        config: The text model's config.
         layout: Makes the batch's layout.
         run: Runs the batch in a packed pass.
-        run_alone: Runs the model on a row of its own, with the keyword arguments that it is given.
-        last: Tokens of the last row, without its prompt.
-        positions: How many positions the model has.
-        exact: The model computes in float32, with weights that are not quantised.
+        run_alone: Runs the model on one row, with the given keyword arguments.
+        last: The number of text tokens in the last row.
+        positions: The model's number of positions.
+        exact: Whether the model computes in float32, without quantised weights.
     """
 
     config: Any
@@ -54,57 +54,57 @@ class Trial(NamedTuple):
     exact: bool
 
 
-def longest(trial: Trial) -> tuple[int | None, int | None]:
-    """The longest row and the longest pack of which the trial's result holds as well; None: there is no limit.
+def find_longest(trial: Trial) -> tuple[int | None, int | None]:
+    """Find the longest row and the longest pack with correct results; None: no limit.
 
     Raises:
-        NotPackable: It does not hold for any, or nobody can tell.
+        NotPackable: No length is correct, or none can be found.
     """
     before = _run(trial, trial.layout())
-    pack, row = _longest_pack(trial, before), _longest_mask(trial)
+    pack, row = _find_longest_pack(trial, before), _find_longest_mask(trial)
     try:
-        rows = [limit for limit in (row, _longest_row(trial, before)) if limit is not None]
+        rows = [limit for limit in (row, _find_longest_row(trial, before)) if limit is not None]
     finally:
-        trial.run(PackedPass(trial.layout()))  # rotary positions that grew with a row shrink again
+        trial.run(PackedPass(trial.layout()))  # restores rotary embeddings that depend on the length
     return min(rows, default=None), pack
 
 
-def _longest_row(trial: Trial, before: list[torch.Tensor]) -> int | None:
-    """The longest row beside which the others stay as they are."""
+def _find_longest_row(trial: Trial, before: list[torch.Tensor]) -> int | None:
+    """Find the longest row that does not change the others."""
     positions = trial.layout().position_ids[0]
     others, length_now = len(positions) - trial.last, int(positions[-1]) + 1
 
-    def unchanged(length: int) -> bool:
+    def is_unchanged(length: int) -> bool:
         layout = trial.layout()
         layout.position_ids = layout.position_ids.clone()
         layout.position_ids[:, others:] += length - length_now
-        return _same(_run(trial, layout), before, others, trial.exact)
+        return _is_same(_run(trial, layout), before, others, trial.exact)
 
-    found = _search(unchanged, _numbers(trial.config, length_now, trial.positions))
+    found = _search(is_unchanged, _list_numbers(trial.config, length_now, trial.positions))
     if found == 0:
         raise NotPackable("a row's positions change what other rows give")
     return found
 
 
-def _longest_pack(trial: Trial, before: list[torch.Tensor]) -> int | None:
-    """The longest pack in which a token's place does not matter."""
+def _find_longest_pack(trial: Trial, before: list[torch.Tensor]) -> int | None:
+    """Find the longest pack in which a token's place does not matter."""
     tokens = trial.layout().position_ids.shape[1]
 
-    def unchanged(length: int) -> bool:
+    def is_unchanged(length: int) -> bool:
         with _LatePlaces(tokens, length - tokens):
-            return _same(_run(trial, trial.layout()), before, tokens, trial.exact)
+            return _is_same(_run(trial, trial.layout()), before, tokens, trial.exact)
 
-    found = _search(unchanged, _numbers(trial.config, tokens, FAR))
+    found = _search(is_unchanged, _list_numbers(trial.config, tokens, FAR))
     if found == 0:
         raise NotPackable("its layers count the tokens of the whole batch")
     return found
 
 
-def _longest_mask(trial: Trial) -> int | None:
-    """The longest row whose tokens see in the model's own masks what they see in packed attention."""
-    layers: dict[Any, None] = {}  # mask function and window of each layer, each pair once
+def _find_longest_mask(trial: Trial) -> int | None:
+    """Find the longest row where the model's own masks agree with packed attention."""
+    layers: dict[Any, None] = {}  # unique pairs of mask function and window
 
-    def hear(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> None:
+    def observe(module: Any, query: Any, key: Any, value: Any, attention_mask: Any = None, **kwargs: Any) -> None:
         function: Any = causal_mask_function
         if attention_mask is not None:
             function = functions.get(attention_mask.data_ptr())
@@ -112,21 +112,21 @@ def _longest_mask(trial: Trial) -> int | None:
                 raise NotPackable(f"it makes an attention mask of its own, {list(attention_mask.shape)}")
         layers[function, kwargs.get("sliding_window")] = None
 
-    listener = Listener(hear)
-    with _mask_functions() as functions:
-        trial.run_alone(**listener.arguments)
+    observer = Observer(observe)
+    with _collect_mask_functions() as functions:
+        trial.run_alone(**observer.arguments)
     try:
-        limits = [_first_difference(function, window, trial) for function, window in layers]
-    except Exception as error:  # made for the tokens of one batch
-        raise NotPackable(f"its masks cannot be asked about late tokens ({error})") from error
+        limits = [_find_mask_limit(function, window, trial) for function, window in layers]
+    except Exception as error:  # a mask function may support only the tokens of one batch
+        raise NotPackable(f"its masks cannot be computed for late tokens ({error})") from error
     found = min((limit for limit in limits if limit is not None), default=None)
     if found == 0:
         raise NotPackable("its masks are not those of causal attention")
     return found
 
 
-def _numbers(config: Any, least: int, most: int) -> list[int]:
-    """The lengths at which a number of the config may make a difference, in order; the last is `most`."""
+def _list_numbers(config: Any, least: int, most: int) -> list[int]:
+    """List the lengths where a number of the config may matter, in ascending order; the last is `most`."""
     found = {most}
     values = [config.to_dict()]
     while values:
@@ -135,16 +135,16 @@ def _numbers(config: Any, least: int, most: int) -> list[int]:
             values += value.values()
         elif isinstance(value, (list, tuple)):
             values += value
-        elif isinstance(value, int):  # a length counts its own token, a place does not
+        elif isinstance(value, int):  # both, because lengths start at 1 and places at 0
             found |= {value - 1, value}
     return sorted(number for number in found if least < number <= most)
 
 
 def _search(holds: Callable[[int], bool], numbers: list[int]) -> int | None:
-    """The last number that holds, given that those behind it do not; 0 if none does, None if all do."""
+    """Find the last number that holds, if all numbers after it do not; 0 if none holds, None if all do."""
     if not numbers or holds(numbers[-1]):
         return None
-    low, high = 0, len(numbers) - 1  # all before `low` hold, that at `high` does not
+    low, high = 0, len(numbers) - 1  # all before `low` hold, the one at `high` does not
     while low < high:
         middle = (low + high) // 2
         low, high = (middle + 1, high) if holds(numbers[middle]) else (low, middle)
@@ -152,7 +152,7 @@ def _search(holds: Callable[[int], bool], numbers: list[int]) -> int | None:
 
 
 def _run(trial: Trial, layout: PackedLayout) -> list[torch.Tensor]:
-    """Queries, keys and values of every layer, [1, N, heads, D] each."""
+    """Run the trial. Returns queries, keys and values of every layer, [1, N, heads, D] each."""
     seen: list[torch.Tensor] = []
 
     def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
@@ -164,8 +164,8 @@ def _run(trial: Trial, layout: PackedLayout) -> list[torch.Tensor]:
     return seen
 
 
-def _same(got: list[torch.Tensor], want: list[torch.Tensor], tokens: int, exact: bool) -> bool:
-    """Whether the first tokens are what they were."""
+def _is_same(got: list[torch.Tensor], want: list[torch.Tensor], tokens: int, exact: bool) -> bool:
+    """Whether the first `tokens` tokens agree."""
     differences = [
         (x[:, :tokens].float() - y[:, :tokens].float()).norm() / y[:, :tokens].float().norm()
         for x, y in zip(got, want, strict=True)
@@ -174,26 +174,26 @@ def _same(got: list[torch.Tensor], want: list[torch.Tensor], tokens: int, exact:
 
 
 class _LatePlaces(TorchFunctionMode):
-    """Tells a model that its tokens stand `shift` places further behind.
+    """Shifts the places that a model computes for its tokens by `shift`.
 
-    A model knows places from `arange` or `cumsum` over the sequence. Whatever it computes from them is computed of
-    the late ones beside it; the model gets that where it is a number or a comparison. Whole numbers may be indices
-    into the sequence, which is no longer than it was.
+    A model computes places with `arange` or `cumsum` over the sequence. Each result that depends on them is computed
+    for late places too. The model gets the late result if it has floats or booleans. Integers may be indices of the
+    sequence, which keeps its length, so they stay; their late values are stored.
     """
 
     def __init__(self, tokens: int, shift: int) -> None:
         super().__init__()
         self.tokens, self.shift = tokens, shift
-        self.late = WeakIdKeyDictionary()  # by what it is for an index
+        self.late = WeakIdKeyDictionary()  # late values by their original
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = getattr(func, "__name__", "")
         given = (args, kwargs or {})
-        late = tree_map(self._late, given)
-        if any(word in name for word in _LOOKUPS):  # what is looked up may be places, where stays where
+        late = tree_map(self._get_late, given)
+        if any(word in name for word in _LOOKUPS):  # only the looked-up values may be late, not the indices
             late = ((*late[0][:1], *args[1:]), given[1])
         is_counted = any(x is not y for x, y in zip(tree_iter(late), tree_iter(given), strict=True))
-        if is_counted and name.endswith("_") and late[0][0] is args[0]:  # into a tensor that is no place
+        if is_counted and name.endswith("_") and late[0][0] is args[0]:  # in-place, into a tensor without late values
             return func(*late[0], **late[1])
         out = func(*args, **given[1])
         if not isinstance(out, torch.Tensor):
@@ -208,7 +208,7 @@ class _LatePlaces(TorchFunctionMode):
             self.late[out] = out + self.shift
         return out
 
-    def _late(self, value: Any) -> Any:
+    def _get_late(self, value: Any) -> Any:
         return self.late.get(value, value) if isinstance(value, torch.Tensor) else value
 
 
@@ -216,10 +216,10 @@ _LOOKUPS = ("getitem", "setitem", "embedding", "index", "gather", "scatter", "ta
 
 
 @contextmanager
-def _mask_functions() -> Iterator[dict[int, Any]]:
-    """By the place of its mask in memory, each mask function that a model uses inside."""
+def _collect_mask_functions() -> Iterator[dict[int, Any]]:
+    """Collect the mask functions that a model uses inside, by the memory address of their mask."""
     functions: dict[int, Any] = {}
-    masks = []  # so that no other tensor gets the place of one
+    masks = []  # keeps the addresses in use
     thread = get_ident()
 
     def make(own: Callable[..., Any], **kwargs: Any) -> Any:
@@ -245,9 +245,9 @@ def _mask_functions() -> Iterator[dict[int, Any]]:
                 registry[name] = own
 
 
-def _first_difference(function: Any, window: int | None, trial: Trial) -> int | None:
-    """The longest row of which a mask function and a window show the same; 0 if there is none, None if all."""
-    numbers = [0, 1, 2, *_numbers(trial.config, 2, trial.positions)]
+def _find_mask_limit(function: Any, window: int | None, trial: Trial) -> int | None:
+    """Find the longest row where a mask function agrees with a window; 0 if none, None if all."""
+    numbers = [0, 1, 2, *_list_numbers(trial.config, 2, trial.positions)]
     numbers = sorted({*numbers, *(number + 1 for number in numbers)})
     ends = torch.tensor(numbers)
     distances = torch.tensor([*numbers, *(-number for number in numbers[1:])])
@@ -257,9 +257,9 @@ def _first_difference(function: Any, window: int | None, trial: Trial) -> int | 
     seen = key <= query
     if window is not None:
         seen = seen & (query - key < window)
-    none = torch.zeros((), dtype=torch.long)
-    shown = function(none, none, query, key)
-    wrong = (torch.as_tensor(shown).expand_as(seen) != seen).any(1).nonzero()
+    zero = torch.zeros((), dtype=torch.long)
+    mask = function(zero, zero, query, key)
+    wrong = (torch.as_tensor(mask).expand_as(seen) != seen).any(1).nonzero()
     if not len(wrong):
         return None
     first = int(wrong[0])

@@ -1,4 +1,4 @@
-"""What a forward pass over a packed batch carries to each layer's attention, beside the layout."""
+"""The object that a forward pass over a packed batch passes to each layer's attention."""
 
 from __future__ import annotations
 
@@ -22,12 +22,11 @@ class PackedPass:
     """One forward pass.
 
     Attributes:
-        layout: Where each token belongs.
-        attention: Computes attention, with the signature of `attention.sdpa.packed_attention`.
-        kept_prefixes: The prompts that have tokens, in order, if their keys and values are kept: then the text tokens
-            run alone.
-        calls: A list to which each layer's attention call is added, if it is given.
-        keys_values: A dictionary in which each layer's keys and values are stored, if it is given.
+        layout: The place of each token.
+        attention: The attention function, with the signature of `attention.sdpa.packed_attention`.
+        kept_prefixes: The kept prefix of each prompt with tokens, in order; then only text tokens run.
+        calls: If given, each layer's attention call is appended.
+        keys_values: If given, each layer's keys and values are stored.
     """
 
     layout: PackedLayout

@@ -1,4 +1,4 @@
-"""Proof on a small ragged batch that the packed path gives a model's own results, before it is trusted with a user's.
+"""Proof on a small ragged batch that a packed batch gives a model's own results.
 
 Shapes: B rows, T longest row, P virtual tokens, N packed tokens, H hidden size, V words, C classes.
 """
@@ -16,11 +16,11 @@ import torch
 
 from ..devices import device_of
 from ..sizes import max_positions
-from .attention.select import AttentionCall, candidates, select
+from .attention.select import AttentionCall, list_candidates, select
 from .interface import NotPackable, attach
 from .kept_prefix import keep_prefix
 from .layout import pack
-from .lengths import FAR, Trial, longest
+from .lengths import FAR, Trial, find_longest
 from .packed_pass import PackedPass
 from .precision import Tolerance
 from .status import EngineStatus
@@ -30,25 +30,24 @@ logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 3
 ROW_LENGTHS = (5, 1, 9)
-TOLERANCE = Tolerance(float32=1e-4, reduced=1e-2, low=5e-2)  # of the logits
+TOLERANCE = Tolerance(float32=1e-4, reduced=1e-2, low=5e-2)  # for the logits
 
 
-@torch.compiler.disable  # a compiled model is proved as it is, and not traced for it
+@torch.compiler.disable  # the probe of a compiled model is not traced
 def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
-    """Decide whether a model may take the packed path.
+    """Prove that a model's batches may run packed.
 
     Args:
         base_model: A model of transformers with its head.
         packed_forward: `packed_forward(base_model, embeds [1, N, H], packed)` returns an output with logits
             [B, P+T, V] or [B, C].
         word_embeddings: Its word embeddings.
-        run: Run the ragged batch; without it every model is trusted whose attention can be reached, and that
-            attention is SDPA.
+        run: Whether to run the ragged batch. Without it, only the config is checked, and attention is SDPA.
 
     Raises:
-        ValueError: An attention is asked for that does not exist.
+        ValueError: The environment variable is not the name of an attention.
     """
-    names = candidates(device_of(word_embeddings))
+    names = list_candidates(device_of(word_embeddings))
     try:
         refuse_early(base_model)
         attach(base_model)
@@ -57,15 +56,15 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
             status = _probe(base_model, packed_forward, word_embeddings, names)
     except NotPackable as refusal:
         status = EngineStatus(False, str(refusal))
-    except Exception as error:  # an unknown architecture may do anything with one packed sequence
+    except Exception as error:  # an unknown architecture may raise any error
         status = EngineStatus(False, f"its forward cannot run a packed batch ({type(error).__name__}: {error})")
-    how = f"used, with {status.attention} attention" if status.packed else "not used, PEFT's path is"
-    logger.info("The shared prefix is %s: %s.", how, status.reason)
+    path = f"run packed, with {status.attention} attention" if status.packed else "take PEFT's path"
+    logger.info("Batches %s: %s.", path, status.reason)
     return status
 
 
 def refuse_early(base_model: Any) -> None:
-    """Raise NotPackable for what the config or the signature tells without a forward pass."""
+    """Raise NotPackable if the config or the signature excludes packed batches."""
     config = base_model.config.get_text_config(decoder=True)
     if getattr(config, "is_encoder_decoder", False):
         raise NotPackable("an encoder's prompt sees the text, so it is not the same for every row")
@@ -89,11 +88,11 @@ def _probe(
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
     calls: list[AttentionCall] = []
     batch = PackedPass(pack(mask, (PROMPT_LENGTH,)), calls=calls)
-    with _evaluating(base_model):
+    with _eval_mode(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
         packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, batch), calls)
-        cached = _with_kept_prompt(base_model, packed_forward, prompt, torch.cat(texts), mask)
+        cached = _run_kept(base_model, packed_forward, prompt, torch.cat(texts), mask)
         alone = [
             base_model(inputs_embeds=torch.cat([prompt, text])[None], use_cache=False).logits[0].float()
             for text in texts
@@ -114,27 +113,27 @@ def _probe(
         max_positions(base_model) or FAR,
         tolerance == TOLERANCE.float32,
     )
-    with _evaluating(base_model):
-        row, packs = longest(trial)
-    attention, not_taken = select(attentions, calls)
-    return EngineStatus(True, "; ".join([figure, *not_taken]), row, keeps, attention, packs)
+    with _eval_mode(base_model):
+        row, packs = find_longest(trial)
+    attention, refused = select(attentions, calls)
+    return EngineStatus(True, "; ".join([figure, *refused]), row, keeps, attention, packs)
 
 
 def _relative_error(got: torch.Tensor, rows: list[torch.Tensor]) -> float:
     want = torch.cat(rows)
-    # a language model's rows have pads behind them
+    # cut the pads off a language model's rows
     cut = torch.cat([row[: len(alone)] if alone.dim() == 2 else row for row, alone in zip(got, rows, strict=True)])
     return float((cut - want).norm() / want.norm())
 
 
-def _with_kept_prompt(
+def _run_kept(
     base_model: Any, packed_forward: Callable[..., Any], prompt: torch.Tensor, text: torch.Tensor, mask: torch.Tensor
 ) -> torch.Tensor | None:
-    """Logits of the ragged batch behind a prompt that ran before; None if the model cannot run so."""
+    """Compute logits of the ragged batch with a kept prefix; None if the model does not support it."""
     try:
         packed = PackedPass(pack(mask, (len(prompt),)), kept_prefixes=[keep_prefix(base_model, prompt)])
         return packed_forward(base_model, text[None], packed).logits.float()
-    except Exception as error:  # every batch can take its prompt along
+    except Exception as error:  # kept prefixes are optional
         logger.debug("Prompts are not kept: %s", error)
         return None
 
@@ -146,16 +145,16 @@ def _run_packed(base_model: Any, run: Callable[[], Any], calls: list[AttentionCa
         logits: torch.Tensor = run().logits.float()
     except NotPackable:
         raise
-    except Exception as error:  # a layer with an attention of its own fails at the mask
+    except Exception as error:  # a layer with its own attention fails at the mask
         reason = f"it reads the attention mask itself, {len(calls)} {use} ({type(error).__name__}: {error})"
         raise NotPackable(reason) from error
-    if not calls or len(calls) % layers:  # a layer may attend twice
+    if not calls or len(calls) % layers:  # some layers attend twice
         raise NotPackable(f"{len(calls)} {use}")
     return logits
 
 
 @contextmanager
-def _evaluating(model: Any) -> Iterator[None]:
+def _eval_mode(model: Any) -> Iterator[None]:
     training = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""What `engine_status` returns."""
+"""The result of `engine_status`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,13 @@ class EngineStatus:
     """Whether a model's batches run as one packed sequence.
 
     Attributes:
-        packed: They do; else they take PEFT's path, with the same results.
-        reason: Why, for a person to read.
-        max_tokens: Batches with longer rows (prompt and text together) take PEFT's path; None: there is no such
-            length.
-        keeps_prompts: Without gradients each prompt runs once and its keys and values are kept for the next batches.
-        attention: What computes attention in packed batches, "sdpa", "varlen" or "flex"; None without them.
-        max_packed_tokens: Batches with more tokens (each prompt once, and the texts without pads) take PEFT's path;
-            None: there is no such number.
+        packed: Whether batches run packed; else they take PEFT's path, with the same results.
+        reason: The reason, as text.
+        max_tokens: Batches with longer rows (prompt and text) take PEFT's path; None: no limit.
+        keeps_prompts: Whether prompt keys and values are kept for inference.
+        attention: The attention of packed batches, "sdpa", "varlen" or "flex"; None on PEFT's path.
+        max_packed_tokens: Batches with more tokens (each prompt once, texts without pads) take PEFT's path; None: no
+            limit.
     """
 
     packed: bool

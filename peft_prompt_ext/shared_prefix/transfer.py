@@ -1,7 +1,7 @@
-"""Between the host and a device: the only places where a batch is read off a device, or its indices are put there.
+"""Transfers between the host and a device.
 
-A device works on what it was asked for while the host goes on; reading a number off it makes the host wait for all of
-that. So what decides a batch's layout is read once, together, and what is computed from it goes back without waiting.
+A read from a device makes the host wait for all pending work of the device. So the inputs of a layout are read
+together, once for each batch, and its indices are written without waiting. Only this file does either.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import torch
 
 
 def download(*tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors of integers or truth values on the host, as int64: one wait for those of a device together."""
+    """Copy integer or bool tensors to the host, as int64, with one wait for all."""
     if all(x.device.type == "cpu" for x in tensors):
         return [x.long() for x in tensors]
     together = torch.cat([x.flatten().long() for x in tensors]).cpu()
@@ -19,13 +19,15 @@ def download(*tensors: torch.Tensor) -> list[torch.Tensor]:
 
 
 def upload(device: torch.device, *tensors: torch.Tensor) -> list[torch.Tensor]:
-    """Tensors of the host on a device, in one transfer that nobody waits for."""
+    """Copy tensors from the host to a device, in one transfer, without waiting."""
     if device.type == "cpu":
         return list(tensors)
     parts = [x.contiguous().flatten().view(torch.uint8) for x in tensors]
-    aligned = [torch.nn.functional.pad(x, (0, -len(x) % 8)) for x in parts]  # each begins where an int64 may begin
+    aligned = [torch.nn.functional.pad(x, (0, -len(x) % 8)) for x in parts]  # to 8 bytes, for int64
     together = torch.cat(aligned)
     if device.type == "cuda":
         together = together.pin_memory()
-    moved = together.to(device, non_blocking=True).split([len(x) for x in aligned])
-    return [data[: len(part)].view(x.dtype).view(x.shape) for data, part, x in zip(moved, parts, tensors, strict=True)]
+    copied = together.to(device, non_blocking=True).split([len(x) for x in aligned])
+    return [
+        data[: len(part)].view(x.dtype).view(x.shape) for data, part, x in zip(copied, parts, tensors, strict=True)
+    ]

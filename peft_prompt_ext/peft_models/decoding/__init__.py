@@ -1,1 +1,1 @@
-"""Decoding behind a prompt: `generate`, a loop of one's own, which prompt a cache holds, and what is refused."""
+"""Decoding with a prompt: `generate`, decoding loops, the prompt in a cache, unsupported modes."""

@@ -1,6 +1,6 @@
-"""A decoder behind a prompt: `generate`, and the steps of one's own loop.
+"""Decoding with a prompt in a decoder: `generate`, and the steps of the caller's own loop.
 
-Shapes: B rows, P virtual tokens, S text tokens that a cache holds, T text tokens of a call, H hidden size.
+Shapes: B rows, P virtual tokens, S text tokens in a cache, T text tokens of a call, H hidden size.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from ...labels import IGNORE_INDEX
 from ...shared_prefix.status import EngineStatus
 from ..packed import PackedMixin
 from ..padding import reorder
-from .feed import CACHES, PromptFeed, cache_name, cache_of, check_rows, given_cache, has_keys, place_of
-from .held_prompt import HeldPrompt, Place, count_text, held_by, note, without_virtual
+from .feed import CACHES, PromptFeed, cache_name, check_rows, find_cache, get_place, has_keys, take_cache
+from .held_prompt import HeldPrompt, Place, count_text, drop_virtual, get_held, set_held
 from .modes import allow_candidates, check_mode, make_room
 
 
 class PromptedGeneration(PackedMixin):
-    """`generate`, `prepare_inputs_for_generation` and calls with a cache, of a decoder behind a prompt."""
+    """`generate`, `prepare_inputs_for_generation` and calls with a cache, for a decoder with a prompt."""
 
     def forward(
         self,
@@ -34,13 +34,13 @@ class PromptedGeneration(PackedMixin):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """See PEFT's class. With `past_key_values` or `use_cache` a call is a step of one's own decoding loop.
+        """See PEFT's class. A call with `past_key_values` or `use_cache` is a step of a decoding loop.
 
-        The first step puts the prompt in, later ones take the new tokens alone. The mask is as wide as the whole text,
-        [B, S + T]; it may have the virtual tokens too, [B, P + S + T].
+        The first step adds the prompt; later steps take only new tokens. The mask covers the whole text, [B, S + T],
+        or the virtual tokens too, [B, P + S + T].
 
         Raises:
-            ValueError: The cache does not hold the active prompt, or an argument does not fit the text.
+            ValueError: The cache does not have the active prompt, or an argument does not fit the text.
         """
         kwargs |= dict(
             zip(("output_attentions", "output_hidden_states", "return_dict", "task_ids"), args, strict=False)
@@ -48,23 +48,23 @@ class PromptedGeneration(PackedMixin):
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             self._check_token_path(kwargs)
-            self._engine.note(
+            self._engine.set_last_status(
                 self.get_base_model(), EngineStatus(False, "it asks for use_cache, or goes on with a cache")
             )
             return self._step({**inputs, "labels": labels, **kwargs})
         output = super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
         if labels is None and not self.training and kwargs.get("use_cache") is None:
-            self._note_unasked(output, input_ids if input_ids is not None else inputs_embeds, attention_mask)
+            self._mark_default_cache(output, input_ids if input_ids is not None else inputs_embeds, attention_mask)
         return output
 
     def _is_step(self, inputs: Mapping[str, Any]) -> bool:
-        if inputs.get("use_cache") or cache_of(inputs) is not None or place_of(inputs) is not None:
+        if inputs.get("use_cache") or find_cache(inputs) is not None or get_place(inputs) is not None:
             return True
         # a cache of None is the first call of a loop
-        return not inputs.keys().isdisjoint(CACHES) and inputs.get("use_cache") is None and self._caches()
+        return not inputs.keys().isdisjoint(CACHES) and inputs.get("use_cache") is None and self._returns_cache()
 
-    def _caches(self) -> bool:
-        """Whether the base model returns a cache if nobody says."""
+    def _returns_cache(self) -> bool:
+        """Whether the base model returns a cache by default."""
         config: Any = self.get_base_model().config
         return bool(getattr(config.get_text_config(decoder=True), "use_cache", False))
 
@@ -72,29 +72,29 @@ class PromptedGeneration(PackedMixin):
         base_model: Any = self.get_base_model()
         inputs = {name: value for name, value in inputs.items() if value is not None}
         return_dict, feed = inputs.pop("return_dict", None), PromptFeed(self)
-        where, before, ids = place_of(inputs), held_by(cache_of(inputs)), None
-        prepared = where is not None  # by prepare_inputs_for_generation
+        where, before, ids = get_place(inputs), get_held(find_cache(inputs)), None
+        is_prepared = where is not None  # by prepare_inputs_for_generation
         if where is not None:
             output = base_model(return_dict=True, **inputs)
         else:
             where, ids = self._place_step(feed, inputs)
             output = self._run_step(inputs, where)
-        stored = cache_of(output)
+        stored = find_cache(output)
         if stored is None and inputs.get("use_cache"):
             raise NotImplementedError(
-                f"{type(base_model).__name__} returned no cache, so the next step would begin the text anew. Pass "
+                f"{type(base_model).__name__} returned no cache, so the next step would lose the text. Pass "
                 "use_cache=False, and the whole text at each step."
             )
         if ids is not None and not where.begins:
             text = None if before is None else before.text
-            # rows of a cache may have been chosen since; one row is the one
+            # the caller may have reordered the cache's rows; a single row stays the same
             ids = None if text is None or len(text) + len(ids) > 2 else torch.cat([text[:, : where.seen], ids], dim=1)
-        if not prepared or held_by(stored) is None:
-            feed.note(stored, where, ids)
+        if not is_prepared or get_held(stored) is None:
+            feed.mark(stored, where, ids)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
     def _run_step(self, inputs: dict[str, Any], where: Place) -> Any:
-        """Outputs have the caller's order of columns."""
+        """Run the base model, and restore the caller's order of columns."""
         base_model: Any = self.get_base_model()
         keep = inputs.pop("logits_to_keep", 0) if where.order is not None else 0
         output = base_model(return_dict=True, **inputs)
@@ -106,15 +106,15 @@ class PromptedGeneration(PackedMixin):
         return output
 
     def _place_step(self, feed: PromptFeed, inputs: dict[str, Any]) -> tuple[Place, torch.Tensor | None]:
-        """Give the new tokens their place and make `inputs` the base model's; the ids are returned too, if any."""
+        """Find the place of the new tokens, and turn `inputs` into the base model's. Returns the place and the ids."""
         ids, text = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         if (ids is None) == (text is None):
             raise ValueError(
-                "A step takes the new tokens as input_ids [B, T] or inputs_embeds [B, T, H], one of the two."
+                "A step takes the new tokens as either input_ids [B, T] or inputs_embeds [B, T, H]. Pass one of them."
             )
         if "shift_labels" in inputs:
-            raise ValueError("shift_labels name columns as they stand; a step with a cache takes labels [B, T].")
-        stored, new = given_cache(feed.base_model, inputs), (ids if text is None else text).shape[1]
+            raise ValueError("A step with a cache takes no shift_labels. Pass labels [B, T].")
+        stored, new = take_cache(feed.base_model, inputs), (ids if text is None else text).shape[1]
         where = feed.place(stored, new, inputs.pop("attention_mask", None))
         if not where.begins:
             check_rows(stored, len(ids if text is None else text))
@@ -130,34 +130,34 @@ class PromptedGeneration(PackedMixin):
         if positions is not None:
             inputs["position_ids"] = positions[:, -where.now :].expand(len(ids if text is None else text), -1)
         if "labels" in inputs:
-            inputs["labels"] = _step_labels(inputs["labels"], where)
+            inputs["labels"] = _place_labels(inputs["labels"], where)
         if text is None and not where.begins:
             inputs["input_ids"] = ids if where.order_now is None else reorder(ids, where.order_now)
         else:
             inputs["inputs_embeds"] = feed.put_in(feed.embed(ids) if text is None else text, where)
         return where, ids
 
-    def _note_unasked(self, output: Any, inputs: torch.Tensor | None, attention_mask: Any) -> None:
-        """Note what a cache holds that nobody asked for; a packed batch gets one that nothing can be put behind.
+    def _mark_default_cache(self, output: Any, inputs: torch.Tensor | None, attention_mask: Any) -> None:
+        """Mark the cache that the base model returns by default; after a packed batch, return an unusable one.
 
-        So a loop that relies on the base model's default is right, or is told.
+        So a loop that relies on that default works, or gets an error.
         """
         name = cache_name(self.get_base_model())
         if torch.compiler.is_compiling() or inputs is None or not hasattr(output, name):
             return
-        stored = cache_of(output)
-        if stored is None and self._caches():
+        stored = find_cache(output)
+        if stored is None and self._returns_cache():
             from transformers import DynamicCache
 
             output[name] = stored = DynamicCache()
-            refusal = "the call that it comes from ran packed and put nothing in: pass use_cache=True"
-            note(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
+            refusal = "it comes from a packed batch, which fills no cache; pass use_cache=True"
+            set_held(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
         elif stored is not None and (attention_mask is None or bool(attention_mask.all())):
             feed = PromptFeed(self)
-            feed.note(stored, feed.place(None, inputs.shape[1], None), inputs if inputs.dim() == 2 else None)
+            feed.mark(stored, feed.place(None, inputs.shape[1], None), inputs if inputs.dim() == 2 else None)
         elif stored is not None:
-            refusal = "the call that it comes from had pads and did not ask for it: pass use_cache=True"
-            note(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
+            refusal = "it comes from a call with pads and without use_cache; pass use_cache=True"
+            set_held(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
 
     def prepare_inputs_for_generation(
         self,
@@ -169,23 +169,23 @@ class PromptedGeneration(PackedMixin):
         task_ids: Any = None,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """Make inputs of a step, for this model or for its base model: both take them as they are.
+        """Make the inputs of a step, for this model or for its base model.
 
         Args:
-            input_ids: The whole text or the new tokens, [B, T]; the mask's width tells which, or the text itself.
-            next_sequence_length: How many tokens are new.
+            input_ids: The whole text or the new tokens, [B, T], recognised by the mask's width or by the text.
+            next_sequence_length: The number of new tokens.
             attention_mask: Over the whole text, with or without the virtual tokens.
-            inputs_embeds: [B, T, H], used in place of the ids in the first iteration.
-            is_first_iteration: Whether it is the first.
-            task_ids: Ignored, as the prompts of this class have no tasks.
-            kwargs: More arguments of the base model's function, `past_key_values` among them.
+            inputs_embeds: [B, T, H], used instead of the ids in the first iteration.
+            is_first_iteration: Whether this is the first iteration.
+            task_ids: Ignored; these prompts have no tasks.
+            kwargs: Other arguments of the base model's function, such as `past_key_values`.
 
         Raises:
-            ValueError: The cache does not hold the active prompt, or the mask does not fit the text.
+            ValueError: The cache does not have the active prompt, or the mask does not fit the text.
         """
         feed = PromptFeed(self)
-        stored = given_cache(feed.base_model, kwargs)
-        seen = feed.seen_by(stored)
+        stored = take_cache(feed.base_model, kwargs)
+        seen = feed.count_seen(stored)
         text = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         new = text.shape[1]
         if seen and next_sequence_length is not None:
@@ -203,14 +203,14 @@ class PromptedGeneration(PackedMixin):
         return feed.prepare(prepare, where, text, input_ids, is_first_iteration=is_first_iteration, **kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT's class. A cache of an earlier call goes with the whole text, or with an attention mask over it.
+        """See PEFT's class. With the cache of an earlier call, pass the whole text, or an attention mask over it.
 
         Returns:
-            As the base model's `generate`: of the text, without virtual tokens.
+            As the base model's `generate`, without virtual tokens.
 
         Raises:
-            ValueError: The cache does not hold the active prompt, or an argument does not fit the text.
-            NotImplementedError: The way of decoding is none that is known to be right behind a prompt.
+            ValueError: The cache does not have the active prompt, or an argument does not fit the text.
+            NotImplementedError: The decoding mode is not supported with a prompt.
         """
         from transformers import GenerationMixin
 
@@ -222,36 +222,34 @@ class PromptedGeneration(PackedMixin):
         self._check_token_path(kwargs)
         options = {name: value for name, value in kwargs.items() if name not in own}
         config = view._prepare_generation_config(kwargs.get("generation_config"), **options)[0]
-        stored = cache_of(kwargs)
+        stored = find_cache(kwargs)
         check_mode(view, config, kwargs)
-        feed = self._feed_for(kwargs, config)
+        feed = self._make_feed(kwargs, config)
         prepare = view.prepare_inputs_for_generation
         view.prepare_inputs_for_generation = wraps(prepare)(partial(feed.step, prepare))
         make_room(view, len(feed.prompt))
         allow_candidates(view)
         output = self._generate(view, kwargs)
         if config.num_beams > 1:
-            stored = stored if stored is not None else cache_of(output)
-            held = held_by(stored)
+            stored = stored if stored is not None else find_cache(output)
+            held = get_held(stored)
             if held is not None:
-                refusal = "it has the rows that a beam search ran last, which are not the sequences that it returned"
-                note(stored, replace(held, refusal=refusal))
+                refusal = "it has the last rows of a beam search, which are not the returned sequences"
+                set_held(stored, replace(held, refusal=refusal))
         if feed.first is not None and feed.first.order is not None and not isinstance(output, torch.Tensor):
             for name in ("hidden_states", "attentions"):
                 if output.get(name) is not None:
                     output[name] = _put_back(output[name], feed.first)
         return output
 
-    def _feed_for(self, kwargs: dict[str, Any], config: Any) -> PromptFeed:
-        """Check what `generate` is given of the text, and make its mask as wide as the text."""
-        feed, stored = PromptFeed(self), given_cache(self.get_base_model(), kwargs)
-        virtual, seen, feed.chunks = len(feed.prompt), feed.seen_by(stored) or 0, config.prefill_chunk_size
+    def _make_feed(self, kwargs: dict[str, Any], config: Any) -> PromptFeed:
+        """Check the text that `generate` gets, and cut virtual tokens off its mask."""
+        feed, stored = PromptFeed(self), take_cache(self.get_base_model(), kwargs)
+        virtual, seen, feed.chunks = len(feed.prompt), feed.count_seen(stored) or 0, config.prefill_chunk_size
         ids: Any = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if seen and (feed.chunks is not None or config.token_healing):
-            raise ValueError(
-                "prefill_chunk_size and token_healing take a text from its beginning, without past_key_values."
-            )
+            raise ValueError("prefill_chunk_size and token_healing need the whole text. Leave past_key_values out.")
         if embeds is not None:
             total = embeds.shape[1]
         elif ids is not None:
@@ -259,7 +257,9 @@ class PromptedGeneration(PackedMixin):
         else:
             total = 1  # the base model's generate begins with its bos token
         if total <= seen:
-            raise ValueError(f"past_key_values has {seen} text tokens, and {total} were given: none of them is new.")
+            raise ValueError(
+                f"past_key_values has {seen} text tokens, and the call has {total}, so none is new. Pass new tokens."
+            )
         if seen:
             each = max(config.num_beams, config.num_return_sequences)
             check_rows(stored, len(ids if embeds is None else embeds), each)
@@ -267,17 +267,17 @@ class PromptedGeneration(PackedMixin):
         feed.masked = mask is not None
         self._check_length(total)
         if mask is not None:
-            kwargs["attention_mask"] = mask = without_virtual(mask, total, virtual)
+            kwargs["attention_mask"] = mask = drop_virtual(mask, total, virtual)
         _check_positions(kwargs.pop("position_ids", None), Place(virtual, not seen, 0, total, mask))
         kwargs.pop("task_ids", None)
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
         if total > 1:
-            _drop_types(kwargs, (ids if embeds is None else embeds).shape[:2])
+            _check_token_inputs(kwargs, (ids if embeds is None else embeds).shape[:2])
         return feed
 
 
 def _put_back(value: Any, where: Place) -> Any:
-    """Give tensors [B, columns, ...] and attention weights [B, heads, columns, keys] the caller's order of columns."""
+    """Restore the caller's order of columns in tensors [B, columns, ...] and weights [B, heads, columns, keys]."""
     if isinstance(value, tuple | list):
         return type(value)(_put_back(part, where) for part in value)
     if not isinstance(value, torch.Tensor) or where.order is None or where.order_now is None:
@@ -289,7 +289,8 @@ def _put_back(value: Any, where: Place) -> Any:
         return value
     if value.shape[3] < where.width:
         raise ValueError(
-            "The attention weights of layers with a window cannot be put back in the order of padded rows."
+            "Attention weights of layers with a sliding window are not available for padded rows. Make batches of "
+            "texts of one length, or set output_attentions=False."
         )
     if value.shape[2] == where.now:
         value = reorder(value.transpose(1, 2), back).transpose(1, 2)
@@ -297,7 +298,7 @@ def _put_back(value: Any, where: Place) -> Any:
     return reorder(value.transpose(1, 3), torch.cat([where.order.argsort(1), later], dim=1)).transpose(1, 3)
 
 
-def _step_labels(labels: torch.Tensor, where: Place) -> torch.Tensor:
+def _place_labels(labels: torch.Tensor, where: Place) -> torch.Tensor:
     if where.begins:
         labels = torch.cat([labels.new_full((len(labels), where.virtual), IGNORE_INDEX), labels], dim=1)
     if where.order_now is not None:
@@ -306,26 +307,26 @@ def _step_labels(labels: torch.Tensor, where: Place) -> torch.Tensor:
 
 
 def _check_positions(given: torch.Tensor | None, where: Place) -> None:
-    """Raise unless positions [B, T] count the text's real tokens, with the virtual ones or without."""
+    """Raise ValueError unless positions [B, T] count the real tokens, with or without virtual tokens."""
     if given is None:
         return
     total, width = where.seen + where.new, given.shape[-1]
     real = where.text_mask if where.text_mask is not None else given.new_ones(1, total)
     if given.dim() == 2 and width <= total:
-        away = (given - (real.long().cumsum(1) - 1)[:, total - width :].to(given.device))[
+        offset = (given - (real.long().cumsum(1) - 1)[:, total - width :].to(given.device))[
             (real[:, total - width :] != 0).to(given.device).expand(len(given), -1)
         ]
-        if bool((away == 0).all()) or bool((away == where.virtual).all()):
+        if bool((offset == 0).all()) or bool((offset == where.virtual).all()):
             return
     raise ValueError(
-        f"position_ids {tuple(given.shape)} do not count the real tokens of each row from 0 (or from the "
-        f"{where.virtual} virtual tokens on). A text to generate from, or with a cache, has these positions alone: "
-        "leave position_ids out, and give one text a row."
+        f"position_ids {tuple(given.shape)} do not count each row's real tokens from 0 (or from {where.virtual}, the "
+        "number of virtual tokens). With generate or a cache no other positions are supported: leave position_ids "
+        "out, and pass one text per row."
     )
 
 
-def _drop_types(kwargs: dict[str, Any], shape: Any) -> None:
-    """Raise for what `generate` is given for each token that has no value for the prompt; types of 0 are left out."""
+def _check_token_inputs(kwargs: dict[str, Any], shape: Any) -> None:
+    """Raise ValueError for arguments of `generate` per token that have no value for the prompt; drop types of 0."""
     from transformers import GenerationMixin
 
     known = {"input_ids", "inputs_embeds", "attention_mask", "labels", *signature(GenerationMixin.generate).parameters}
@@ -336,6 +337,6 @@ def _drop_types(kwargs: dict[str, Any], shape: Any) -> None:
             del kwargs[name]
             continue
         raise ValueError(
-            f"generate was given {name} {tuple(value.shape)}, a value for each text token. There is none for the "
-            "virtual tokens: leave it out."
+            f"generate got {name} {tuple(value.shape)}, a value for each text token, but virtual tokens have none. "
+            "Leave it out."
         )

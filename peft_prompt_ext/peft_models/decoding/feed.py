@@ -1,6 +1,6 @@
-"""Puts a prompt into what a base model is given at each step of decoding.
+"""Adds a prompt to the base model's inputs at each decoding step.
 
-Shapes: B rows, P virtual tokens, S text tokens that a cache holds, T text tokens of a call, H hidden size.
+Shapes: B rows, P virtual tokens, S text tokens in a cache, T text tokens of a call, H hidden size.
 """
 
 from __future__ import annotations
@@ -15,70 +15,70 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..padding import reorder
-from .held_prompt import HeldPrompt, Place, held_by, note, place, seen_by
-from .view import unwrapped
+from .held_prompt import HeldPrompt, Place, count_seen, get_held, place, set_held
+from .view import unwrap
 
 
-# what forward calls its cache: the first name of all models where transformers knows that one alone (5.24)
+# names of the cache in a forward; "cache" is new in transformers 5.24
 CACHES = ("cache", "past_key_values", "cache_params")
-_IN_PLACE = "_peft_prompt_ext_place"  # of ids and embeddings that come from `PromptFeed.prepare`
+_PLACE = "_peft_prompt_ext_place"  # attribute of ids and embeddings from `PromptFeed.prepare`
 
 
 class PromptFeed:
-    """Puts one prompt into the inputs of one base model; the prompt is the one that was active when it was made.
+    """Adds the prompt that is active in `__init__` to the base model's inputs.
 
     Attributes:
         prompt: [P, H].
-        first: Where the tokens of the first call stand; None before it.
-        left_out: How many tokens of the text the ids of `generate` do not have.
-        masked: Whether the caller gave an attention mask, so that no mask means no pads.
-        chunks: How much of the text `generate` reads at a time; None if all of it.
+        first: The place of the first call's tokens; None before it.
+        left_out: The number of text tokens that are missing in the ids of `generate`.
+        masked: Whether the caller gave an attention mask; if so, no mask in a step means no pads.
+        chunks: The number of text tokens that `generate` reads at once; None: all.
     """
 
     def __init__(self, model: Any) -> None:
         """Read a model's active prompt."""
-        self.base_model = unwrapped(model.get_base_model())
+        self.base_model = unwrap(model.get_base_model())
         self.prompt = model.get_prompt(batch_size=1)[0, : model.active_peft_config.num_virtual_tokens]
         self.embed = model.word_embeddings
         self.first: Place | None = None
         self.left_out, self.masked, self.chunks = 0, False, None
-        self._noted = self.prompt.detach().clone()
+        self._detached_prompt = self.prompt.detach().clone()
         self._heads: dict[ModulesToSaveWrapper, Any] | None = None
 
-    def seen_by(self, stored: Any) -> int | None:
-        """See `held_prompt.seen_by`."""
-        return seen_by(stored, self._noted)
+    def count_seen(self, stored: Any) -> int | None:
+        """See `held_prompt.count_seen`."""
+        return count_seen(stored, self._detached_prompt)
 
     def place(self, stored: Any, new: int, mask: torch.Tensor | None) -> Place:
         """See `held_prompt.place`.
 
         Raises:
-            ValueError: The cache has no room for the tokens.
-            NotImplementedError: The base model would count pads that stand behind text, or would not go on from its
-                states with more than one token.
+            ValueError: The cache is too small for the tokens.
+            NotImplementedError: The base model would count pads behind text, or cannot continue from its states with
+                more than one token.
         """
-        where = place(stored, self.seen_by(stored), new, mask, len(self.prompt))
-        room = _room(stored, self.base_model.config)
+        where = place(stored, self.count_seen(stored), new, mask, len(self.prompt))
+        room = _find_room(stored, self.base_model.config)
         if where.width > room:
             raise ValueError(
-                f"past_key_values has room for {room} tokens; with the virtual tokens {where.width} are needed. Make "
-                "its max_cache_len as much longer as the prompt is."
+                f"past_key_values has room for {room} tokens; prompt and text need {where.width}. Raise its "
+                f"max_cache_len by the {where.virtual} virtual tokens."
             )
         if where.holes and (counts_columns(stored) or "position_ids" not in self._arguments):
             raise NotImplementedError(
                 f"Some rows have pads behind real tokens, and {type(self.base_model).__name__} would count them "
-                "(in windows, states or distances). Continue rows of one length together."
+                "(in windows, states or distances). Make batches of rows of one length."
             )
-        if not where.begins and new > 1 and has_states(stored) and not self._goes_on():
+        if not where.begins and new > 1 and has_states(stored) and not self._can_continue():
             raise NotImplementedError(
-                f"{type(self.base_model).__name__} does not go on from the states of its cache when it gets several "
-                f"tokens at once ({new} here). Begin with an empty cache and the whole text."
+                f"{type(self.base_model).__name__} cannot continue from the states of its cache with several tokens "
+                f"at once (got {new}). Begin with an empty cache and the whole text."
             )
         return where
 
     @torch.no_grad()
-    def _goes_on(self) -> bool:
-        """Whether a few tokens give in two parts, with a cache between them, what they give at once."""
+    def _can_continue(self) -> bool:
+        """Whether the base model gives the same result for tokens in two parts, with a cache, as for all at once."""
         from transformers import DynamicCache
 
         name = cache_name(self.base_model)
@@ -89,17 +89,17 @@ class PromptFeed:
             got = self.base_model(inputs_embeds=part, use_cache=True, **{name: stored}).logits[:, -1].float()
         return bool((got - want).norm() <= (1e-3 if embeds.dtype == torch.float32 else 5e-2) * want.norm())
 
-    def positions(self, where: Place, asked: bool = False) -> torch.Tensor | None:
-        """What the base model has to be given as `position_ids`, [B or 1, P + S + T]; None if it counts itself.
+    def positions(self, where: Place, are_required: bool = False) -> torch.Tensor | None:
+        """Make `position_ids`, [B or 1, P + S + T]; None if the base model makes them itself.
 
         Args:
-            where: Where the tokens stand.
-            asked: Whether it cannot count itself, even without pads.
+            where: The tokens' place.
+            are_required: Make them also without pads.
         """
         if "position_ids" not in self._arguments:
             return None
         numbers = where.positions
-        if numbers is None and (asked or self._first_position):
+        if numbers is None and (are_required or self._first_position):
             numbers = torch.arange(where.width, device=self.prompt.device)[None]
         return None if numbers is None else numbers + self._first_position
 
@@ -109,7 +109,7 @@ class PromptFeed:
 
     @cached_property
     def _first_position(self) -> int:
-        """The number of a row's first token: RoBERTa counts from padding_idx + 1, but not behind a cache."""
+        """The position of a row's first token; RoBERTa counts from padding_idx + 1, but not after a cache."""
         for name, module in self.base_model.named_modules():
             if name.endswith("position_embeddings") and getattr(module, "padding_idx", None) is not None:
                 return module.padding_idx + 1
@@ -125,29 +125,29 @@ class PromptFeed:
         is_first_iteration: bool = False,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The base model's inputs of a step of `generate`, in place of its `prepare_inputs_for_generation`.
+        """Make the base model's inputs for a step of `generate`; replaces its `prepare_inputs_for_generation`.
 
         Args:
             prepare: The base model's own function.
-            input_ids: All the text that `generate` was given and made, [B, T], or a chunk of what it was given.
-            next_sequence_length: What `generate` takes to be new. It does not count the virtual tokens, so only
-                whether it is there tells something: a chunk comes without.
+            input_ids: The whole text so far, [B, T], or a chunk of the given text.
+            next_sequence_length: None for a chunk. The number itself is not used, because it does not count virtual
+                tokens.
             attention_mask: [B, S + T], or None.
-            inputs_embeds: The text that `generate` was given in place of ids, [B, T, H].
-            is_first_iteration: Whether that text has still to be read.
-            kwargs: More arguments of the base model's function.
+            inputs_embeds: The given text as embeddings, [B, T, H].
+            is_first_iteration: Whether `inputs_embeds` are still to be read.
+            kwargs: Other arguments of the base model's function.
 
         Raises:
-            ValueError: See `held_prompt`, or the head was changed during the call.
+            ValueError: See `held_prompt`; or the active head was changed during the call.
         """
         self._check_heads()
         device = self.base_model.device
-        if device.type != "meta":  # `generate` takes inputs that are elsewhere
+        if device.type != "meta":  # `generate` accepts inputs on another device
             input_ids = input_ids.to(device)
             attention_mask = None if attention_mask is None else attention_mask.to(device)
             inputs_embeds = None if inputs_embeds is None else inputs_embeds.to(device)
-        stored = cache_of(kwargs)
-        seen = self.seen_by(stored) or 0
+        stored = find_cache(kwargs)
+        seen = self.count_seen(stored) or 0
         text = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
         if self.chunks is not None and next_sequence_length is None:
             new = text.shape[1]
@@ -158,8 +158,8 @@ class PromptFeed:
         where = self.place(stored, new, attention_mask)
         if self.chunks is not None and where.blocks:
             raise ValueError(
-                f"prefill_chunk_size ({self.chunks}) needs rows without pads: pads are moved before the prompt, and "
-                "that across chunks. Leave it out, or generate for rows of one length."
+                f"prefill_chunk_size ({self.chunks}) needs rows without pads, because pads are moved to the front of "
+                "the prompt. Leave it out, or make batches of rows of one length."
             )
         self.first = self.first or (where if where.begins else None)
         return self.prepare(prepare, where, text, input_ids, is_first_iteration=is_first_iteration, **kwargs)
@@ -167,11 +167,11 @@ class PromptFeed:
     def _check_heads(self) -> None:
         heads = (module for module in self.base_model.modules() if isinstance(module, ModulesToSaveWrapper))
         if self._heads is None:
-            self._heads = {head: _state(head) for head in heads}
-        if any(_state(head) != state for head, state in self._heads.items()):
+            self._heads = {head: _read_state(head) for head in heads}
+        if any(_read_state(head) != state for head, state in self._heads.items()):
             raise ValueError(
-                "The active adapter was switched while generate ran, and the adapters have heads of their own "
-                "(modules_to_save). Switch back before the call goes on, or let it end first."
+                "The active adapter was switched while generate ran, and the adapters have different heads "
+                "(modules_to_save). Switch back before the next step, or switch after the call."
             )
 
     def prepare(
@@ -182,28 +182,28 @@ class PromptFeed:
         input_ids: torch.Tensor,
         **kwargs: Any,
     ) -> dict[str, Any]:
-        """The base model's inputs for the last tokens of `text`, whose place is known.
+        """Make the base model's inputs for the last tokens of `text`.
 
-        The base model's own function gets ids and a mask that have the virtual tokens, so that its lengths are true.
+        The base model's own function gets ids and a mask that include the virtual tokens, so that lengths are right.
 
         Args:
             prepare: The base model's own function.
-            where: Where the new tokens stand.
+            where: The place of the new tokens.
             text: Ids [B, T] or embeddings [B, T, H].
-            input_ids: [B, T]; `text` itself unless that is embeddings.
+            input_ids: [B, T]; the same as `text` unless that is embeddings.
             kwargs: Arguments of the base model's function.
 
         Raises:
-            NotImplementedError: The function does not give the new tokens alone.
+            NotImplementedError: The function does not select the new tokens.
         """
-        ids = input_ids.new_zeros(len(input_ids), where.width)  # 0 for virtual tokens, and for text without ids
+        ids = input_ids.new_zeros(len(input_ids), where.width)  # 0: virtual tokens, and text without ids
         known = min(input_ids.shape[1], where.seen + where.new)
         ids[:, where.width - known :] = input_ids[:, input_ids.shape[1] - known :]
         whole = ids[:, where.virtual :] if known == where.seen + where.new else None
-        for name in ("position_ids", "cache_position"):  # of the text alone
+        for name in ("position_ids", "cache_position"):  # these do not count virtual tokens
             kwargs.pop(name, None)
-        # behind a static cache the mask has four dimensions, and opt counts in its mask
-        positions = self.positions(where, asked=getattr(cache_of(kwargs), "is_compileable", False))
+        # OPT counts positions in its mask, which has four dimensions with a static cache
+        positions = self.positions(where, are_required=getattr(find_cache(kwargs), "is_compileable", False))
         if positions is not None:
             kwargs["position_ids"] = positions.expand(len(input_ids), -1)
         if text is not input_ids:
@@ -214,23 +214,23 @@ class PromptFeed:
             attention_mask=where.mask,
             **kwargs,
         )
-        stored = cache_of(result)
+        stored = find_cache(result)
         if text is input_ids and stored is None and not where.begins and whole is not None:
-            # it wants to read all of the text again (phi3, where its positions change)
+            # Phi-3 reads the whole text again when its rotary positions change
             again = {name: value for name, value in kwargs.items() if name not in CACHES}
             where = replace(where, begins=True, seen=0, new=where.seen + where.new)
             return self.prepare(prepare, where, text, input_ids, **again)
         if text is input_ids and (where.begins or stored is None or result["input_ids"].shape[1] != where.new):
             if whole is None or result["input_ids"].shape[1] != where.width or not where.begins:
                 raise NotImplementedError(
-                    f"{type(self.base_model).__name__} does not take new tokens alone behind a cache. Pass "
+                    f"{type(self.base_model).__name__} does not accept only new tokens with a cache. Pass "
                     "use_cache=False, with the whole text as input_ids."
                 )
             result["inputs_embeds"] = self.put_in(self.embed(whole), where)
             result["input_ids"] = None
         for key in ("input_ids", "inputs_embeds"):
             if result.get(key) is not None:
-                setattr(result[key], _IN_PLACE, where)
+                setattr(result[key], _PLACE, where)
         dynamic = self.base_model._supports_default_dynamic_cache()
         if stored is None and kwargs.get("use_cache") is not False and dynamic:
             from transformers import DynamicCache
@@ -239,37 +239,37 @@ class PromptFeed:
         if stored is not None:
             result = {name: value for name, value in result.items() if name not in CACHES}
             result[cache_name(self.base_model)] = stored
-        self.note(stored, where, whole)
+        self.mark(stored, where, whole)
         return result
 
     def put_in(self, text: torch.Tensor, where: Place) -> torch.Tensor:
-        """Embeddings of a call's columns from those of its text [B, T, H]: with the prompt if it begins the text."""
+        """Put the prompt in front of the text's embeddings [B, T, H] if the text begins, and reorder the columns."""
         if where.begins:
             text = torch.cat([self.prompt.to(text).expand(len(text), -1, -1), text], dim=1)
         return text if where.order_now is None else reorder(text, where.order_now)
 
-    def note(self, stored: Any, where: Place, ids: torch.Tensor | None) -> None:
-        """Note in a cache, if there is one, what it holds after a call; `ids` are those of all the text."""
+    def mark(self, stored: Any, where: Place, ids: torch.Tensor | None) -> None:
+        """Mark a cache, if there is one, with its content after a call; `ids` are those of the whole text."""
         if stored is None:
             return
-        note(stored, HeldPrompt(self._noted, where.width, where.blocks, ids))
+        set_held(stored, HeldPrompt(self._detached_prompt, where.width, where.blocks, ids))
 
 
-def place_of(inputs: Mapping[str, Any]) -> Place | None:
-    """Where inputs stand that come from `PromptFeed.prepare`; None for all others."""
+def get_place(inputs: Mapping[str, Any]) -> Place | None:
+    """Get the place of inputs from `PromptFeed.prepare`; None for other inputs."""
     tensors = (inputs.get("input_ids"), inputs.get("inputs_embeds"))
-    return next((getattr(x, _IN_PLACE) for x in tensors if hasattr(x, _IN_PLACE)), None)
+    return next((getattr(x, _PLACE) for x in tensors if hasattr(x, _PLACE)), None)
 
 
 def has_states(stored: Any) -> bool:
-    """Whether a cache has layers that keep a state in place of keys and values."""
+    """Whether a cache has layers with a state instead of keys and values."""
     from transformers.cache_utils import LinearAttentionCacheLayerMixin
 
     return any(isinstance(layer, LinearAttentionCacheLayerMixin) for layer in getattr(stored, "layers", ()))
 
 
-def _room(stored: Any, config: Any) -> float:
-    """How many columns a cache can have; a layer with a window forgets, but not before its window is full."""
+def _find_room(stored: Any, config: Any) -> float:
+    """Return the number of columns that fit into a cache; a full sliding window drops old ones."""
     static = [layer for layer in getattr(stored, "layers", ()) if hasattr(layer, "max_cache_len")]
     if not static:
         return float("inf")
@@ -280,21 +280,23 @@ def _room(stored: Any, config: Any) -> float:
 
 
 def check_rows(stored: Any, rows: int, each: int = 1) -> None:
-    """Raise a ValueError unless a cache has a row for each of the call's, or `each` rows of one text."""
+    """Raise ValueError unless a cache has `each` rows, of one text, for each row of the call."""
     kept = next((len(layer.keys) for layer in stored.layers if getattr(layer, "keys", None) is not None), rows * each)
     if kept != rows * each:
         raise ValueError(
-            f"past_key_values has {kept} rows, the call has {rows * each}. Choose or repeat its rows first."
+            f"past_key_values has {kept} rows, the call has {rows * each}. Select or repeat its rows first."
         )
-    held = held_by(stored)
+    held = get_held(stored)
     if each > 1 and held is not None and held.text is not None and len(held.text) == kept:
         groups = held.text.view(rows, each, -1)
         if not bool((groups == groups[:, :1]).all()):
-            raise ValueError(f"past_key_values has other texts in the {each} rows that each row of the call gets.")
+            raise ValueError(
+                f"past_key_values has other texts in the {each} rows for one row of the call. Repeat one row for them."
+            )
 
 
 def counts_columns(stored: Any) -> bool:
-    """Whether a cache has layers for which pads between two real tokens are not nothing."""
+    """Whether a cache has layers that would count pads between two real tokens."""
     from transformers.cache_utils import DynamicLayer, StaticLayer
 
     layers = getattr(stored, "layers", ())
@@ -303,34 +305,36 @@ def counts_columns(stored: Any) -> bool:
 
 
 def has_keys(stored: Any) -> bool:
-    """Whether a cache has layers with keys and values, for which the pads before them have to be masked."""
+    """Whether a cache has layers with keys and values, where pads have to be masked."""
     from transformers.cache_utils import CacheLayerMixin
 
     return any(isinstance(layer, CacheLayerMixin) for layer in stored.layers)
 
 
-def _state(head: ModulesToSaveWrapper) -> tuple[Any, ...]:
+def _read_state(head: ModulesToSaveWrapper) -> tuple[Any, ...]:
     return tuple(head.active_adapters), head.disable_adapters
 
 
-def cache_of(values: Any) -> Any:
-    """The cache among inputs or outputs, whatever its name; None if there is none, or they have no names."""
+def find_cache(values: Any) -> Any:
+    """Find the cache among named inputs or outputs, under any of its names; None if there is none."""
     named = values.items() if isinstance(values, Mapping) else ()
     return next((value for name, value in named if name in CACHES and value is not None), None)
 
 
-def given_cache(base_model: Any, values: dict[str, Any]) -> Any:
-    """The cache that a caller gives, which gets the name that the base model takes; None if there is none.
+def take_cache(base_model: Any, values: dict[str, Any]) -> Any:
+    """Find the caller's cache, and give it the name that the base model takes; None if there is none.
 
     Raises:
-        ValueError: It has a name that the base model does not take, and would pass over; or there are two.
+        ValueError: The base model does not take a cache of that name, or there are two.
     """
     given = [name for name in CACHES if values.get(name) is not None]
     for name in given:
         if not (takes(base_model, name) or takes(base_model, CACHES[0])):
-            raise ValueError(f"{type(base_model).__name__} takes no {name}: it would be passed over, or the prompt.")
+            raise ValueError(
+                f"{type(base_model).__name__} takes no {name}. Pass its cache as {cache_name(base_model)}, or none."
+            )
     if len(given) > 1:
-        raise ValueError(f"{' and '.join(given)} were given: they are names of one cache. Give one of them.")
+        raise ValueError(f"Got {' and '.join(given)}, which are names of one cache. Pass one of them.")
     caches = [values.pop(name) for name in CACHES if name in values]
     stored = next((cache for cache in caches if cache is not None), None)
     if caches:
@@ -339,10 +343,10 @@ def given_cache(base_model: Any, values: dict[str, Any]) -> Any:
 
 
 def cache_name(base_model: Any) -> str:
-    """What a base model calls its cache."""
+    """The base model's name for its cache."""
     return next((name for name in CACHES if takes(base_model, name)), CACHES[1])
 
 
 def takes(base_model: Any, name: str) -> bool:
-    """Whether a base model's forward has an argument of this name."""
+    """Whether a base model's forward has this argument."""
     return name in signature(base_model.forward).parameters

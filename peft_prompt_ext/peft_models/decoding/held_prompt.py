@@ -1,8 +1,8 @@
-"""Which prompt a cache holds, and where the next tokens of the text stand behind it.
+"""The prompt in a cache, and the place of the next text tokens.
 
-What a cache holds is an attribute of the cache: copies keep it, and cropping or choosing rows leaves it true.
+It is an attribute of the cache, so that copies have it. It stays valid if the cache is cropped or its rows selected.
 
-Shapes: B rows, P virtual tokens, S text tokens that a cache holds, T text tokens of a call, H hidden size.
+Shapes: B rows, P virtual tokens, S text tokens in a cache, T text tokens of a call, H hidden size.
 """
 
 from __future__ import annotations
@@ -21,29 +21,29 @@ _ATTRIBUTE = "_peft_prompt_ext_held"
 
 @dataclass(frozen=True)
 class Block:
-    """Text columns of one call that had pads: in the cache each row's real tokens stand last among them.
+    """Text columns of one call with pads. In the cache, each row's pads come first, then its real tokens.
 
     Attributes:
-        start: The first column; the first block of a text has the prompt between its pads and its real tokens.
-        stop: The column behind the last one.
-        moved: Whether a pad stood behind a real token, so that the columns of the text are not those of the cache.
+        start: The first column. In the first block of a text, the prompt is between pads and real tokens.
+        stop: The column after the last one.
+        is_reordered: Whether pads behind real tokens were moved.
     """
 
     start: int
     stop: int
-    moved: bool
+    is_reordered: bool
 
 
 @dataclass(frozen=True)
 class HeldPrompt:
-    """What stands in a cache.
+    """The content of a cache.
 
     Attributes:
         prompt: The virtual tokens, [P, H].
-        columns: How many columns there are, P + S.
+        columns: The number of columns, P + S.
         blocks: The columns with pads.
-        text: The ids of the text, [B, S or more]; None if they are not known.
-        refusal: Why nothing can stand behind it; None if something can.
+        text: The ids of the text, [B, S or more]; None: unknown.
+        refusal: The reason if the cache cannot be continued, else None.
     """
 
     prompt: torch.Tensor
@@ -55,19 +55,18 @@ class HeldPrompt:
 
 @dataclass(frozen=True)
 class Place:
-    """Where the tokens of a call stand.
+    """The place of a call's tokens.
 
     Attributes:
         virtual: P.
-        begins: Whether the prompt is to be put in as well: there is no cache, or it is empty.
+        begins: Whether the text begins, and with it the prompt: there is no cache, or an empty one.
         seen: S.
         new: T.
-        text_mask: Which text tokens are real, [B, S + T], in the caller's order; None if the caller gave no mask.
-        order: The column that stands at each place of the cache if the prompt is put before the text, [B, P + S + T];
-            None if each stands at its own.
-        blocks: The columns with pads, those of this call included.
-        padded: Whether some text token is not real.
-        holes: Whether one is that does not stand before the whole text of its row.
+        text_mask: The mask of the text, [B, S + T], in the caller's order; None if the caller gave no mask.
+        order: The column of `[prompt | text]` at each place of the cache, [B, P + S + T]; None: no reordering.
+        blocks: The columns with pads, including those of this call.
+        padded: Whether the text has pads.
+        holes: Whether the text has pads that are not in front of a whole row.
     """
 
     virtual: int
@@ -87,12 +86,12 @@ class Place:
 
     @property
     def now(self) -> int:
-        """How many columns the base model gets in this call: T, or P + T."""
+        """The number of columns that the base model gets in this call: T, or P + T."""
         return self.new + self.virtual * self.begins
 
     @property
     def mask(self) -> torch.Tensor | None:
-        """Which columns are real, [B, P + S + T], in the order of the cache."""
+        """The mask of prompt and text, [B, P + S + T], in the order of the cache."""
         if self.text_mask is None:
             return None
         mask = torch.cat([self.text_mask.new_ones(len(self.text_mask), self.virtual), self.text_mask], dim=1)
@@ -100,45 +99,45 @@ class Place:
 
     @property
     def positions(self) -> torch.Tensor | None:
-        """Number of each real token in its row, [B, P + S + T]; None if these are the numbers of the columns."""
+        """The count of each real token in its row, [B, P + S + T]; None without pads."""
         mask = self.mask if self.padded else None
         return None if mask is None else (mask.long().cumsum(1) - 1).clamp(min=0)
 
     @property
     def order_now(self) -> torch.Tensor | None:
-        """The part of `order` for the columns of this call, counted from the first of them."""
+        """The part of `order` for the columns of this call, counted from 0."""
         return None if self.order is None else self.order[:, -self.now :] - (self.width - self.now)
 
 
-def held_by(cache: Any) -> HeldPrompt | None:
-    """What was noted of a cache; None if no prompt was put in."""
+def get_held(cache: Any) -> HeldPrompt | None:
+    """Get the content of a cache; None if it has no prompt."""
     return getattr(cache, _ATTRIBUTE, None)
 
 
-def same_prompt(held: HeldPrompt, prompt: torch.Tensor) -> bool:
-    """Whether a prompt [P, H] is the one that is held."""
+def is_same_prompt(held: HeldPrompt, prompt: torch.Tensor) -> bool:
+    """Whether a prompt [P, H] is the one in a cache."""
     return held.prompt.shape == prompt.shape and torch.equal(held.prompt, prompt.detach().to(held.prompt.device))
 
 
-def note(cache: Any, held: HeldPrompt) -> None:
-    """Note what a cache holds."""
+def set_held(cache: Any, held: HeldPrompt) -> None:
+    """Mark a cache with its content."""
     setattr(cache, _ATTRIBUTE, held)
 
 
 def check_hold_no_prompt(values: Iterable[Any]) -> None:
-    """Raise a ValueError if one of the values is a cache with a prompt: the base model alone is to read it."""
-    if any(held_by(value) is not None for value in values):
+    """Raise ValueError if one of the values is a cache with a prompt, because the base model runs alone."""
+    if any(get_held(value) is not None for value in values):
         raise ValueError(
-            "past_key_values holds a prompt, and the adapter is disabled: the base model would go on behind virtual "
-            "tokens. Give it a cache of its own."
+            "past_key_values has a prompt, but the adapter is disabled, so the base model would see virtual tokens. "
+            "Pass another cache."
         )
 
 
-def seen_by(cache: Any, prompt: torch.Tensor) -> int | None:
-    """How many text tokens stand behind a prompt [P, H] in a cache; None if there is no cache or it is empty.
+def count_seen(cache: Any, prompt: torch.Tensor) -> int | None:
+    """Count the text tokens behind a prompt [P, H] in a cache; None if there is no cache, or it is empty.
 
     Raises:
-        ValueError: It is no cache of transformers, or it does not hold this prompt and text behind it.
+        ValueError: It is not a cache of transformers, or it does not have this prompt.
     """
     if cache is None:
         return None
@@ -146,47 +145,47 @@ def seen_by(cache: Any, prompt: torch.Tensor) -> int | None:
 
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}, not a Cache of transformers such as DynamicCache."
+            f"past_key_values is a {type(cache).__name__}. Pass a Cache of transformers, such as DynamicCache."
         )
-    held, length = held_by(cache), cache_length(cache)
+    held, length = get_held(cache), count_cached(cache)
     if held is not None and held.refusal is not None:
         raise ValueError(f"past_key_values cannot be continued: {held.refusal}.")
     if not length:
         return None
     if held is None:
         raise ValueError(
-            f"past_key_values has {length} tokens that this model did not put behind its prompt, so the prompt would "
-            "be missing. Begin with an empty cache; the model puts the prompt in."
+            f"past_key_values has {length} tokens of another model, without the prompt. Begin with an empty cache; "
+            "this model adds the prompt."
         )
-    if held.prompt is not prompt and not same_prompt(held, prompt):
+    if held.prompt is not prompt and not is_same_prompt(held, prompt):
         raise ValueError(
-            "past_key_values holds another prompt than the active one, or the prompt was changed since. Begin with an "
+            "past_key_values has another prompt than the active one, or the prompt has changed since. Begin with an "
             "empty cache for each prompt."
         )
     if length < len(prompt):
         raise ValueError(
-            f"past_key_values has {length} tokens, the prompt alone has {len(prompt)}: part of the prompt was cropped "
-            "away. Crop text only, or begin with an empty cache."
+            f"past_key_values has {length} tokens, the prompt has {len(prompt)}: part of the prompt was cropped. Crop "
+            "only text, or begin with an empty cache."
         )
     return length - len(prompt)
 
 
-def cache_length(cache: Any) -> int:
-    """How many columns a cache of transformers has."""
+def count_cached(cache: Any) -> int:
+    """Return the number of columns of a cache of transformers."""
     try:
         return int(cache.get_seq_length())
-    except ValueError:  # states of linear attention alone are not counted
-        held = held_by(cache)
+    except ValueError:  # a cache that has only states of linear attention does not count
+        held = get_held(cache)
         return (1 if held is None else held.columns) if cache.has_previous_state() else 0
 
 
 def count_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, seen: int, virtual: int) -> int:
-    """How long the text is with these ids: they are all of it, or what comes behind the `seen` tokens of the cache.
+    """Count the tokens of the text: `ids` are the whole text, or the tokens after those in the cache.
 
     Args:
         ids: [B, T].
-        mask: As wide as the whole text, with or without `virtual` columns; it tells which of the two ids are.
-        cache: What is held by it is what the ids have to begin with.
+        mask: As wide as the whole text, with or without virtual tokens. Its width decides what `ids` are.
+        cache: The whole text has to begin with the text in it.
         seen: S.
         virtual: P.
 
@@ -194,38 +193,35 @@ def count_text(ids: torch.Tensor, mask: torch.Tensor | None, cache: Any, seen: i
         T, or S + T.
 
     Raises:
-        ValueError: The mask is for neither, or the ids do not go on with the text of the cache.
+        ValueError: The mask has another width, or the ids do not continue the text in the cache.
     """
-    tokens, text = ids.shape[1], getattr(held_by(cache), "text", None)
+    tokens, text = ids.shape[1], getattr(get_held(cache), "text", None)
     width = tokens if mask is None else mask.shape[-1]
-    whole, rest = (width in {length, virtual + length} for length in (tokens, seen + tokens))
-    if not seen or (whole and not rest):
-        rest = False
-    elif whole:  # as many virtual tokens as seen ones
-        rest = tokens <= seen or not _begin_with(ids, text, seen, mask)
-    if rest:
+    is_whole, is_rest = (width in {length, virtual + length} for length in (tokens, seen + tokens))
+    if not seen or (is_whole and not is_rest):
+        is_rest = False
+    elif is_whole:  # ambiguous: P == S
+        is_rest = tokens <= seen or not _begin_with(ids, text, seen, mask)
+    if is_rest:
         return seen + tokens
-    if not whole:
-        wanted = f"[B, {tokens}]" if not seen else f"[B, {tokens}] (or [B, {seen + tokens}] if the ids are only new)"
-        raise _wrong_mask(mask, wanted, virtual)
+    if not is_whole:
+        wanted = f"[B, {tokens}]" if not seen else f"[B, {tokens}] (or [B, {seen + tokens}] for only new ids)"
+        raise _make_mask_error(mask, wanted, virtual)
     if seen and tokens <= seen:
         raise ValueError(
-            f"{tokens} text tokens were given, and past_key_values has {seen}: nothing is new. Give the whole text, "
-            f"or the new tokens with an attention_mask over the whole text, [B, {seen + tokens}]."
+            f"The call has {tokens} text tokens, and past_key_values has {seen}, so nothing is new. Pass the whole "
+            f"text, or new tokens with an attention_mask over the whole text, [B, {seen + tokens}]."
         )
     if seen and not _begin_with(ids, text, seen, mask):
         raise ValueError(
-            f"The text does not begin with the {seen} tokens that past_key_values has. Give the whole text, the new "
-            f"tokens alone with an attention_mask over the whole text, [B, {seen + tokens}], or another cache."
+            f"The text does not begin with the {seen} tokens in past_key_values. Pass the whole text, or new tokens "
+            f"with an attention_mask over the whole text, [B, {seen + tokens}], or another cache."
         )
     return tokens
 
 
 def _begin_with(ids: torch.Tensor, text: torch.Tensor | None, seen: int, mask: torch.Tensor | None) -> bool:
-    """Whether each row of ids has the first `seen` tokens of a row of `text`; true if these are not known.
-
-    The rows of a cache may have been chosen and reordered since its text was noted.
-    """
+    """Whether each row of ids begins as some row of `text`, because rows may be reordered; True if it is unknown."""
     if text is None or text.shape[1] < seen:
         return True
     same = ids[:, None, :seen].to(text.device) == text[None, :, :seen]
@@ -234,58 +230,58 @@ def _begin_with(ids: torch.Tensor, text: torch.Tensor | None, seen: int, mask: t
     return bool(same.all(2).any(1).all())
 
 
-def without_virtual(mask: torch.Tensor, text: int, virtual: int) -> torch.Tensor:
-    """A mask over the text, [B, text], from one that may have the virtual tokens before each row's first real one.
+def drop_virtual(mask: torch.Tensor, text: int, virtual: int) -> torch.Tensor:
+    """Cut virtual tokens, which come before each row's first real token, off a mask. Returns [B, text].
 
     Raises:
-        ValueError: It has another width, or masks a virtual token.
+        ValueError: The mask has another width, or masks a virtual token.
     """
     if mask.dim() != 2 or mask.shape[1] not in {text, virtual + text}:
-        raise _wrong_mask(mask, f"[B, {text}]", virtual)
+        raise _make_mask_error(mask, f"[B, {text}]", virtual)
     if mask.shape[1] == text:
         return mask
     pads = (mask.cumsum(1) == 0).sum(1, keepdim=True)  # in front
     places = torch.arange(virtual, device=mask.device)
     if bool((pads > text).any()) or not bool(mask.gather(1, pads + places).all()):
         raise ValueError(
-            f"attention_mask {tuple(mask.shape)} masks virtual tokens: its {virtual} columns before the text have to "
-            f"be 1. Give a mask of the text alone, [B, {text}]."
+            f"attention_mask {tuple(mask.shape)} masks virtual tokens: its {virtual} columns before the text must be "
+            f"1. Pass a mask of the text, [B, {text}]."
         )
     columns = torch.arange(text, device=mask.device).expand(len(mask), -1)
     return mask.gather(1, columns + virtual * (columns >= pads))
 
 
-def _wrong_mask(mask: Any, wanted: str, virtual: int) -> ValueError:
+def _make_mask_error(mask: Any, wanted: str, virtual: int) -> ValueError:
     return ValueError(
-        f"attention_mask has the shape {tuple(mask.shape)}; over the text, with that of the cache, it has to be "
-        f"{wanted}, or wider by the {virtual} virtual tokens in front."
+        f"attention_mask has the shape {tuple(mask.shape)}; wanted {wanted} for the text, including that in the "
+        f"cache. {virtual} more columns in front, for the virtual tokens, are allowed."
     )
 
 
 def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, virtual: int) -> Place:
-    """Tell where the `new` last tokens of a text stand in a cache, or in a row of their own.
+    """Find the place of the last `new` tokens of a text, with or without a cache.
 
     Args:
-        cache: May be None.
-        seen: As `seen_by` gives it.
+        cache: A cache, or None.
+        seen: From `count_seen`.
         new: T.
-        mask: [B, S + T], with or without the virtual tokens; None if all are real.
+        mask: [B, S + T], with or without the virtual tokens; None: all are real.
         virtual: P.
 
     Raises:
-        ValueError: The mask has another width, or pads cannot be told from the text.
+        ValueError: The mask has another width, or is missing for a cache with pads.
     """
     before = 0 if seen is None else seen
-    held = held_by(cache) if seen is not None else None
-    noted = [block for block in (held.blocks if held else ()) if block.start < before]
-    if mask is None and noted:
+    held = get_held(cache) if seen is not None else None
+    old_blocks = [block for block in (held.blocks if held else ()) if block.start < before]
+    if mask is None and old_blocks:
         raise ValueError(
-            f"past_key_values has rows with pads: give an attention_mask over the whole text, [B, {before + new}]."
+            f"past_key_values has rows with pads. Pass an attention_mask over the whole text, [B, {before + new}]."
         )
     if mask is None:
         return Place(virtual, seen is None, before, new)
-    mask = without_virtual(mask, before + new, virtual)
-    blocks = [_cropped(block, before, mask) for block in noted]
+    mask = drop_virtual(mask, before + new, virtual)
+    blocks = [_crop(block, before, mask) for block in old_blocks]
     fresh = mask[:, before:] != 0
     if not bool(fresh.all()):
         blocks.append(Block(before, before + new, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
@@ -302,15 +298,15 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
     return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes)
 
 
-def _cropped(block: Block, seen: int, mask: torch.Tensor) -> Block:
-    """What cropping to `seen` text tokens left of a block; the last columns of the cache went."""
+def _crop(block: Block, seen: int, mask: torch.Tensor) -> Block:
+    """Crop a block to `seen` text tokens, as the last columns of its cache were."""
     if block.stop <= seen:
         return block
-    lost_prompt = block.start == 0 and not bool(mask[:, :seen].any(1).all())  # it may be more than the row's text
-    if block.moved or lost_prompt:
+    lost_prompt = block.start == 0 and not bool(mask[:, :seen].any(1).all())  # in a row with few real tokens
+    if block.is_reordered or lost_prompt:
         raise ValueError(
-            f"past_key_values was cropped to {seen} text tokens, among {block.stop} that had pads. In the cache pads "
-            "stand before the prompt, so tokens went that attention_mask still has. Crop less, or begin with an empty "
-            "cache."
+            f"past_key_values was cropped to {seen} text tokens, among {block.stop} with pads. In the cache, pads "
+            "come before the prompt, so the crop removed tokens that attention_mask still has. Crop less, or begin "
+            "with an empty cache."
         )
     return Block(block.start, seen, False)

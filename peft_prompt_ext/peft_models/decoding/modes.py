@@ -1,4 +1,4 @@
-"""Which ways of decoding are right behind a prompt, and what a view of the base model needs for them."""
+"""The decoding modes that are supported with a prompt, and the changes of a view that they need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 
 import torch
 
-from .feed import cache_of
+from .feed import find_cache
 
 
 def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
-    """Raise a NotImplementedError for a way of decoding that is not known to be right behind a prompt."""
+    """Raise NotImplementedError for a decoding mode that is not supported with a prompt."""
     from transformers import GenerationMixin, QuantizedCache, StaticCache
     from transformers.generation import GenerationMode
 
@@ -20,18 +20,18 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
     known = {"greedy_search", "sample", "beam_search", "beam_sample", "assisted_generation"}
     assisted = mode == GenerationMode.ASSISTED_GENERATION
     outputs = config.return_dict_in_generate and (config.output_hidden_states or config.output_attentions)
-    own = getattr(view.generate, "__func__", None) is not GenerationMixin.generate
-    stored = cache_of(kwargs)
-    fixed = isinstance(stored, StaticCache | QuantizedCache) or config.cache_implementation not in {
+    has_own_generate = getattr(view.generate, "__func__", None) is not GenerationMixin.generate
+    stored = find_cache(kwargs)
+    is_fixed = isinstance(stored, StaticCache | QuantizedCache) or config.cache_implementation not in {
         None,
         "dynamic",
         "offloaded",
     }
-    paged = "paged" in {config.cache_implementation, kwargs.get("cache_implementation")}
+    is_paged = "paged" in {config.cache_implementation, kwargs.get("cache_implementation")}
     refused = {
-        f"the generate that {type(view).__name__} has of its own": own,
+        f"{type(view).__name__}'s own generate": has_own_generate,
         "custom_generate": kwargs.get("custom_generate") is not None,
-        "cache_implementation='paged' (continuous batching)": paged,
+        "cache_implementation='paged' (continuous batching)": is_paged,
         "an encoder-decoder as CAUSAL_LM (SEQ_2_SEQ_LM is its task_type)": view.config.is_encoder_decoder,
         "offloaded caches without an accelerator": (
             "offloaded" in (config.cache_implementation or "") and not torch.accelerator.is_available()
@@ -41,23 +41,23 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
         "assistant_early_exit": assisted and config.assistant_early_exit is not None,
         f"speculation_type={config.speculation_type!r}": config.speculation_type is not None,
         "assisting another model": config.is_assistant,
-        f"assisted decoding of {type(view).__name__}, which keeps states": assisted and view._is_stateful,
-        "assisted decoding and a static or quantized cache": assisted and fixed,
-        "output_hidden_states and output_attentions of assisted decoding": assisted and outputs,
-        f"the states that {type(view).__name__} keeps outside of a cache of transformers (use_cache=False works)": (
+        f"assisted decoding of {type(view).__name__}, which has states": assisted and view._is_stateful,
+        "assisted decoding with a static or quantized cache": assisted and is_fixed,
+        "output_hidden_states or output_attentions in assisted decoding": assisted and outputs,
+        f"{type(view).__name__}'s states outside a cache of transformers (use_cache=False works)": (
             config.use_cache and not view._supports_default_dynamic_cache()
         ),
     }
-    for what, asked in refused.items():
-        if asked:
+    for mode_name, is_wanted in refused.items():
+        if is_wanted:
             raise NotImplementedError(
-                f"generate behind a prompt is not known to be right with {what}. Greedy and sampled decoding, beam "
-                "search, assisted decoding with an assistant_model and prompt lookup are."
+                f"generate with a prompt does not support {mode_name}. Use greedy, sampled or assisted decoding "
+                "(assistant_model), beam search or prompt lookup."
             )
 
 
 def make_room(view: Any, virtual: int) -> None:
-    """Let a view make caches that have room for the virtual tokens."""
+    """Make the caches of a view long enough for the virtual tokens."""
     make = view._prepare_cache_for_generation
 
     @wraps(make)
@@ -68,17 +68,17 @@ def make_room(view: Any, virtual: int) -> None:
             return make(generation_config, model_kwargs, generation_mode, batch_size, max_cache_length + virtual)
         except (ImportError, ValueError) as error:
             name = generation_config.cache_implementation
-            raise ValueError(f"cache_implementation={name!r} cannot be made here: {error}") from error
+            raise ValueError(f"The cache of cache_implementation={name!r} could not be created: {error}") from error
 
     view._prepare_cache_for_generation = with_room
 
 
 def allow_candidates(view: Any) -> None:
-    """Let a view take candidates for assisted decoding only from where they do not depend on its own lengths."""
+    """Restrict a view to candidate generators for assisted decoding that do not depend on its lengths."""
     get = view._get_candidate_generator
 
     @wraps(get)
-    def known(*args: Any, **kwargs: Any) -> Any:
+    def get_allowed(*args: Any, **kwargs: Any) -> Any:
         from transformers.generation import candidate_generator as kinds
 
         candidates = get(*args, **kwargs)
@@ -90,9 +90,9 @@ def allow_candidates(view: Any) -> None:
         }
         if type(candidates) not in allowed:
             raise NotImplementedError(
-                f"Assisted decoding with {type(candidates).__name__} is not known to be right behind a prompt. An "
-                "assistant_model with a language modelling head of its own is, and so is prompt lookup."
+                f"Assisted decoding with {type(candidates).__name__} is not supported with a prompt. Use an "
+                "assistant_model with its own language modelling head, or prompt lookup."
             )
         return candidates
 
-    view._get_candidate_generator = known
+    view._get_candidate_generator = get_allowed

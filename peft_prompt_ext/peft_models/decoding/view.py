@@ -1,7 +1,6 @@
-"""What a call of `generate` runs on: a view of the base model, a shallow copy of its own.
+"""Views: each call of `generate` runs on its own shallow copy of the base model.
 
-PEFT swaps a method of the base model while it generates, so that two calls at once disturb each other, and leaves
-traces on it.
+PEFT replaces a method of the base model during the call, so that calls in two threads affect each other.
 """
 
 from __future__ import annotations
@@ -18,28 +17,28 @@ from .held_prompt import check_hold_no_prompt
 
 
 _LONGEST = "_previous_max_cache_length"
-_LEFT = ("_compiled_call", "_last_compile_config", _LONGEST)  # what `generate` leaves on a model
+_TRACES = ("_compiled_call", "_last_compile_config", _LONGEST)  # attributes that `generate` sets on a model
 
 
 class GuardedGeneration(PeftModel):
-    """Refuses generation that would pass the prompt by: PEFT hands what it does not have itself to the base model."""
+    """Raises for generation without the prompt: PEFT gets missing methods from the base model."""
 
     _views: Views | None = None
 
     def __getattr__(self, name: str) -> Any:
-        """See PEFT; a method of transformers' generation that is not known to be harmless is refused when called."""
+        """See PEFT; a method of transformers that generates raises when called."""
         value = super().__getattr__(name)
-        if name in _methods_of_generation() and callable(value) and not self._adapters_disabled:
+        if name in _list_generation_methods() and callable(value) and not self._adapters_disabled:
             return partial(_refuse, name)
         return value
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
-        """See PEFT; of a model whose task has no text to generate there is the base model alone."""
+        """See PEFT; for tasks without generation, only the base model can generate."""
         return super().generate(*args, **kwargs) if self._adapters_disabled else _refuse("generate")
 
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
-        """See PEFT; a cache that holds a prompt is refused inside."""
+        """See PEFT; inside, a cache with a prompt raises."""
         with super().disable_adapter():
             forward = self.base_model.forward
 
@@ -52,10 +51,10 @@ class GuardedGeneration(PeftModel):
             yield
 
     def _view(self) -> Any:
-        """The base model for one call of `generate`, with this model's `generation_config`."""
+        """Make a view of the base model, with this model's `generation_config`, for one call of `generate`."""
         if self._views is None:
             self._views = Views()
-        return self._views.make(unwrapped(self.get_base_model()), self.generation_config)
+        return self._views.make(unwrap(self.get_base_model()), self.generation_config)
 
     def _generate(self, view: Any, kwargs: dict[str, Any]) -> Any:
         try:
@@ -69,23 +68,22 @@ class GuardedGeneration(PeftModel):
 
 
 class Views:
-    """Makes shallow copies of a base model, and keeps for them what `generate` would keep on the model.
+    """Makes shallow copies of a base model, and stores the attributes that `generate` sets on them.
 
-    Modules are shared. One more copy, which nobody generates on, has the compiled calls: a copy of each call's own
-    would compile again for each call.
+    Modules are shared. One more copy has the compiled calls, so that a new view does not compile again.
     """
 
     def __init__(self) -> None:
         self._kept: Any = None
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Copies and pickles begin anew."""
+        """Copy and pickle without the stored attributes."""
         return Views, ()
 
     def make(self, base_model: Any, generation_config: Any) -> Any:
-        """Copy a base model; it generates with the given config."""
+        """Copy a base model, and set its generation config."""
         kept, view = self._kept, _copy(base_model)
-        if kept is None or _own(kept) != _own(base_model):
+        if kept is None or _list_attributes(kept) != _list_attributes(base_model):
             kept = self._kept = _copy(base_model)
         view.generation_config = generation_config
         view.get_compiled_call = kept.get_compiled_call
@@ -94,29 +92,29 @@ class Views:
         return view
 
     def keep(self, view: Any) -> None:
-        """Keep the length of the view's static cache: the next is no shorter, so that it fits the compiled call."""
+        """Store the length of a view's static cache, so that the next one fits the compiled call."""
         if _LONGEST in view.__dict__:
             setattr(self._kept, _LONGEST, getattr(view, _LONGEST))
 
 
-def _own(model: Any) -> dict[str, int]:
-    """What a model has beside what `generate` leaves on it, to be compared."""
-    return {key: id(value) for key, value in model.__dict__.items() if key not in _LEFT}
+def _list_attributes(model: Any) -> dict[str, int]:
+    """List the identities of a model's attributes, without those that `generate` sets."""
+    return {key: id(value) for key, value in model.__dict__.items() if key not in _TRACES}
 
 
 def _copy(base_model: Any) -> Any:
     view = copy.copy(base_model)
-    for name in _LEFT:
+    for name in _TRACES:
         view.__dict__.pop(name, None)
     return view
 
 
-def unwrapped(base_model: Any) -> Any:
-    """The model inside torch.compile's wrapper, which would hand `generate` to it."""
+def unwrap(base_model: Any) -> Any:
+    """Get the model inside torch.compile's wrapper; the wrapper's `generate` would run on that model."""
     return getattr(base_model, "_orig_mod", base_model)
 
 
-# these neither run the base model nor read its inputs
+# methods that neither run the base model nor read its inputs
 _HARMLESS = (
     "__",
     "_supports",
@@ -133,8 +131,8 @@ _HARMLESS = (
 
 
 @cache
-def _methods_of_generation() -> frozenset[str]:
-    """Names of transformers' methods that decode with the model that they are called on."""
+def _list_generation_methods() -> frozenset[str]:
+    """List transformers' methods that generate with the model."""
     from transformers import GenerationMixin
 
     names = {name for kind in GenerationMixin.__mro__[:-1] for name, value in vars(kind).items() if callable(value)}
@@ -143,6 +141,6 @@ def _methods_of_generation() -> frozenset[str]:
 
 def _refuse(name: str, *args: Any, **kwargs: Any) -> Any:
     raise NotImplementedError(
-        f"{name} of the base model would leave the prompt out. Use generate with task_type CAUSAL_LM or SEQ_2_SEQ_LM, "
-        "or call it inside disable_adapter() for the base model alone."
+        f"{name} of the base model would leave the prompt out. Use generate with task_type CAUSAL_LM or SEQ_2_SEQ_LM; "
+        "for the base model alone, call it inside disable_adapter()."
     )

@@ -1,1 +1,1 @@
-"""Attention over a packed sequence: four computations with one signature, and the selection among them."""
+"""Attention over a packed sequence: four implementations with one signature, and their selection."""

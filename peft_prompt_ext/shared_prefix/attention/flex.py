@@ -1,6 +1,6 @@
-"""Attention over a packed sequence by FlexAttention: no row is padded, and no prompt is copied.
+"""Attention over a packed sequence with FlexAttention, without padding rows or copying prompts.
 
-Shapes: N packed tokens, Q of them with a query, A query heads, G key-value heads, D head size, X blocks of queries,
+Shapes: N packed tokens, Q queries, A query heads, G key-value heads, D head size, X blocks of queries,
 Y blocks of keys.
 """
 
@@ -17,10 +17,10 @@ from ..layout import PackedLayout
 from . import sdpa
 
 
-# for fewer than 128 queries there is another one, which has no tiles for some ratios of query to key-value heads
+# the kernel for fewer than 128 queries has no tiles for some ratios of query to key-value heads
 ORDINARY_KERNEL: dict[str, Any] = {"FORCE_USE_FLEX_ATTENTION": True}
-KINDS = 64  # of calls that are compiled
-BLOCK = 128  # tokens; the kernels skip blocks of keys that a block of queries does not see
+KINDS = 64  # limit of compiled kinds of calls
+BLOCK = 128  # tokens; kernels skip blocks of keys that a block of queries does not see
 
 
 def packed_attention(
@@ -34,10 +34,10 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sdpa.packed_attention`, which stands in where there is dropout: FlexAttention has none.
+    """See `sdpa.packed_attention`, which is used with dropout, because FlexAttention has none.
 
     Raises:
-        NotImplementedError: There are sinks.
+        NotImplementedError: The call has sinks.
     """
     if sinks is not None:
         raise NotImplementedError("FlexAttention has no sinks")
@@ -45,12 +45,12 @@ def packed_attention(
         return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
     kind = sliding_window, query.shape[2] == key.shape[2]
     if kind not in layout.derived:
-        layout.derived[kind] = block_mask(layout, query.shape[2], sliding_window)
+        layout.derived[kind] = make_block_mask(layout, query.shape[2], sliding_window)
     out = _flex_attention(query.device.type)(
         query,
         key,
         value,
-        score_mod=None if softcap is None else _softcapped(softcap, query.device),
+        score_mod=None if softcap is None else _make_softcap(softcap, query.device),
         block_mask=layout.derived[kind],
         scale=scaling,
         enable_gqa=query.shape[1] != key.shape[1],
@@ -63,17 +63,17 @@ def packed_attention(
 def _flex_attention(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
-    if device_type == "cpu":  # compiled it has no gradients there
+    if device_type == "cpu":  # no gradients if compiled
         return flex_attention
-    # once for all lengths of a batch; after 8 kinds of call it would give up, for dense scores
+    # dynamic: compile once for all lengths; by default, after 8 kinds of calls it would compute dense scores
     if "isolate_recompiles" in signature(torch.compile).parameters:  # torch 2.12
         options: dict[str, Any] = {"recompile_limit": KINDS, "isolate_recompiles": True}
         return torch.compile(flex_attention, dynamic=True, **options)
     return torch._dynamo.config.patch(recompile_limit=KINDS)(torch.compile(flex_attention, dynamic=True))
 
 
-def _softcapped(softcap: float, device: torch.device) -> Any:
-    # as a float it would be a symbol among the dynamic shapes, which the kernels cannot capture
+def _make_softcap(softcap: float, device: torch.device) -> Any:
+    # a tensor, because kernels cannot capture a float, which torch.compile makes a dynamic symbol
     cap = torch.tensor(softcap, device=device)
 
     def score_mod(score: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -82,16 +82,16 @@ def _softcapped(softcap: float, device: torch.device) -> Any:
     return score_mod
 
 
-def block_mask(layout: PackedLayout, queries: int, sliding_window: int | None = None) -> Any:
-    """Tell FlexAttention what the last Q tokens of the packed sequence see.
+def make_block_mask(layout: PackedLayout, queries: int, sliding_window: int | None = None) -> Any:
+    """Make FlexAttention's mask for the last Q tokens of the packed sequence.
 
-    `create_block_mask` would build the mask [Q, N] for it. A token sees two runs of keys, so that which blocks it sees
-    follows from their ends, [Q, Y].
+    `create_block_mask` would build the mask [Q, N]. A token sees two spans of keys, and the ends of the spans give the
+    blocks that it sees, [Q, Y].
 
     Args:
-        layout: Where each token belongs.
+        layout: The place of each token.
         queries: Q.
-        sliding_window: A token sees this many tokens, itself included.
+        sliding_window: The number of tokens that a token sees, including itself.
 
     Returns:
         A `BlockMask`.
@@ -107,21 +107,21 @@ def block_mask(layout: PackedLayout, queries: int, sliding_window: int | None = 
     length = layout.position_ids.shape[1]
     first = torch.arange(0, length, BLOCK, device=place.device)  # [Y]
     behind = first + BLOCK
-    runs = [(x[:, None], y[:, None]) for x, y in ((start, end), (own, place + 1))]  # [Q, 1]
-    some = torch.stack([(x < y) & (x < behind) & (first < y) for x, y in runs]).any(0)  # [Q, Y]
-    every = torch.stack([(x <= first) & (behind <= y) for x, y in runs]).any(0)
+    spans = [(x[:, None], y[:, None]) for x, y in ((start, end), (own, place + 1))]  # [Q, 1]
+    some = torch.stack([(x < y) & (x < behind) & (first < y) for x, y in spans]).any(0)  # [Q, Y]
+    every = torch.stack([(x <= first) & (behind <= y) for x, y in spans]).any(0)
     some, every = (pad(x, (0, 0, 0, -queries % BLOCK)).view(-1, BLOCK, len(first)) for x in (some, every))
     some, every = some.any(1), every.all(1)  # [X, Y]
     return BlockMask.from_kv_blocks(
-        *_listed(some & ~every),
-        *_listed(every),
+        *_list_blocks(some & ~every),
+        *_list_blocks(every),
         BLOCK_SIZE=BLOCK,
         mask_mod=sees,
         seq_lengths=(queries, length),
     )
 
 
-def _listed(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """How many blocks each row has, [1, 1, X], and their numbers before those of the others, [1, 1, X, Y]."""
+def _list_blocks(blocks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count the blocks of each row, [1, 1, X], and list their indices, then the other indices, [1, 1, X, Y]."""
     blocks = blocks.int()[None, None]
     return blocks.sum(-1, dtype=torch.int32), blocks.argsort(dim=-1, descending=True, stable=True).int()

@@ -1,4 +1,4 @@
-"""The slow reference of `sdpa.packed_attention`: every token against every token, one dense mask.
+"""The slow reference of `sdpa.packed_attention`, with one dense mask.
 
 Shapes: N packed tokens, A query heads, G key-value heads, D head size.
 """
@@ -20,21 +20,21 @@ def packed_attention(
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """See `sdpa.packed_attention`; materialises [A, N, N]."""
+    """See `sdpa.packed_attention`; allocates scores [A, N, N]."""
     groups = query.shape[1] // key.shape[1]
     key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)  # [A, N, D]
     scores = query[0] @ key.transpose(1, 2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    scores = scores.masked_fill(~visible(layout, sliding_window)[-scores.shape[1] :], float("-inf"))
+    scores = scores.masked_fill(~make_mask(layout, sliding_window)[-scores.shape[1] :], float("-inf"))
     weights = torch.dropout(
         scores.softmax(-1, torch.promote_types(scores.dtype, torch.float32)).to(query.dtype), dropout, dropout > 0
     )
     return (weights @ value).transpose(0, 1)[None]
 
 
-def visible(layout: PackedLayout, sliding_window: int | None = None) -> torch.Tensor:
-    """Bool [N, N]: which keys (columns) each packed token (row) sees."""
+def make_mask(layout: PackedLayout, sliding_window: int | None = None) -> torch.Tensor:
+    """Make the mask of the keys (columns) that each packed token (row) sees, bool [N, N]."""
     device = layout.text.device
     lengths = torch.tensor(layout.prompt_lengths, device=device)
     number = torch.arange(len(lengths), device=device)

@@ -1,4 +1,4 @@
-"""Attention over a packed sequence: a prompt sees itself, a text sees its prompt and itself, both causally.
+"""Causal attention over a packed sequence: a prompt sees itself, a text sees its prompt and itself.
 
 Shapes: N packed tokens, K prompts of at most P tokens, B rows of at most M tokens, A query heads, G key-value heads,
 D head size.
@@ -25,33 +25,33 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attend; no mask is larger than [M, P+M] (with prompts of several lengths: one for each row).
+    """Compute attention; masks are at most [M, P+M], one per row if prompts have several lengths.
 
     Args:
-        query: [1, A, N, D]; without the prompts' tokens they have no output either.
+        query: [1, A, N, D], or only the text tokens.
         key: [1, G, N, D].
         value: [1, G, N, D].
-        layout: Where each token belongs.
-        scaling: Factor of the scores, D**-0.5 by default.
+        layout: The place of each token.
+        scaling: Factor of the scores, by default D**-0.5.
         dropout: Probability of dropping an attention weight.
-        sliding_window: A token sees this many tokens, itself included.
-        softcap: Scores are `softcap * tanh(scores / softcap)` (Gemma 2).
-        sinks: [A]; each head has a score more that takes its share and gives nothing (gpt-oss).
+        sliding_window: The number of tokens that a token sees, including itself.
+        softcap: Scores become `softcap * tanh(scores / softcap)` (Gemma 2).
+        sinks: [A], an extra score of each head in the softmax, without a value (gpt-oss).
 
     Returns:
-        [1, N, A, D], or as many tokens as `query` has.
+        [1, N, A, D], with as many tokens as `query`.
     """
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": sinks}
     parts = []
     if len(query) == len(key) and layout.num_prompt_tokens:
-        parts.append(_prompt_part(query, key, value, layout, sliding_window, options))
+        parts.append(_attend_prompts(query, key, value, layout, sliding_window, options))
     if len(layout.text):
-        parts.append(_text_part(query, key, value, layout, sliding_window, options))
+        parts.append(_attend_texts(query, key, value, layout, sliding_window, options))
     return torch.cat(parts)[None]
 
 
-def _prompt_part(
+def _attend_prompts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -59,7 +59,7 @@ def _prompt_part(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """What the virtual tokens see, [sum P_k, A, D]."""
+    """Compute the attention of the virtual tokens, [sum P_k, A, D]."""
     longest = layout.prompts.shape[1]
     if len(layout.prompts) == 1:
         query, key, value = (x[None, :longest] for x in (query, key, value))
@@ -75,7 +75,7 @@ def _prompt_part(
     return torch.cat([prompt[:length] for prompt, length in zip(out, layout.prompt_lengths, strict=True)])
 
 
-def _text_part(
+def _attend_texts(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -83,10 +83,10 @@ def _text_part(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """What the text tokens see, [S, A, D]."""
+    """Compute the attention of the text tokens, [S, A, D]."""
     if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.texts.shape[1]:
         sliding_window = None
-    keys, values = (torch.cat([_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
+    keys, values = (torch.cat([_expand_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
     if len(query) == len(key):
         query = _Pad.apply(query, layout)
     else:
@@ -95,18 +95,18 @@ def _text_part(
     return out.flatten(0, 1)[layout.flat]
 
 
-def _prefixes(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """The prompt's keys (or values) before each row: [N, G, D] -> [B, P, G, D]."""
+def _expand_prefixes(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """Get the prompt's keys (or values) for each row: [N, G, D] -> [B, P, G, D]."""
     if len(layout.prefix) == 1:
         return x[None, : layout.prefix.shape[1]].expand(len(layout.texts), -1, -1, -1)
     return x[layout.prefix][layout.prompt_of_text]
 
 
 class _Pad(torch.autograd.Function):
-    """Text tokens as padded rows: [N, heads, D] -> [B, M, heads, D].
+    """Pad the text tokens to rows: [N, heads, D] -> [B, M, heads, D].
 
-    The pads hold other tokens' numbers, and no real token sees them, so they have no gradient and the backward pass
-    is a gather as well, where autograd would add up all B*M rows.
+    Pads contain values of other tokens; no real token sees them, so they have no gradient. The backward pass is a
+    gather too, where autograd would add up all B*M tokens.
     """
 
     @staticmethod
@@ -124,13 +124,13 @@ class _Pad(torch.autograd.Function):
 def _attend(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """[rows, Q, A, D], [rows, L, G, D] -> [rows, Q, A, D]; without a mask causal, Q = L."""
+    """Compute attention: [rows, Q, A, D], [rows, L, G, D] -> [rows, Q, A, D]; causal without a mask, where Q = L."""
     query, key, value = (x.transpose(1, 2) for x in (query, key, value))
     if options["softcap"] is not None or options["sinks"] is not None:
-        return _by_scores(query, key, value, mask, options).transpose(1, 2)
+        return _attend_by_scores(query, key, value, mask, options).transpose(1, 2)
     if mask is not None and query.device.type == "cuda":
-        # masked and grouped there is only the kernel that writes every score down
-        key, value = _ungrouped(key, query), _ungrouped(value, query)
+        # with a mask and grouped heads, only the kernel that stores all scores is available
+        key, value = _repeat_heads(key, query), _repeat_heads(value, query)
     out = scaled_dot_product_attention(
         query,
         key,
@@ -144,16 +144,16 @@ def _attend(
     return out.transpose(1, 2)
 
 
-def _ungrouped(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
-    """A key-value head for each query head: [rows, G, L, D] -> [rows, A, L, D]."""
+def _repeat_heads(x: torch.Tensor, query: torch.Tensor) -> torch.Tensor:
+    """Repeat key-value heads for the query heads: [rows, G, L, D] -> [rows, A, L, D]."""
     return x.repeat_interleave(query.shape[1] // x.shape[1], 1)
 
 
-def _by_scores(
+def _attend_by_scores(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, mask: torch.Tensor | None, options: dict[str, Any]
 ) -> torch.Tensor:
-    """Attention with scores that scaled_dot_product_attention does not have."""
-    key, value = _ungrouped(key, query), _ungrouped(value, query)
+    """Compute attention with soft-capping or sinks, which scaled_dot_product_attention does not support."""
+    key, value = _repeat_heads(key, query), _repeat_heads(value, query)
     scaling = options["scaling"] if options["scaling"] is not None else query.shape[-1] ** -0.5
     scores = query @ key.transpose(-1, -2) * scaling
     if options["softcap"] is not None:

@@ -1,10 +1,10 @@
-"""Attention over a packed sequence by FlashAttention over sequences of several lengths: no pads, no masks.
+"""Attention over a packed sequence with FlashAttention for sequences of several lengths, without pads or masks.
 
-A text is the end of the sequence `[its prompt | text]`, and FlashAttention lets the last query see the last key; so
-one call serves texts and prompts. Keys and values of a prompt are repeated for each of its texts, the fewer heads of
-them that a model with grouped queries has.
+A text is the end of the sequence `[its prompt | text]`, and FlashAttention aligns the last query with the last key, so
+one call computes texts and prompts. A prompt's keys and values are repeated for each of its texts, with the G heads
+of grouped queries.
 
-Shapes: N packed tokens, Q of them with a query, L keys, A query heads, G key-value heads, D head size.
+Shapes: N packed tokens, Q queries, L keys, A query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ DTYPES = (torch.float16, torch.bfloat16)
 
 
 class Sequences(NamedTuple):
-    """Sequences of queries and of keys, lying one behind the other.
+    """Concatenated sequences of queries and of keys.
 
     Attributes:
-        keys: Place in the packed sequence of each key, [L].
-        query_ends: Queries up to the end of each sequence, from 0, int32.
-        key_ends: The same of the keys.
-        longest_query: Queries of the longest sequence.
-        longest_key: The same of the keys.
+        keys: Place of each key in the packed sequence, [L].
+        query_ends: Cumulative number of queries at the end of each sequence, with a 0 in front, int32.
+        key_ends: The same for keys.
+        longest_query: Number of queries of the longest sequence.
+        longest_key: The same for keys.
     """
 
     keys: torch.Tensor
@@ -50,21 +50,21 @@ def packed_attention(
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `sdpa.packed_attention`, which stands in for dropout.
+    """See `sdpa.packed_attention`, which is used with dropout.
 
     Raises:
-        NotImplementedError: FlashAttention has no such dtype, no soft-capping, or no sinks.
+        NotImplementedError: FlashAttention does not support the dtype, soft-capping or sinks.
     """
     if query.dtype not in DTYPES:
-        raise NotImplementedError(f"FlashAttention has float16 and bfloat16, not {query.dtype}")
+        raise NotImplementedError(f"FlashAttention supports float16 and bfloat16, not {query.dtype}")
     if softcap is not None or sinks is not None:
-        raise NotImplementedError("FlashAttention in PyTorch has neither soft-capping nor sinks")
+        raise NotImplementedError("FlashAttention in PyTorch supports neither soft-capping nor sinks")
     if dropout:
         return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
     kind = "varlen", len(query) < len(key)
     if kind not in layout.derived:
-        layout.derived[kind] = sequences(layout, text_alone=kind[1])
+        layout.derived[kind] = make_sequences(layout, text_alone=kind[1])
     parts = layout.derived[kind]
     key, value = (_Repeat.apply(x, parts.keys) for x in (key, value))
     return flash_attention(query, key, value, parts, scaling, sliding_window)[None]
@@ -78,7 +78,7 @@ def flash_attention(
     scaling: float | None,
     sliding_window: int | None,
 ) -> torch.Tensor:
-    """Causal attention in each sequence, whose last query sees its last key: [Q, A, D], [L, G, D] -> [Q, A, D]."""
+    """Compute causal attention in each sequence, from its end: [Q, A, D], [L, G, D] -> [Q, A, D]."""
     return torch.ops.aten._flash_attention_forward(
         *(query, key, value, parts.query_ends, parts.key_ends, parts.longest_query, parts.longest_key),
         dropout_p=0.0,
@@ -90,8 +90,8 @@ def flash_attention(
     )[0]
 
 
-def sequences(layout: PackedLayout, text_alone: bool) -> Sequences:
-    """The prompts, unless the texts run alone, and each text behind its prompt."""
+def make_sequences(layout: PackedLayout, text_alone: bool) -> Sequences:
+    """Make the sequences of the prompts, unless only texts run, and of each text with its prompt."""
     host = layout.on_host()
     virtual = host.num_prompt_tokens
     prompts = host.lengths[:0] if text_alone else host.lengths[host.lengths > 0]
@@ -105,16 +105,16 @@ def sequences(layout: PackedLayout, text_alone: bool) -> Sequences:
     in_prompt = within < prefix[which]
     keys = torch.where(in_prompt, starts[which] + within, (behind - prefix)[which] + within)
     queries = torch.cat([prompts, tokens[len(prompts) :]])
-    keys, query_ends, key_ends = upload(layout.texts.device, keys, _ends(queries), _ends(length))
+    keys, query_ends, key_ends = upload(layout.texts.device, keys, _find_ends(queries), _find_ends(length))
     return Sequences(keys, query_ends, key_ends, int(queries.max()), int(length.max()))
 
 
-def _ends(counts: torch.Tensor) -> torch.Tensor:
+def _find_ends(counts: torch.Tensor) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
 
 
 class _Repeat(torch.autograd.Function):
-    """Take tokens, some of them several times: [N, heads, D], [L] -> [L, heads, D]. Gradients add up in float32."""
+    """Select tokens, some repeatedly: [N, heads, D], [L] -> [L, heads, D]. Gradients are summed in float32."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
