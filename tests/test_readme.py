@@ -1,3 +1,5 @@
+"""The READMEs' code runs as written, their commands exist, and the files that they name are there."""
+
 import re
 import runpy
 from pathlib import Path
@@ -6,42 +8,46 @@ import pytest
 from peft import PeftModel
 
 
-README = (Path(__file__).parent.parent / "README.md").read_text()
-SNIPPETS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+ROOT = Path(__file__).parent.parent
+FOLDERS = ("peft_prompt_ext", "recipes", "benchmarks")
 
 
-def run_snippet(part, tmp_path, **names):
-    """Run the one Python snippet of the README that contains `part`."""
-    (snippet,) = [s for s in SNIPPETS if part in s]
+def snippets(readme):
+    return re.findall(r"```python\n(.*?)```", (ROOT / readme).read_text(), re.DOTALL)
+
+
+def run_snippet(readme, part, tmp_path, **names):
+    """Run the one Python snippet of a README that contains `part`."""
+    (snippet,) = [s for s in snippets(readme) if part in s]
     path = tmp_path / "snippet.py"
-    path.write_text(snippet)
+    path.write_text(snippet.replace("max_steps=70", "max_steps=2"))
     return runpy.run_path(str(path), init_globals=names)
 
 
-@pytest.fixture
-def model(build_model, tokenizer_folder):
-    model = build_model("llama")
-    model.name_or_path = tokenizer_folder  # where the tokenizer is found
-    return model
-
-
-@pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
-def test_the_first_snippet_makes_a_prompt_and_the_saving_snippet_loads_it(model, build_model, tmp_path, monkeypatch):
+@pytest.mark.real
+@pytest.mark.filterwarnings("default::DeprecationWarning")
+def test_the_script_runs_and_what_it_saves_is_loaded_by_the_next_snippet(
+    smollm2, movie_reviews, tmp_path, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
 
-    prompted = run_snippet("config = PromptTuningExtConfig(", tmp_path, model=model)["model"]
-    run_snippet("save_pretrained", tmp_path, model=prompted, base_model=build_model("llama"), PeftModel=PeftModel)
+    names = run_snippet("README.md", "Trainer(", tmp_path)
+    base = names["AutoModelForCausalLM"].from_pretrained(smollm2)
+    run_snippet("README.md", "is_trainable=True", tmp_path, model=names["model"], base_model=base, PeftModel=PeftModel)
 
-    assert (tmp_path / "my-prompt" / "prompt_init.json").is_file()
+    files = {path.name: path.stat().st_size for path in (tmp_path / "my-prompt").iterdir() if path.is_file()}
+    assert 40_000 < files["adapter_model.safetensors"] < 50_000
 
 
-def test_the_own_scheme_snippet_works(model, tmp_path):
+def test_the_own_scheme_snippet_works(build_model, tokenizer_folder, tmp_path):
     from peft import get_peft_model
 
     from peft_prompt_ext import PromptTuningExtConfig
     from peft_prompt_ext.inits.base import SCHEMES
 
-    run_snippet("register_init", tmp_path)
+    model = build_model("llama")
+    model.name_or_path = tokenizer_folder  # where the tokenizer is found
+    run_snippet("peft_prompt_ext/inits/README.md", "register_init", tmp_path)
     try:
         config = PromptTuningExtConfig(
             task_type="CAUSAL_LM", prompt_tuning_init="first_words", prompt_tuning_init_kwargs={"start": 5}
@@ -53,28 +59,23 @@ def test_the_own_scheme_snippet_works(model, tmp_path):
     assert (prompt[0] == model.get_input_embeddings().weight[5]).all()
 
 
-def test_every_file_named_in_the_house_exists():
-    house = README.split("## The house")[1].split("```")[1]
-    root, folder = Path(__file__).parent.parent, Path()
-    names = []
+def test_every_file_named_in_the_readme_exists():
+    house = (ROOT / "README.md").read_text().split("## Where the rest is")[1].split("```")[1]
+    names, folder = [], ROOT
     for line in house.strip().splitlines():
-        name = line.split()[0]
-        path = folder / name if line.startswith("  ") else Path(name)
-        folder = Path() / name if not line.startswith("  ") else folder
-        names.append(path)
+        folder = folder if line.startswith("  ") else ROOT / line.split()[0]
+        files = re.findall(r"[\w/]+(?:\.py|/)", line.split("   ")[0]) if line.startswith("  ") else ["."]
+        names += [folder / file for file in files]
 
-    assert len(names) > 5
-    assert [str(p) for p in names if not (root / p).exists()] == []
+    assert len(names) > 15
+    assert [str(path) for path in names if not path.exists()] == []
 
 
-@pytest.mark.real
-def test_the_4_bit_snippet_gives_a_packed_model(smollm2, tmp_path, monkeypatch):
-    import peft_prompt_ext
+PAGES = [*ROOT.glob("*.md"), *(page for name in FOLDERS for page in (ROOT / name).rglob("*.md"))]
 
-    load = peft_prompt_ext.load_frozen_backbone
-    monkeypatch.setattr(peft_prompt_ext, "load_frozen_backbone", lambda name, **kwargs: load(smollm2, **kwargs))
 
-    model = run_snippet("load_frozen_backbone(", tmp_path)["model"]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_every_link_leads_to_a_file(page):
+    links = re.findall(r"\]\((?!http)([^)#]+)\)", page.read_text())
 
-    assert peft_prompt_ext.engine_status(model).packed
-    assert model.get_memory_footprint() < 200e6
+    assert [link for link in links if not (page.parent / link).exists()] == []
