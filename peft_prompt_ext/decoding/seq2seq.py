@@ -85,16 +85,17 @@ def _check_encoded(stored: Any, feed: PromptFeed) -> None:
 
 def _tell_read(kwargs: dict[str, Any]) -> None:
     """Tell `generate` by a mask that decoder ids include those of a cache; without one it would read them twice."""
-    stored, ids = cache_of(kwargs), kwargs.get("decoder_input_ids")
+    stored, ids, mask = cache_of(kwargs), kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
     seen = 0 if stored is None else int(stored.get_seq_length())
-    if not seen or kwargs.get("decoder_attention_mask") is not None:
+    if not seen:
         return
-    if ids is None or ids.shape[1] <= seen:
+    if ids is None or ids.shape[1] <= seen or (mask is not None and mask.shape != ids.shape):
         raise ValueError(
-            f"past_key_values has {seen} tokens of the decoder: give all of them and new ones as decoder_input_ids, "
-            "or the new ones with a decoder_attention_mask over all."
+            f"past_key_values has {seen} tokens of the decoder: give all of them and new ones as decoder_input_ids. "
+            "Before the new ones alone generate would put the token that every text begins with."
         )
-    kwargs["decoder_attention_mask"] = torch.ones_like(ids)
+    if mask is None:
+        kwargs["decoder_attention_mask"] = torch.ones_like(ids)
 
 
 def _note_encoded(stored: Any, feed: PromptFeed) -> None:
