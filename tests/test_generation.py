@@ -313,6 +313,7 @@ def test_a_model_with_states_outside_of_a_cache_generates_without_it_alone(pair,
     with pytest.raises(NotImplementedError, match="outside of a cache"):
         model.generate(text(), **OPTIONS)
     assert new_tokens(model, text(), use_cache=False) == new_tokens(base, with_words(text()), use_cache=False)
+    assert "past_key_values" not in model(input_ids=text())
 
 
 def test_a_generate_that_the_base_model_has_of_its_own_is_refused(pair):
@@ -849,12 +850,45 @@ def test_the_cache_of_a_packed_batch_is_refused(pair):
 
 def test_a_cache_that_came_by_default_goes_on_or_is_refused(pair):
     model, _ = pair()
-    out = model(input_ids=text(), output_hidden_states=True)
-    assert new_tokens(model, torch.cat([text(), text(2, 3)], 1), past_key_values=out.past_key_values) == new_tokens(
-        model, torch.cat([text(), text(2, 3)], 1)
-    )
+    ids, embed = torch.cat([text(), text(2, 3)], 1), model.get_base_model().get_input_embeddings()
+    for inputs in ({"input_ids": text()}, {"inputs_embeds": embed(text())}):
+        out = model(**inputs, output_hidden_states=True)
+        assert new_tokens(model, ids, past_key_values=out.past_key_values) == new_tokens(model, ids)
     out = model(input_ids=text(3), attention_mask=LEFT, output_hidden_states=True)
     refuses(model, out.past_key_values, "use_cache=True")
+
+
+@old_name
+@pytest.mark.parametrize("way", ["pads", "labels", "training", "training and pads"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_cache_that_came_by_default_has_its_prompt_whatever_the_call_was(pair, way, return_dict):
+    model, base = pair()
+    batch = {"input_ids": text(), "labels": text()} if way == "labels" else {"input_ids": text()}
+    if "pads" in way:
+        batch["attention_mask"] = LEFT[:2]
+    out = model.train("training" in way)(**batch, output_hidden_states=True, return_dict=return_dict)
+    cache = out.past_key_values if return_dict else out[-2]
+    model.eval()
+    refuses(model, cache, "learned or had pads")
+    with model.disable_adapter():
+        refuses(model, cache, "the adapter is disabled")
+
+
+def test_a_cache_in_a_tuple_goes_on(pair):
+    model, _ = pair()
+    _, cache, _ = model(input_ids=text(), output_hidden_states=True, return_dict=False)
+    assert loop(model, text(2, 3), cache)[0] == new_tokens(model, torch.cat([text(), text(2, 3)], 1))
+
+
+def test_a_packed_batch_has_no_cache_where_the_base_model_has_none(pair):
+    model, _ = pair()
+    ids = text()
+    for options in ({"use_cache": False}, {"labels": ids}):
+        assert model(input_ids=ids, **options).past_key_values is None
+    assert len(model(input_ids=ids, return_dict=False)) == 1
+    assert model.train()(input_ids=ids).past_key_values is None
+    model.eval().get_base_model().config.use_cache = False
+    assert model(input_ids=ids).past_key_values is None and engine_status(model).packed
 
 
 def test_the_cache_of_a_beam_search_is_refused(pair):

@@ -52,10 +52,14 @@ class PromptedGeneration(GuardedGeneration):
             self._check_token_path(kwargs)
             self._ran(EngineStatus(False, "it asks for use_cache, or goes on with a cache"))
             return self._step({**inputs, "labels": labels, **kwargs})
-        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
-        if labels is None and not self.training and kwargs.get("use_cache") is None:
-            self._note_unasked(output, input_ids if input_ids is not None else inputs_embeds, attention_mask)
-        return output
+        wants_dict = self._wants_dict(kwargs.pop("return_dict", None))
+        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, return_dict=True, **kwargs)
+        if kwargs.get("use_cache") is None:
+            learns, text = self.training or labels is not None, input_ids if input_ids is not None else inputs_embeds
+            if wants_dict and not learns:
+                self._refuse_packed(output)
+            self._note_unasked(output, text, attention_mask, learns)
+        return output if wants_dict else output.to_tuple()
 
     def _is_step(self, inputs: Mapping[str, Any]) -> bool:
         if inputs.get("use_cache") or cache_of(inputs) is not None or place_of(inputs) is not None:
@@ -137,27 +141,29 @@ class PromptedGeneration(GuardedGeneration):
             inputs["inputs_embeds"] = feed.put_in(feed.embed(ids) if text is None else text, where)
         return where, ids
 
-    def _note_unasked(self, output: Any, inputs: torch.Tensor | None, attention_mask: Any) -> None:
-        """Note what a cache holds that nobody asked for; a packed batch gets one that nothing can be put behind.
-
-        So a loop that relies on the base model's default is right, or is told.
-        """
+    def _refuse_packed(self, output: Any) -> None:
+        """Put a cache that is refused where the base model would have one, for a loop that relies on its default."""
         name = cache_name(self.get_base_model())
-        if torch.compiler.is_compiling() or inputs is None or not hasattr(output, name):
+        if torch.compiler.is_compiling() or not hasattr(output, name) or cache_of(output) is not None:
             return
-        stored = cache_of(output)
-        if stored is None and self._caches():
+        if self._caches():
             from transformers import DynamicCache
 
-            output[name] = stored = DynamicCache()
+            output[name] = DynamicCache()
             refusal = "the call that it comes from ran packed and put nothing in: pass use_cache=True"
-            note(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
-        elif stored is not None and (attention_mask is None or bool(attention_mask.all())):
+            note(output[name], HeldPrompt(torch.empty(0), refusal=refusal))
+
+    def _note_unasked(self, output: Any, text: Any, attention_mask: Any, learns: bool) -> None:
+        """Note what a cache holds that nobody asked for."""
+        stored = cache_of(output)
+        if torch.compiler.is_compiling() or stored is None or held_by(stored) is not None:
+            return
+        if not learns and (attention_mask is None or bool(attention_mask.all())):
             feed = PromptFeed(self)
-            feed.note(stored, feed.place(None, inputs.shape[1], None), inputs if inputs.dim() == 2 else None)
-        elif stored is not None:
-            refusal = "the call that it comes from had pads and did not ask for it: pass use_cache=True"
-            note(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
+            feed.note(stored, feed.place(None, text.shape[1], None), text if text.dim() == 2 else None)
+        else:
+            refusal = "the call that it comes from learned or had pads, and did not ask for it: pass use_cache=True"
+            note(stored, HeldPrompt(text.new_empty(0), refusal=refusal))
 
     def prepare_inputs_for_generation(
         self,
