@@ -10,11 +10,13 @@ import torch
 import transformers
 from packaging.version import Version
 from peft import get_peft_model
+from tokenizers import ByteLevelBPETokenizer
 from transformers import (
     DynamicCache,
     GenerationConfig,
     LlamaForCausalLM,
     LogitsProcessor,
+    PreTrainedTokenizerFast,
     StaticCache,
     StoppingCriteria,
     pipeline,
@@ -144,7 +146,7 @@ class WithoutWords(LogitsProcessor):
 
 
 @architectures
-@pytest.mark.parametrize("way", ["assistant", "the base model assists", "lookup", "sampled lookup"])
+@pytest.mark.parametrize("way", ["assistant", "the base model assists", "lookup", "sampled lookup", "dynamic cache"])
 def test_candidates_are_accepted_as_they_are_behind_the_words(pair, architecture, way):
     model, base = pair(architecture)
     ids = text(1).repeat(1, 3)
@@ -153,9 +155,25 @@ def test_candidates_are_accepted_as_they_are_behind_the_words(pair, architecture
         "the base model assists": {"assistant_model": model.get_base_model()},
         "lookup": {"prompt_lookup_num_tokens": 3},
         "sampled lookup": {"prompt_lookup_num_tokens": 3, "do_sample": True, "top_k": 1},
+        "dynamic cache": {"prompt_lookup_num_tokens": 3, "cache_implementation": "dynamic"},
     }[way]
 
     assert new_tokens(model, ids, max_new_tokens=11, **options) == new_tokens(base, with_words(ids), max_new_tokens=11)
+
+
+@pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
+def test_an_assistant_may_have_a_tokenizer_of_its_own(pair, build_model, tokenizer, options):
+    bpe = ByteLevelBPETokenizer()
+    words = ["fine actors and grim endings", "a grim plot, a fine cast"] * 3
+    bpe.train_from_iterator(words, 270, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False)
+    own = PreTrainedTokenizerFast(tokenizer_object=bpe._tokenizer, bos_token="<s>", eos_token="</s>")
+    model, base = pair()
+    ids = tokenizer("a great film with a fine cast", return_tensors="pt").input_ids
+    options |= {"assistant_model": build_model("llama", vocab_size=277, max_position_embeddings=127)}
+
+    got = new_tokens(model, ids, tokenizer=tokenizer, assistant_tokenizer=own, **options)
+
+    assert got == new_tokens(base, with_words(ids))
 
 
 @architectures
@@ -236,6 +254,7 @@ def test_a_streamer_gets_the_text_and_each_new_token(pair):
         ({"custom_generate": "transformers-community/dola"}, "custom_generate"),
         ({"custom_generate": lambda model, input_ids, **kwargs: input_ids}, "custom_generate"),
         ({"cache_implementation": "paged"}, "paged"),
+        ({"generation_config": GenerationConfig(**OPTIONS, cache_implementation="paged")}, "paged"),
         ({"penalty_alpha": 0.6, "top_k": 4}, "contrastive_search"),
         ({"dola_layers": "high"}, "dola_generation"),
         ({"num_beams": 4, "num_beam_groups": 2}, "group_beam_search"),
@@ -250,14 +269,51 @@ def test_a_streamer_gets_the_text_and_each_new_token(pair):
             {"prompt_lookup_num_tokens": 2, "return_dict_in_generate": True, "output_hidden_states": True},
             "output_hidden_states",
         ),
+        (
+            {"prompt_lookup_num_tokens": 2, "return_dict_in_generate": True, "output_attentions": True},
+            "output_attentions",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
 def test_ways_that_are_not_known_to_be_right_are_refused_by_name(pair, options, name):
     model, _ = pair()
     with pytest.raises(NotImplementedError, match=name) as refused:
-        model.generate(text(1), **{**OPTIONS, **options})
+        model.generate(text(1), **(options if "generation_config" in options else {**OPTIONS, **options}))
     assert "peft_prompt_ext" in str(refused.traceback[-1].path)
+
+
+def test_candidates_of_a_model_that_keeps_states_are_refused(pair):
+    model, _ = pair()
+    model.get_base_model()._is_stateful = True
+    with pytest.raises(NotImplementedError, match="LlamaForCausalLM, which keeps states"):
+        model.generate(text(1), prompt_lookup_num_tokens=2, **OPTIONS)
+
+
+def test_candidates_behind_a_static_cache_that_is_given_are_refused(pair):
+    model, base = pair()
+    cache = StaticCache(base.config, max_cache_len=P + TEXT + NEW)
+    with pytest.raises(NotImplementedError, match="static or quantized cache"):
+        model.generate(text(1), prompt_lookup_num_tokens=2, past_key_values=cache, **OPTIONS)
+
+
+def test_hidden_states_of_candidates_that_nobody_returns_are_no_reason_to_refuse(pair):
+    model, _ = pair()
+    assert new_tokens(model, text(1), prompt_lookup_num_tokens=2, output_hidden_states=True) == new_tokens(
+        model, text(1)
+    )
+
+
+def test_a_model_with_states_outside_of_a_cache_generates_without_it_alone(pair, monkeypatch):
+    from tests import zoo
+
+    sizes = {"hidden_size": 24, "attention_hidden_size": 24, "num_hidden_layers": 2, "intermediate_size": 41}
+    monkeypatch.setitem(zoo._SPECIFIC, "rwkv", {**sizes, "context_length": 67})
+    model, base = pair("rwkv")
+    with pytest.raises(NotImplementedError, match="outside of a cache"):
+        model.generate(text(), **OPTIONS)
+    assert new_tokens(model, text(), use_cache=False) == new_tokens(base, with_words(text()), use_cache=False)
+    assert "past_key_values" not in model(input_ids=text())
 
 
 def test_a_generate_that_the_base_model_has_of_its_own_is_refused(pair):
@@ -794,12 +850,45 @@ def test_the_cache_of_a_packed_batch_is_refused(pair):
 
 def test_a_cache_that_came_by_default_goes_on_or_is_refused(pair):
     model, _ = pair()
-    out = model(input_ids=text(), output_hidden_states=True)
-    assert new_tokens(model, torch.cat([text(), text(2, 3)], 1), past_key_values=out.past_key_values) == new_tokens(
-        model, torch.cat([text(), text(2, 3)], 1)
-    )
+    ids, embed = torch.cat([text(), text(2, 3)], 1), model.get_base_model().get_input_embeddings()
+    for inputs in ({"input_ids": text()}, {"inputs_embeds": embed(text())}):
+        out = model(**inputs, output_hidden_states=True)
+        assert new_tokens(model, ids, past_key_values=out.past_key_values) == new_tokens(model, ids)
     out = model(input_ids=text(3), attention_mask=LEFT, output_hidden_states=True)
     refuses(model, out.past_key_values, "use_cache=True")
+
+
+@old_name
+@pytest.mark.parametrize("way", ["pads", "labels", "training", "training and pads"])
+@pytest.mark.parametrize("return_dict", [True, False])
+def test_a_cache_that_came_by_default_has_its_prompt_whatever_the_call_was(pair, way, return_dict):
+    model, _ = pair()
+    batch = {"input_ids": text(), "labels": text()} if way == "labels" else {"input_ids": text()}
+    if "pads" in way:
+        batch["attention_mask"] = LEFT[:2]
+    out = model.train("training" in way)(**batch, output_hidden_states=True, return_dict=return_dict)
+    cache = out.past_key_values if return_dict else out[-2]
+    model.eval()
+    refuses(model, cache, "learned or had pads")
+    with model.disable_adapter():
+        refuses(model, cache, "the adapter is disabled")
+
+
+def test_a_cache_in_a_tuple_goes_on(pair):
+    model, _ = pair()
+    _, cache, _ = model(input_ids=text(), output_hidden_states=True, return_dict=False)
+    assert loop(model, text(2, 3), cache)[0] == new_tokens(model, torch.cat([text(), text(2, 3)], 1))
+
+
+def test_a_packed_batch_has_no_cache_where_the_base_model_has_none(pair):
+    model, _ = pair()
+    ids = text()
+    for options in ({"use_cache": False}, {"labels": ids}):
+        assert model(input_ids=ids, **options).past_key_values is None
+    assert len(model(input_ids=ids, return_dict=False)) == 1
+    assert model.train()(input_ids=ids).past_key_values is None
+    model.eval().get_base_model().config.use_cache = False
+    assert model(input_ids=ids).past_key_values is None and engine_status(model).packed
 
 
 def test_the_cache_of_a_beam_search_is_refused(pair):
@@ -1263,14 +1352,59 @@ def test_an_encoder_decoders_cache_of_another_prompt_is_refused(translator):
         assert model.generate(input_ids=text(), **OPTIONS).tolist() == base.generate(text(), **OPTIONS).tolist()
 
 
+def test_an_encoder_decoders_cache_goes_on_with_all_tokens_of_the_decoder(translator):
+    model, _ = translator
+    out = model.generate(input_ids=text(), return_dict_in_generate=True, **OPTIONS)
+    ids, cache = out.sequences, out.past_key_values
+    want = model.generate(input_ids=text(), decoder_input_ids=ids, **OPTIONS).tolist()
+    new, mask = {"decoder_input_ids": ids[:, -1:]}, {"decoder_attention_mask": torch.ones_like(ids)}
+    long = torch.cat([ids[:, -1:], ids], dim=1)
+    for wrong in ({}, mask, new, {**new, **mask}, {"decoder_input_ids": long, **mask}):
+        with pytest.raises(ValueError, match=f"has {NEW} tokens of the decoder"):
+            model.generate(input_ids=text(), past_key_values=cache, **wrong, **OPTIONS)
+    for given in ({}, mask):
+        options = {**OPTIONS, **given, "past_key_values": copy.deepcopy(cache)}
+        assert model.generate(input_ids=text(), decoder_input_ids=ids, **options).tolist() == want
+
+
+def test_a_step_of_an_encoder_decoder_notes_its_prompt(translator):
+    model, _ = translator
+    ids, mask, first = text(), torch.ones(2, TEXT), torch.full((2, 1), 2)
+    out = model(ids, mask, None, first)
+    parts = model(ids, mask, None, first, return_dict=False)
+    assert type(parts) is tuple and torch.equal(parts[0], out.logits)
+    with torch.no_grad():
+        prompt_of(model)[0] += 1
+    for held in (parts[1], out.past_key_values):
+        with pytest.raises(ValueError, match="another prompt"):
+            model(input_ids=ids, decoder_input_ids=first, past_key_values=held)
+
+
 def test_an_encoder_decoder_refuses_what_would_leave_the_prompt_out(translator):
     model, _ = translator
     with pytest.raises(NotImplementedError, match="leave the prompt out"):
         model.generate(input_ids=text(), cache_implementation="paged")
     with pytest.raises(NotImplementedError, match="generate_batch"):
         model.generate_batch([[1, 2]])
-    with pytest.raises(ValueError, match="input_ids"):
-        model.generate(max_new_tokens=2)
+    embeds = model.get_base_model().get_input_embeddings()(text())
+    for none_or_both in ({}, {"input_ids": text(), "inputs_embeds": embeds}):
+        with pytest.raises(ValueError, match="input_ids"):
+            model.generate(max_new_tokens=2, **none_or_both)
+    model.get_base_model().generate = lambda **kwargs: text()
+    with pytest.raises(NotImplementedError, match="leave the prompt out"):
+        model.generate(input_ids=text())
+
+
+def test_an_encoder_decoder_does_not_read_what_has_no_prompt(translator):
+    model, _ = translator
+    want = model.generate(input_ids=text(), **OPTIONS).tolist()
+    encoded = model.get_base_model().get_encoder()(text())
+    with pytest.warns(UserWarning, match="encoder_outputs are ignored"):
+        assert model.generate(input_ids=text(), encoder_outputs=encoded, **OPTIONS).tolist() == want
+    with pytest.warns(UserWarning, match="Token type ids"):
+        types = torch.zeros_like(text())
+        assert model.generate(input_ids=text(), token_type_ids=types, **OPTIONS).tolist() == want
+    assert model.generate(input_ids=text(), task_ids=torch.zeros(2), **OPTIONS).tolist() == want
 
 
 def test_an_encoder_decoder_is_no_causal_model(build_model):

@@ -166,7 +166,10 @@ def test_a_registered_scheme_works_and_its_kwargs_are_checked(make):
 
 @pytest.mark.parametrize(
     ("result", "message"),
-    [(torch.zeros(HIDDEN, SIZE), r"shape \(24, 7\).*\(7, 24\)"), (torch.full((SIZE, HIDDEN), torch.nan), "returned NaN")],
+    [
+        (torch.zeros(HIDDEN, SIZE), r"shape \(24, 7\).*\(7, 24\)"),
+        (torch.full((SIZE, HIDDEN), torch.nan), "returned NaN"),
+    ],
 )
 def test_a_scheme_that_returns_something_else_is_refused(make, result, message):
     register_init("WRONG")(lambda ctx: result)

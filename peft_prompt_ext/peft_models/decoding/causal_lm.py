@@ -52,10 +52,14 @@ class PromptedGeneration(PackedMixin):
                 self.get_base_model(), EngineStatus(False, "it asks for use_cache, or goes on with a cache")
             )
             return self._step({**inputs, "labels": labels, **kwargs})
-        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, **kwargs)
-        if labels is None and not self.training and kwargs.get("use_cache") is None:
-            self._mark_default_cache(output, input_ids if input_ids is not None else inputs_embeds, attention_mask)
-        return output
+        wants_dict = self._wants_dict(kwargs.pop("return_dict", None))
+        output = super().forward(input_ids, attention_mask, inputs_embeds, labels, return_dict=True, **kwargs)
+        if kwargs.get("use_cache") is None:
+            learns, text = self.training or labels is not None, input_ids if input_ids is not None else inputs_embeds
+            if wants_dict and not learns:
+                self._refuse_cache_of_packed(output)
+            self._mark_default_cache(output, text, attention_mask, learns)
+        return output if wants_dict else output.to_tuple()
 
     def _is_step(self, inputs: Mapping[str, Any]) -> bool:
         if inputs.get("use_cache") or find_cache(inputs) is not None or get_place(inputs) is not None:
@@ -137,27 +141,32 @@ class PromptedGeneration(PackedMixin):
             inputs["inputs_embeds"] = feed.put_in(feed.embed(ids) if text is None else text, where)
         return where, ids
 
-    def _mark_default_cache(self, output: Any, inputs: torch.Tensor | None, attention_mask: Any) -> None:
-        """Mark the cache that the base model returns by default; after a packed batch, return an unusable one.
+    def _refuse_cache_of_packed(self, output: Any) -> None:
+        """Return an unusable cache after a packed batch, where the base model returns one by default.
 
-        So a loop that relies on that default works, or gets an error.
+        So a loop that relies on that default gets an error.
         """
         name = cache_name(self.get_base_model())
-        if torch.compiler.is_compiling() or inputs is None or not hasattr(output, name):
+        if torch.compiler.is_compiling() or not hasattr(output, name) or find_cache(output) is not None:
             return
-        stored = find_cache(output)
-        if stored is None and self._returns_cache():
+        if self._returns_cache():
             from transformers import DynamicCache
 
-            output[name] = stored = DynamicCache()
+            output[name] = DynamicCache()
             refusal = "it comes from a packed batch, which fills no cache; pass use_cache=True"
-            set_held(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
-        elif stored is not None and (attention_mask is None or bool(attention_mask.all())):
+            set_held(output[name], HeldPrompt(torch.empty(0), refusal=refusal))
+
+    def _mark_default_cache(self, output: Any, text: Any, attention_mask: Any, learns: bool) -> None:
+        """Mark the cache that the base model returns by default with its prompt, or as unusable."""
+        stored = find_cache(output)
+        if torch.compiler.is_compiling() or stored is None or get_held(stored) is not None:
+            return
+        if not learns and (attention_mask is None or bool(attention_mask.all())):
             feed = PromptFeed(self)
-            feed.mark(stored, feed.place(None, inputs.shape[1], None), inputs if inputs.dim() == 2 else None)
-        elif stored is not None:
-            refusal = "it comes from a call with pads and without use_cache; pass use_cache=True"
-            set_held(stored, HeldPrompt(inputs.new_empty(0), refusal=refusal))
+            feed.mark(stored, feed.place(None, text.shape[1], None), text if text.dim() == 2 else None)
+        else:
+            refusal = "it comes from a call with pads or labels and without use_cache; pass use_cache=True"
+            set_held(stored, HeldPrompt(text.new_empty(0), refusal=refusal))
 
     def prepare_inputs_for_generation(
         self,

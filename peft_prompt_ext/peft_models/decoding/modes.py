@@ -27,12 +27,10 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
         "dynamic",
         "offloaded",
     }
-    is_paged = "paged" in {config.cache_implementation, kwargs.get("cache_implementation")}
     refused = {
         f"{type(view).__name__}'s own generate": has_own_generate,
         "custom_generate": kwargs.get("custom_generate") is not None,
-        "cache_implementation='paged' (continuous batching)": is_paged,
-        "an encoder-decoder as CAUSAL_LM (SEQ_2_SEQ_LM is its task_type)": view.config.is_encoder_decoder,
+        "cache_implementation='paged' (continuous batching)": config.cache_implementation == "paged",
         "offloaded caches without an accelerator": (
             "offloaded" in (config.cache_implementation or "") and not torch.accelerator.is_available()
         ),

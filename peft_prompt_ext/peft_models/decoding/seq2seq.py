@@ -88,16 +88,17 @@ def _check_encoded(stored: Any, feed: PromptFeed) -> None:
 
 def _add_decoder_mask(kwargs: dict[str, Any]) -> None:
     """Add a mask over all decoder ids; without it, `generate` would read the ids in the cache again."""
-    stored, ids = find_cache(kwargs), kwargs.get("decoder_input_ids")
+    stored, ids, mask = find_cache(kwargs), kwargs.get("decoder_input_ids"), kwargs.get("decoder_attention_mask")
     seen = 0 if stored is None else int(stored.get_seq_length())
-    if not seen or kwargs.get("decoder_attention_mask") is not None:
+    if not seen:
         return
-    if ids is None or ids.shape[1] <= seen:
+    if ids is None or ids.shape[1] <= seen or (mask is not None and mask.shape != ids.shape):
         raise ValueError(
-            f"past_key_values has {seen} tokens of the decoder. Pass these and new ones as decoder_input_ids, or only "
-            "new ones with a decoder_attention_mask over all."
+            f"past_key_values has {seen} tokens of the decoder. Pass these and new ones as decoder_input_ids: before "
+            "new ones alone, generate would put the token that begins every text."
         )
-    kwargs["decoder_attention_mask"] = torch.ones_like(ids)
+    if mask is None:
+        kwargs["decoder_attention_mask"] = torch.ones_like(ids)
 
 
 def _mark_encoded(stored: Any, feed: PromptFeed) -> None:
