@@ -7,8 +7,8 @@ check_versions()  # before anything of PEFT is touched, so that a wrong version 
 
 from . import _peft_seam  # noqa: E402
 from .config import PromptTuningExtConfig  # noqa: E402
-from .frozen_backbone import load_frozen_backbone  # noqa: E402
 from .inits import available_inits, register_init  # noqa: E402
+from .quantization import load_frozen_backbone  # noqa: E402
 from .shared_prefix import EngineStatus, engine_status  # noqa: E402
 
 

@@ -24,7 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ._versions import checkpoint_activations
-from .frozen_backbone import check_quantization, quantizable_layers, unquantized_modules
+from .quantization import check_quantization, quantizable_layers, unquantized_modules
 from .shared_prefix.forward import run
 from .shared_prefix.interface import attach
 from .shared_prefix.layout import pack

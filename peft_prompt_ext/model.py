@@ -16,19 +16,19 @@ import peft
 import torch
 from peft import PeftModel
 
-from . import _record, token_path
+from . import prompt_record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
 from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration, unwrapped
 from .decoding.feed import cache_of
 from .devices import bring_back
 from .encoder import fill_sizes
-from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
 from .inits.base import InitContext
 from .inits.fingerprint import check_saved, fingerprint
 from .pad_side import BEHIND, IN_FRONT
 from .padding import is_padded, pads_behind
 from .peft_path import PeftPathMixin
+from .quantization import dequantize_modules, keep_differentiable, new_modules, new_tables
 from .shared_prefix import SharedPrefixMixin
 from .tokens import IGNORE_INDEX, OF_VIRTUAL_TOKENS, cut_prompt
 
@@ -188,7 +188,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         if adapter_name not in self.peft_config:
             self._add_saved_adapter(str(model_id), adapter_name, kwargs)
         result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        record = _record.read(str(model_id), **self._split_kwargs(kwargs)[0])
+        record = prompt_record.read(str(model_id), **self._split_kwargs(kwargs)[0])
         check_base(self, adapter_name, str(model_id), (record or {}).get("base_model"))
         if is_trainable:
             make_trainable(self, adapter_name)

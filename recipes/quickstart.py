@@ -47,7 +47,7 @@ def main() -> None:
 
     from peft_prompt_ext import PromptTuningExtConfig
     from peft_prompt_ext.assets import AssetError, asset_path, resolve
-    from peft_prompt_ext.frozen_backbone import native_dtype
+    from peft_prompt_ext.quantization import native_dtype
 
     set_seed(options.seed)
     try:

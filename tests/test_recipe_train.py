@@ -304,9 +304,9 @@ def test_a_prompt_before_an_encoder_decoder_with_a_head_is_refused(train):
 
 
 def test_a_checkpoint_that_lacks_a_weight_of_the_trunk_itself_is_refused(train, monkeypatch):
-    from peft_prompt_ext import frozen_backbone
+    from peft_prompt_ext import quantization
 
-    monkeypatch.setattr(frozen_backbone, "_new_modules", lambda model, missing: ["bert.encoder"])
+    monkeypatch.setattr(quantization, "_new_modules", lambda model, missing: ["bert.encoder"])
     with pytest.raises(ValueError, match=r"lacks weights of bert\.encoder itself.*--method full"):
         train("sst2", architecture="bert", task_type="SEQ_CLS")
 

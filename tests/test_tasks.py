@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 
 from peft_prompt_ext.tasks import HIDDEN, Task, available_tasks, get_task, register_tasks
-from peft_prompt_ext.tasks.base import TASKS
-from peft_prompt_ext.tasks.data import check_rows, load_split
+from peft_prompt_ext.tasks.checks import check_rows
+from peft_prompt_ext.tasks.data import load_split
+from peft_prompt_ext.tasks.task import TASKS
 
 
 DATA = Path(__file__).parent / "data"

@@ -11,7 +11,7 @@ from .suite import Spec, source_spec, train_arguments
 
 
 if TYPE_CHECKING:
-    from peft_prompt_ext.tasks.base import Task
+    from peft_prompt_ext.tasks.task import Task
 
     from .watch import Watch
 

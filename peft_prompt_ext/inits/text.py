@@ -17,7 +17,15 @@ def _check(num_virtual_tokens: int, *, fill: str) -> None:
     check_choice("TEXT: fill", fill, FILLS)
 
 
-@register_init("TEXT", check=_check)
+def _check_text(text: str | None, **_: object) -> None:
+    if not (isinstance(text, str) and text.strip()):
+        raise ValueError(
+            f"prompt_tuning_init_text ({text!r}) must be a text with words when prompt_tuning_init is 'TEXT' or falls "
+            "back to it."
+        )
+
+
+@register_init("TEXT", check=_check, check_text=_check_text)
 def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
     """Token i of `prompt_tuning_init_text` initialises slot i; no BOS or EOS comes in.
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..base import HIDDEN, Task
+from ..task import HIDDEN, Task
 
 
 if TYPE_CHECKING:

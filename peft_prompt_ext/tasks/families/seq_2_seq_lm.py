@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ..._labels import IGNORE_INDEX
 from ..encoding import pad
 from .base import base_model_of
-from .language_model import IGNORE_INDEX, LanguageModel, labelled
+from .language_model import LanguageModel, labelled
 
 
 class Seq2SeqLM(LanguageModel):

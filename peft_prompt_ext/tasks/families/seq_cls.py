@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..base import HIDDEN
 from ..encoding import fit, pad
+from ..task import HIDDEN
 from .base import ABSENT, Family, right_choice
 
 

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoTokenizer
 
 from ..assets import resolve
 from ..config import PromptTuningExtConfig
-from ..frozen_backbone import load_frozen_backbone
+from ..quantization import load_frozen_backbone
 from ..tasks import Task
 from ..tasks.families import FAMILIES, Family, family_of
 
