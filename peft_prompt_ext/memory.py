@@ -1,4 +1,4 @@
-"""What a training step needs, in bytes, before anything is downloaded: `python -m peft_prompt_ext.memory --help`.
+"""What a training step needs, in bytes, before anything is downloaded: `peft-prompt-ext memory --help`.
 
 The step itself is run on fake tensors (shapes without data), and every allocation is counted until it is freed.
 
@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -253,7 +253,7 @@ def _prompt_step(mode: Any, model: Any, batch: int, tokens: int, virtual: int, l
             )
 
         return _peak(model, packed_loss)
-    except Exception as reason:  # whatever cannot run packed takes PEFT's path
+    except Exception as reason:  # PEFT's path is for whatever cannot run packed
         logger.info("Estimated for PEFT's path, with each row's own virtual tokens: %s", reason)
 
     def padded_loss() -> torch.Tensor:
@@ -287,7 +287,7 @@ def _peak(model: Any, loss: Callable[[], torch.Tensor]) -> int:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of every tensor that an operation makes, until nobody holds it.
+    """Counts the bytes of every tensor that an operation makes, until it is freed.
 
     Attributes:
         peak: The most bytes at one time.
@@ -318,22 +318,6 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print what each way of training needs, and whether it fits."""
-    parser = argparse.ArgumentParser(
-        "python -m peft_prompt_ext.memory", description="What each way of training a model needs, in bytes."
-    )
-    parser.add_argument("model", help="an embedded default, a folder or a Hub name; only its config is read")
-    parser.add_argument("--card", type=parse_bytes, help="memory of the device, such as 8GB")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--num_virtual_tokens", type=int, default=20)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    options = parser.parse_args(argv)
-    _show(options)
-
-
 WAYS = {
     "prompt tuning": ("prompt_tuning", None),
     "prompt tuning, int8": ("prompt_tuning", "int8"),
@@ -344,7 +328,12 @@ WAYS = {
 }
 
 
-def _show(options: argparse.Namespace) -> None:
+def show(options: argparse.Namespace) -> None:
+    """Print what each way of training needs, and whether it fits.
+
+    Args:
+        options: The flags of `peft-prompt-ext memory`.
+    """
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -392,4 +381,6 @@ def parse_bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from .cli import main
+
+    main(["memory", *sys.argv[1:]])

@@ -1,6 +1,5 @@
 """The recipe from its command line, on tiny models and rows that this project wrote."""
 
-import importlib.util
 import json
 import os
 import re
@@ -19,8 +18,11 @@ from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, Trainer
 
+from peft_prompt_ext import cli
 from peft_prompt_ext.tasks import available_tasks, get_task
-from peft_prompt_ext.tasks.data import own_task
+from peft_prompt_ext.tasks.own import own_task
+from peft_prompt_ext.training.arguments import DEFAULTS
+from peft_prompt_ext.training.methods import METHODS
 from tests.helpers import one_thread  # noqa: F401
 
 
@@ -33,17 +35,15 @@ KINDS = [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
 
 @pytest.fixture(scope="module")
 def recipe():
-    spec = importlib.util.spec_from_file_location("recipes_train", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+    """The steps of a run."""
+    from peft_prompt_ext.training import run
+
+    return run
 
 
 @pytest.fixture
-def train(recipe, saved_model, tmp_path, monkeypatch):
+def train(saved_model, tmp_path):
     """Runs the recipe on a tiny model: `train("rte", "--max_steps", "2")`."""
-    monkeypatch.setenv("PEFT_PROMPT_EXT_DEBUG", "1")
 
     def run(task, *flags, architecture="llama", task_type="CAUSAL_LM", folder="out"):
         values = [
@@ -55,7 +55,7 @@ def train(recipe, saved_model, tmp_path, monkeypatch):
             values += ["--task_name", task, "--data_dir", str(DATA / entry.benchmark / entry.subset)]
         values += ["--output_dir", str(tmp_path / folder), "--task_type", task_type, "--max_steps", "2"]
         values += ["--per_device_train_batch_size", "2", "--use_cpu", "true", "--disable_tqdm", "true"]
-        return recipe.main([*values, "--logging_steps", "1", "--max_seq_length", "400", *flags])
+        return cli.train([*values, "--logging_steps", "1", "--max_seq_length", "400", *flags])
 
     return run
 
@@ -126,7 +126,7 @@ def test_the_default_prompt_begins_as_the_label_words_and_the_form_of_the_questi
 
 @pytest.mark.parametrize("words_a_token", [1, 2, 4])
 def test_the_default_prompt_is_as_long_as_the_whole_form(words_a_token):
-    from peft_prompt_ext.recipe.methods import prompt_size
+    from peft_prompt_ext.training.prompts import prompt_size
 
     def tokenizer(text, add_special_tokens):
         return {"input_ids": list(range(len(text.split()) // words_a_token))}
@@ -136,10 +136,10 @@ def test_the_default_prompt_is_as_long_as_the_whole_form(words_a_token):
     needed = 3 + len(whole.split()) // words_a_token
     sizes = {name: {"num_virtual_tokens": size} for name, size in (("default", None), ("asked", 7))}
 
-    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, "CAUSAL_LM") == max(needed, 20)
-    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, "SEQ_CLS") == 20
-    assert prompt_size(sizes["default"], get_task("copa"), tokenizer, "CAUSAL_LM") == 20
-    assert prompt_size(sizes["asked"], get_task("cb"), tokenizer, "SEQ_2_SEQ_LM") == 7
+    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, True) == max(needed, 20)
+    assert prompt_size(sizes["default"], get_task("cb"), tokenizer, False) == 20
+    assert prompt_size(sizes["default"], get_task("copa"), tokenizer, True) == 20
+    assert prompt_size(sizes["asked"], get_task("cb"), tokenizer, True) == 7
 
 
 def test_a_runs_record_has_the_prompts_length_and_a_long_form_is_cut(train, tmp_path):
@@ -588,7 +588,7 @@ BAD = [
 
 @pytest.mark.parametrize(("flags", "message"), BAD, ids=[" ".join(flags) for flags, _ in BAD])
 def test_bad_flags_are_one_clear_error_before_weights_load(train, monkeypatch, flags, message):
-    monkeypatch.setattr("peft_prompt_ext.recipe.methods.load_frozen_backbone", None)
+    monkeypatch.setattr("peft_prompt_ext.training.models.load_frozen_backbone", None)
     with pytest.raises(ValueError, match=message):
         train("sst2", *flags)
 
@@ -611,7 +611,7 @@ def test_several_gpus_without_a_launcher_are_one(recipe, saved_model, monkeypatc
     job = recipe.prepare(*parts, args)
 
     assert job.trainer.args.n_gpu == 1
-    assert "accelerate launch --num_processes 3 recipes/train.py" in caplog.text
+    assert "accelerate launch --num_processes 3 -m peft_prompt_ext.cli train" in caplog.text
 
 
 CHOICES = [("method", "prefix"), ("quantization", "nf3"), ("task_type", "TOKEN_CLS"), ("dtype", "int4")]
@@ -629,7 +629,7 @@ def test_an_unknown_choice_is_refused_by_the_parser(recipe, capsys, flag, value)
 def test_without_data_the_error_lists_the_tasks(recipe, monkeypatch):
     monkeypatch.delenv("PEFT_PROMPT_EXT_DEBUG", raising=False)
     with pytest.raises(SystemExit, match=r"^error: Give --task_name \(boolq, .*--train_file"):
-        recipe.main(["--method", "lora"])
+        cli.main(["train", "--method", "lora"])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "recipes" / "configs").glob("*.yaml")), ids=lambda path: path.name)
@@ -664,7 +664,7 @@ def test_the_command_line_wins_over_the_config_and_that_over_the_defaults(recipe
 
     assert (data_args.task_name, args.seed, args.learning_rate) == ("rte", 9, 0.3)
     assert data_args.label_words == ["a=b", "c=d"]
-    assert args.per_device_train_batch_size == recipe.DEFAULTS["per_device_train_batch_size"]
+    assert args.per_device_train_batch_size == DEFAULTS["per_device_train_batch_size"]
 
 
 @pytest.mark.parametrize("place", ["command line", "config"])
@@ -706,7 +706,7 @@ def test_a_run_trains_and_scores_unless_it_is_told_what_to_do(recipe, flags, exp
 def test_the_learning_rate_is_the_methods(recipe, method):
     *_, args = recipe.parse(["--task_name", "rte", "--method", method])
 
-    assert args.learning_rate == recipe.METHODS[method]["learning_rate"]
+    assert args.learning_rate == METHODS[method].training_defaults["learning_rate"]
     assert args.output_dir == f"outputs/rte-{method}"
 
 
@@ -828,7 +828,7 @@ def test_two_processes_have_the_losses_of_one_with_the_same_global_batch(
     config = str(ROOT / "recipes" / "configs" / "accelerate" / "ddp.yaml")
     launch = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", config, "--main_process_port", "0"]
 
-    recipe.main(one[2:])
+    cli.train(one[2:])
     subprocess.run([*launch, *two[1:]], check=True, capture_output=True, timeout=300)
 
     histories = [read(tmp_path / name / "trainer_state.json")["log_history"] for name in ("one", "two")]

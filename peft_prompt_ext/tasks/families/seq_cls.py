@@ -19,6 +19,7 @@ class SequenceClassification(Family):
     """See `Family`. A regression has one logit, and the score is the number itself."""
 
     task_type: ClassVar[str] = "SEQ_CLS"
+    asks_question: ClassVar[bool] = False
 
     @property
     def num_labels(self) -> int:
