@@ -84,7 +84,7 @@ class MethodArguments:
     """What is trained."""
 
     method: str = field(
-        default="prompt_tuning", metadata={"help": "What to train; see the table", "choices": tuple(METHODS)}
+        default="prompt_tuning", metadata={"help": "What to train; see the table", "choices": METHODS.keys()}
     )
     num_virtual_tokens: int | None = field(
         default=None,

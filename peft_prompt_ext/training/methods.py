@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from .._choices import nearest
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
@@ -74,6 +76,19 @@ class Method:
         """Raise ValueError unless the method runs on this kind of model."""
         if task_type not in self.task_types:
             raise ValueError(f"{self.refusal}, not {task_type}.")
+
+
+def get_method(name: str) -> Method:
+    """Look a method up by name.
+
+    Raises:
+        ValueError: Unknown; lists all.
+    """
+    if name not in METHODS:
+        raise ValueError(
+            f"There is no method {name!r}{nearest(name, METHODS)}. The methods are: {', '.join(METHODS)}."
+        )
+    return METHODS[name]
 
 
 def _prompt_config(family: Any, settings: Mapping[str, Any], seed: int) -> Any:

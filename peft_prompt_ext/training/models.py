@@ -14,7 +14,7 @@ from ..assets import resolve
 from ..quantization import load_frozen_backbone
 from ..tasks import Task
 from ..tasks.families import FAMILIES, Family, family_of
-from .methods import METHODS
+from .methods import METHODS, get_method
 from .prompts import prompt_size
 
 
@@ -29,7 +29,7 @@ def find_family(settings: Mapping[str, Any], task: Task, max_length: int) -> Fam
     Raises:
         ValueError: The method and the kind of model do not go together, or there is no such model.
     """
-    method, name = METHODS[settings["method"]], resolve(settings["model_name_or_path"])
+    method, name = get_method(settings["method"]), resolve(settings["model_name_or_path"])
     method.check(settings["quantization"])
     try:
         config = AutoConfig.from_pretrained(name, revision=settings["model_revision"])

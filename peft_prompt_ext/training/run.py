@@ -8,7 +8,9 @@ from __future__ import annotations
 import json
 import logging
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -131,16 +133,12 @@ def build_trainer(
 ) -> ChoiceTrainer:
     """Build the Trainer of a run; it differs from an ordinary one in how it evaluates."""
     args.remove_unused_columns = False  # the family's batches are made of columns that the model does not take
-    collator = family.collate
-    has_prompt = prompt_length(model) > 0  # its config has train_logits
-    if isinstance(family, CausalLM) and not has_prompt and keeps_columns(model):
-        collator = family.collate_labelled_logits
     first = family.task.validation[0]
     trainer = ChoiceTrainer(
         model,
         args,
         family=family,
-        data_collator=collator,
+        data_collator=_collator(model, family),
         train_dataset=encoded.get("train"),
         eval_dataset=encoded.get(first),
         # a checkpoint of an adapter is small; the tokenizer is the base model's
@@ -151,8 +149,16 @@ def build_trainer(
     return trainer
 
 
-def train(trainer: ChoiceTrainer, checkpoint: str | None) -> None:
-    """Train, save, and write train_results.json."""
+def _collator(model: Any, family: Family) -> Callable[..., dict[str, torch.Tensor]]:
+    """How rows become a batch to train on: where only labelled tokens need logits, others are left out."""
+    supervised = getattr(getattr(model, "active_peft_config", None), "train_logits", None) == "supervised"
+    if isinstance(family, CausalLM) and not supervised and keeps_columns(model):
+        return partial(family.collate_labelled_logits, prompt=prompt_length(model))
+    return family.collate
+
+
+def train(trainer: ChoiceTrainer, checkpoint: str | None) -> dict[str, float]:
+    """Train, save, and write train_results.json. Returns what that holds."""
     metrics = trainer.train(resume_from_checkpoint=checkpoint).metrics
     trainer.save_model()
     model, rows = cast("Any", trainer.model), cast("Any", trainer.train_dataset)
@@ -161,6 +167,7 @@ def train(trainer: ChoiceTrainer, checkpoint: str | None) -> None:
     trainer.log_metrics("train", metrics)
     trainer.save_metrics("train", metrics)
     trainer.save_state()
+    return metrics
 
 
 def score(job: Job) -> None:
