@@ -3,8 +3,8 @@
     python recipes/quickstart.py [SENTENCE ...]
 
 Scores SmolLM2-135M-Instruct without a prompt, then trains two prompts at the same budget: from stock PEFT's default
-initialisation, and from the class labels. The reviews that are scored are of other movies. Writes the adapters, a table
-(quickstart_results.json) and the learning curves (learning_curves.png), and classifies sentences with the last prompt.
+initialisation, and from the class labels. The reviews that are scored are of other movies. Writes the adapters, a
+table (quickstart_results.json) and the learning curves (learning_curves.png), and classifies sentences with the last.
 """
 
 from __future__ import annotations

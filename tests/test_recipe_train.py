@@ -752,13 +752,14 @@ def test_help_answers_at_once_without_torch():
         f"import sys, runpy; sys.argv = ['train.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
     program = f"{program}; assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
     seconds = time.perf_counter() - start
 
     assert done.returncode == 0, done.stderr
     for flag in ("--task_name", "--method", "--train_file", "--config", "--num_shots", "--quantization"):
         assert flag in done.stdout
-    assert seconds < 10  # the promise is 3 on a machine with nothing else to do
+    assert seconds < 3  # the promise is 0.3 on a machine with nothing else to do
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path, saved_model):
