@@ -753,7 +753,9 @@ def test_help_answers_at_once_without_torch():
     )
     program = f"{program}; assert 'torch' not in sys.modules"
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
+    )
     seconds = time.perf_counter() - start
 
     assert done.returncode == 0, done.stderr
