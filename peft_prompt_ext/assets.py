@@ -110,7 +110,7 @@ def _folder(name: str) -> Path:
 
 
 def resolve(name_or_path: str) -> str:
-    """Turn the name of an embedded default into its path, and leave any other name alone.
+    """Turn the name of an embedded default into its path, and return any other name as it is.
 
     Args:
         name_or_path: An asset's name, a Hub id or a local folder.
@@ -228,7 +228,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are dequantised by now; what still says otherwise would make every later load look for GGUF.
+    # The weights are dequantised by now; with this field every later load would look for GGUF.
     model.hf_quantizer = None
     del model.config.quantization_config
     try:

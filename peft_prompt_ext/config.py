@@ -33,7 +33,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
             The text for `TEXT`, alone or as a fallback.
         shared_prefix (`bool`, defaults to `True`):
             Run a batch as one packed sequence, the prompt once for all rows and no pads, where the base model allows
-            it (`peft_prompt_ext.engine_status(model)` tells). The results are the same.
+            it (see `peft_prompt_ext.engine_status(model)`). The results are the same.
         shared_prefix_probe (`bool`, defaults to `True`):
             Before the first packed batch compare a small one with the base model's own results, and refuse to pack if
             they differ.
@@ -52,7 +52,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
             Keyword arguments for `AutoTokenizer.from_pretrained`. `trust_remote_code` is refused.
 
     Raises:
-        ValueError: A value that cannot work; says what was wanted and what came.
+        ValueError: A value that cannot work.
 
     Example:
     ```py

@@ -112,7 +112,7 @@ class InitContext:
         """The tokenizer, for a scheme that cannot do without.
 
         Raises:
-            ValueError: There is none; says how to name one.
+            ValueError: There is none.
         """
         if self.tokenizer is None:
             raise ValueError(
@@ -136,7 +136,7 @@ class InitContext:
         return ids
 
     def run(self, name: str, kwargs: Mapping[str, Any] | None = None) -> torch.Tensor:
-        """Run another scheme, as a fallback for the slots that a scheme leaves open. Returns [P, H]."""
+        """Run another scheme, to fill the slots that a scheme does not. Returns [P, H]."""
         return SCHEMES[name.upper()].function(self, **(kwargs or {}))
 
     def _check_vocabulary(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -1,4 +1,4 @@
-"""What tells one base model from another in a saved prompt: a few figures of its word embeddings.
+"""A few figures of a base model's word embeddings, to recognise the base model of a saved prompt.
 
 Shapes: P virtual tokens, H hidden size of the word embeddings.
 """
@@ -53,7 +53,7 @@ def check_saved(
     Args:
         ctx: Gives the base model's word embeddings.
         prompt: [P, H], as it was saved.
-        saved: The fingerprint beside it; None: the prompt alone can tell.
+        saved: The fingerprint beside it; None: only the prompt's own size is checked.
         source: What to call it in the warning.
         model_type: Of the base model, if it is known.
     """

@@ -40,7 +40,7 @@ def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
         ValueError: The text tokenises to nothing.
 
     Warns:
-        UserWarning: The text is longer than the prompt; says what was cut.
+        UserWarning: The text is longer than the prompt and was cut.
     """
     tokenizer, size = ctx.require_tokenizer(), ctx.num_virtual_tokens
     wanted = ctx.config.prompt_tuning_init_text or ""

@@ -74,7 +74,7 @@ def transfer(
         {"source": str(path), "weight": weight, "num_virtual_tokens": len(prompt)}
         for path, weight, prompt in zip(_as_list(source), share.tolist(), prompts, strict=True)
     ]
-    ctx.record.pop("slots", None)  # what padding a source drew says little once it is averaged
+    ctx.record.pop("slots", None)  # words that were drawn to pad a source mean little in an average
     return (fitted.double() * share[:, None, None]).sum(0).float()
 
 

@@ -25,7 +25,7 @@ _UNUSED = re.compile(
 def word_ids(ctx: InitContext) -> list[int]:
     """Ids that a prompt may be sampled from: never special, added, unused, or beyond the tokenizer.
 
-    Without a tokenizer the special rows cannot be told apart: warns, and leaves out the padding row alone.
+    Without a tokenizer special rows are not known: warns, and excludes the padding row alone.
 
     Returns:
         Ids in ascending order.

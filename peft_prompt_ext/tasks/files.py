@@ -19,7 +19,7 @@ def read_file(path: str | Path, as_texts: bool = False) -> Dataset:
 
     Args:
         path: The file.
-        as_texts: Whether every field of a CSV file is a text, "1" too; JSON says itself what is one.
+        as_texts: Whether every field of a CSV file is a text, "1" too; JSON marks texts itself.
 
     Returns:
         The rows; an empty field of a CSV file is None, and no other one: "None" or "N/A" may be a label or a text.

@@ -12,7 +12,7 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
-from .._labels import IGNORE_INDEX
+from ..labels import IGNORE_INDEX
 from ..tasks.families import Family
 from ..tasks.scoring import evaluate_predictions, predictions
 
@@ -40,7 +40,7 @@ class ChoiceTrainer(Trainer):
     ) -> Any:
         """See transformers; the share of a batch in the mean over all labels of its step.
 
-        Transformers leaves the division by `num_items_in_batch` to the model, and not every model divides: heads of
+        Transformers expects the model to divide by `num_items_in_batch`, and not every model does: heads of
         classification and T5 give the mean of their own batch, and accumulated or distributed ones would add up.
         Without that number every model gives its batch's mean.
         """

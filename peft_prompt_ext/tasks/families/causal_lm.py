@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..._labels import IGNORE_INDEX
+from ...labels import IGNORE_INDEX
 from ..encoding import pad
 from .base import base_model_of, prompt_length
 from .language_model import LanguageModel, labelled
@@ -60,7 +60,7 @@ class CausalLM(LanguageModel):
 
 
 def keeps_columns(model: Any) -> bool:
-    """Whether the model can leave logits out."""
+    """Whether the model can compute the logits of chosen columns alone."""
     return "logits_to_keep" in signature(base_model_of(model).forward).parameters
 
 

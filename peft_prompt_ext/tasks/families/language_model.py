@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..._labels import IGNORE_INDEX
+from ...labels import IGNORE_INDEX
 from ..encoding import answer_ids, fit, pad
 from ..task import Task
 from .base import ABSENT, Family, right_choice
