@@ -29,6 +29,7 @@ from .shared_prefix.forward import run
 from .shared_prefix.interface import attach
 from .shared_prefix.layout import pack
 from .shared_prefix.probe import refuse_early
+from .training.methods import METHODS as ALL_METHODS
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("prompt_tuning", "lora", "full")
+METHODS = {name: method for name, method in ALL_METHODS.items() if method.trains in {"adapter", "model"}}
 ALLOCATOR_SHARE = (
     0.15  # of what a step allocates: allocators keep freed memory in pieces that do not fit the next tensor
 )
@@ -128,11 +129,12 @@ def estimate_memory(
             model.get_parameter(f"{name}.weight"), True, quantization, double_quant
         )
     base_bytes = sum(sizes.values())
-    model.requires_grad_(method == "full").train()
+    trains_all, adds_lora = METHODS[method].trains == "model", METHODS[method].peft_type == "LORA"
+    model.requires_grad_(trains_all).train()
     layers = [model.get_submodule(name) for name in quantized]
     hidden = config.get_text_config().hidden_size
-    trainable = num_virtual_tokens * hidden if method == "prompt_tuning" else 0
-    if method == "lora":
+    trainable = num_virtual_tokens * hidden if METHODS[method].has_prompt else 0
+    if adds_lora:
         from peft import LoraConfig, get_peft_model
 
         with torch.device("meta"):
@@ -142,10 +144,10 @@ def estimate_memory(
         for layer in layers:
             layer.forward = _QuantizedForward(layer.weight, saves_input=quantization == "int8")
         if gradient_checkpointing:
-            base = model.get_base_model() if method == "lora" else model
+            base = model.get_base_model() if adds_lora else model
             checkpoint_activations(base)
             base.enable_input_require_grads()
-        if method == "prompt_tuning":
+        if METHODS[method].has_prompt:
             step = _prompt_step(mode, model, batch, tokens, num_virtual_tokens, labels_per_row)
         else:
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -154,7 +156,7 @@ def estimate_memory(
             )
     return MemoryEstimate(
         weights_bytes=base_bytes,
-        trainable_bytes=0 if method == "full" else 4 * trainable,
+        trainable_bytes=0 if trains_all else 4 * trainable,
         optimizer_bytes=ADAM_BYTES * trainable,
         step_bytes=step,
         allocator_bytes=math.ceil(ALLOCATOR_SHARE * step),
@@ -165,8 +167,8 @@ def _check(method: str, quantization: str | None, **positive: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
     check_quantization(quantization)
-    if method == "full" and quantization is not None:
-        raise ValueError(f"Quantised weights cannot be trained: method='full' with quantization={quantization!r}.")
+    if quantization is not None and not METHODS[method].takes_quantized:
+        raise ValueError(f"Quantised weights cannot be trained: method={method!r} with quantization={quantization!r}.")
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")

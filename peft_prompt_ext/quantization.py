@@ -262,8 +262,8 @@ def new_modules(model: Any, has_head: bool) -> list[str]:
             count, also those that the checkpoint has.
 
     Returns:
-        Heads as a whole, and modules of the base model that the checkpoint has no weights for. Where it is not known what
-        the checkpoint had (a model made from its config, or a copy), heads alone.
+        Heads as a whole, and modules of the base model that the checkpoint has no weights for. Where that is not known
+        (a model made from its config, or a copy), heads alone.
     """
     names = _known_to_be_new(model)
     children = dict(model.named_children())
