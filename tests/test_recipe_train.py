@@ -79,32 +79,25 @@ def test_every_task_trains_and_is_scored_with_every_kind_of_model(train, tmp_pat
         assert {"eval_accuracy", "eval_accuracy_mm"} <= set(results)
 
 
-@pytest.mark.parametrize("method", ["prompt_tuning", "lora", "full", "linear_probe", "zero_shot"])
+WEIGHTS = {"adapter": {"adapter_model.safetensors"}, "model": {"model.safetensors"}, "nothing": set()}
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize(("architecture", "task_type"), [*KINDS, ("llama", "SEQ_CLS")])
 def test_every_method_runs_or_says_why_not(train, tmp_path, method, architecture, task_type):
     def run():
         return train("sst2", "--method", method, architecture=architecture, task_type=task_type)
 
-    if (method == "zero_shot") == (task_type == "SEQ_CLS") and method in {"zero_shot", "linear_probe"}:
-        with pytest.raises(ValueError, match="classification head"):
-            run()
-        return
-    if method == "linear_probe" and task_type != "SEQ_CLS":
-        with pytest.raises(ValueError, match="trains a classification head"):
+    if task_type not in METHODS[method].task_types:
+        with pytest.raises(ValueError, match=f"classification head.*, not {task_type}"):
             run()
         return
 
     results = run()
 
     assert 0 <= results["eval_accuracy"] <= 1
-    assert ("train_loss" in results) == (method != "zero_shot")
-    weights = {path.name for path in (tmp_path / "out").glob("*.safetensors")}
-    expected = {
-        "prompt_tuning": {"adapter_model.safetensors"},
-        "lora": {"adapter_model.safetensors"},
-        "zero_shot": set(),
-    }
-    assert weights == expected.get(method, {"model.safetensors"})
+    assert ("train_loss" in results) == (METHODS[method].trains != "nothing")
+    assert {path.name for path in (tmp_path / "out").glob("*.safetensors")} == WEIGHTS[METHODS[method].stores]
 
 
 def test_a_checkpoint_of_a_prompt_is_kilobytes(train, tmp_path):
@@ -142,7 +135,7 @@ def test_the_default_prompt_is_as_long_as_the_whole_form(words_a_token):
     assert prompt_size(sizes["asked"], get_task("cb"), tokenizer, True) == 7
 
 
-def test_a_runs_record_has_the_prompts_length_and_a_long_form_is_cut(train, tmp_path):
+def test_the_settings_have_the_prompts_length_and_a_long_form_is_cut(train, tmp_path):
     train("cb")
 
     record = read(tmp_path / "out" / "prompt_init.json")
@@ -160,7 +153,7 @@ def test_a_text_of_ones_own_stands_behind_the_label_words_before_a_head_too(trai
 
 
 @pytest.mark.parametrize("method", ["prompt_tuning", "lora", "linear_probe", "full"])
-def test_a_frozen_trunk_has_no_dropout(train, monkeypatch, method):
+def test_a_frozen_base_model_has_no_dropout(train, monkeypatch, method):
     rates = {}
 
     def keep(trainer, *args, **kwargs):
@@ -217,7 +210,7 @@ def test_rows_that_were_trained_on_are_not_scored_as_held_out(train):
 
 
 @pytest.mark.parametrize("job", ["--do_eval", "--do_predict"])
-def test_nothing_is_scored_or_predicted_by_what_nobody_trained(train, job):
+def test_nothing_is_scored_or_predicted_before_a_training(train, job):
     with pytest.raises(ValueError, match=r"out holds nothing trained: add --do_train true"):
         train("sst2", job, "true")
 
@@ -303,7 +296,7 @@ def test_a_prompt_before_an_encoder_decoder_with_a_head_is_refused(train):
         train("sst2", architecture="t5", task_type="SEQ_CLS")
 
 
-def test_a_checkpoint_that_lacks_a_weight_of_the_trunk_itself_is_refused(train, monkeypatch):
+def test_a_checkpoint_that_lacks_a_weight_of_the_base_model_itself_is_refused(train, monkeypatch):
     from peft_prompt_ext import quantization
 
     monkeypatch.setattr(quantization, "_new_modules", lambda model, missing: ["bert.encoder"])
@@ -492,7 +485,7 @@ def test_a_checkpoint_of_another_method_is_refused(train):
 
 
 @pytest.mark.parametrize(("first", "second"), [("lora", "prompt_tuning"), ("prompt_tuning", "full"), ("full", "lora")])
-def test_a_checkpoint_of_another_method_is_refused_without_its_record(train, tmp_path, first, second):
+def test_a_checkpoint_of_another_method_is_refused_without_its_settings(train, tmp_path, first, second):
     train("sst2", "--method", first, "--save_steps", "1", folder="first")
     copy = (tmp_path / "first" / "checkpoint-1").rename(tmp_path / "checkpoint-1")
 
@@ -876,3 +869,21 @@ def test_rows_keep_their_places_when_training_groups_them_by_length(recipe, save
     job.trainer.compute_metrics = None
     assert job.trainer.predict(rows).label_ids.tolist() == rows["target"]
     assert job.trainer.evaluation_loop(job.trainer.get_eval_dataloader(rows), "").label_ids.tolist() == rows["target"]
+
+
+def test_a_method_that_is_added_to_the_table_trains_and_answers(train, tmp_path, monkeypatch):
+    from dataclasses import replace
+
+    from peft_prompt_ext.training.predictor import Predictor
+
+    monkeypatch.setitem(METHODS, "lora_fast", replace(METHODS["lora"], name="lora_fast", learning_rate=0.5))
+
+    results = train("sst2", "--method", "lora_fast")
+
+    assert read(tmp_path / "out" / "recipe.json")["learning_rate"] == 0.5
+    assert "train_loss" in results and (tmp_path / "out" / "adapter_model.safetensors").is_file()
+    predictor = Predictor.from_pretrained(str(tmp_path / "out"))
+    assert next(predictor.predict([{"sentence": "a film"}]))["label"] in {"negative", "positive"}
+    monkeypatch.delitem(METHODS, "lora_fast")
+    with pytest.raises(ValueError, match=r"There is no method 'lora_fast' \(did you mean 'lora'\?\)"):
+        Predictor.from_pretrained(str(tmp_path / "out"))
