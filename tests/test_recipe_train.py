@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import resource
 import signal
 import subprocess
 import sys
@@ -740,7 +741,7 @@ def command(folder, model, *flags):
 
 
 def test_help_answers_at_once_without_torch():
-    start = time.perf_counter()
+    start = resource.getrusage(resource.RUSAGE_CHILDREN)
     program = (
         f"import sys, runpy; sys.argv = ['train.py', '--help']; runpy.run_path({str(SCRIPT)!r}, run_name='__main__')"
     )
@@ -749,12 +750,13 @@ def test_help_answers_at_once_without_torch():
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=False, env=environment
     )
-    seconds = time.perf_counter() - start
+    end = resource.getrusage(resource.RUSAGE_CHILDREN)
+    seconds = end.ru_utime - start.ru_utime + end.ru_stime - start.ru_stime
 
     assert done.returncode == 0, done.stderr
     for flag in ("--task_name", "--method", "--train_file", "--config", "--num_shots", "--quantization"):
         assert flag in done.stdout
-    assert seconds < 3  # the promise is 0.3 on a machine with nothing else to do
+    assert seconds < 0.6  # of the processor; the promise is 0.3 s on a machine with nothing else to do
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_losses(tmp_path, saved_model):
