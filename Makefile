@@ -5,7 +5,7 @@ CONSTRAINTS := constraints.txt
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
-.PHONY: quickstart quickstart-4bit benchmark-smoke test test-oldest test-newest lint
+.PHONY: quickstart quickstart-4bit benchmark-smoke test test-oldest test-newest lint release
 
 quickstart: $(VENV)/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
@@ -20,8 +20,8 @@ test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # these are about tasks, reports and grids of runs, not about what other libraries do
-APART := $(patsubst %,tests/test_%.py,assets harness measure metrics on_ray overlap readme recipe_train recommend \
-	report store task_data tasks)
+APART := $(patsubst %,tests/test_%.py,assets cli harness measure metrics on_ray overlap readme recipe_train recommend \
+	report store task_data tasks wheel)
 
 test-oldest test-newest: test-%: ## the package's tests on the first and on the last versions, in .venv-oldest, .venv-newest
 	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(filter-out $(APART),$(wildcard tests/test_*.py))'
@@ -30,6 +30,12 @@ lint: $(VENV)/dev.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+release: $(VENV)/release.ready ## the wheel and the source package: built, checked and uploaded to the package index
+	rm -rf dist
+	$(BIN)/python -m build
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/twine upload dist/*
 
 # torch alone and first: with it in place no other package asks for a CUDA build
 $(VENV)/%.ready: pyproject.toml $(CONSTRAINTS)

@@ -7,9 +7,9 @@ check_versions()  # before anything of PEFT is touched, so that a wrong version 
 
 from . import peft_models  # noqa: E402
 from .config import PromptTuningExtConfig  # noqa: E402
-from .frozen_backbone import load_frozen_backbone  # noqa: E402
 from .inits import available_inits, register_init  # noqa: E402
 from .peft_models.packed import engine_status  # noqa: E402
+from .quantization import load_frozen_backbone  # noqa: E402
 from .shared_prefix.status import EngineStatus  # noqa: E402
 
 

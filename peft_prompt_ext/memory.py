@@ -1,4 +1,4 @@
-"""What a training step needs, in bytes, before anything is downloaded: `python -m peft_prompt_ext.memory --help`.
+"""What a training step needs, in bytes, before anything is downloaded: `peft-prompt-ext memory --help`.
 
 The step itself is run on fake tensors (shapes without data), and every allocation is counted until it is freed.
 
@@ -14,7 +14,7 @@ import math
 import re
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -24,11 +24,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from ._versions import checkpoint_activations
-from .frozen_backbone import check_quantization, quantizable_layers, unquantized_modules
+from .quantization import check_quantization, quantizable_layers, unquantized_modules
 from .shared_prefix.forward import run
 from .shared_prefix.interface import attach
 from .shared_prefix.layout import pack
 from .shared_prefix.probe import refuse_early
+from .training.methods import METHODS as ALL_METHODS
 
 
 if TYPE_CHECKING:
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-METHODS = ("prompt_tuning", "lora", "full")
+METHODS = {name: method for name, method in ALL_METHODS.items() if method.trains in {"adapter", "model"}}
 ALLOCATOR_SHARE = (
     0.15  # of what a step allocates: allocators keep freed memory in pieces that do not fit the next tensor
 )
@@ -128,11 +129,12 @@ def estimate_memory(
             model.get_parameter(f"{name}.weight"), True, quantization, double_quant
         )
     base_bytes = sum(sizes.values())
-    model.requires_grad_(method == "full").train()
+    trains_all, adds_lora = METHODS[method].trains == "model", METHODS[method].peft_type == "LORA"
+    model.requires_grad_(trains_all).train()
     layers = [model.get_submodule(name) for name in quantized]
     hidden = config.get_text_config().hidden_size
-    trainable = num_virtual_tokens * hidden if method == "prompt_tuning" else 0
-    if method == "lora":
+    trainable = num_virtual_tokens * hidden if METHODS[method].has_prompt else 0
+    if adds_lora:
         from peft import LoraConfig, get_peft_model
 
         with torch.device("meta"):
@@ -142,10 +144,10 @@ def estimate_memory(
         for layer in layers:
             layer.forward = _QuantizedForward(layer.weight, saves_input=quantization == "int8")
         if gradient_checkpointing:
-            base = model.get_base_model() if method == "lora" else model
+            base = model.get_base_model() if adds_lora else model
             checkpoint_activations(base)
             base.enable_input_require_grads()
-        if method == "prompt_tuning":
+        if METHODS[method].has_prompt:
             step = _prompt_step(mode, model, batch, tokens, num_virtual_tokens, labels_per_row)
         else:
             trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
@@ -154,7 +156,7 @@ def estimate_memory(
             )
     return MemoryEstimate(
         weights_bytes=base_bytes,
-        trainable_bytes=0 if method == "full" else 4 * trainable,
+        trainable_bytes=0 if trains_all else 4 * trainable,
         optimizer_bytes=ADAM_BYTES * trainable,
         step_bytes=step,
         allocator_bytes=math.ceil(ALLOCATOR_SHARE * step),
@@ -165,8 +167,8 @@ def _check(method: str, quantization: str | None, **positive: int) -> None:
     if method not in METHODS:
         raise ValueError(f"method is one of {', '.join(METHODS)}; got {method!r}.")
     check_quantization(quantization)
-    if method == "full" and quantization is not None:
-        raise ValueError(f"Quantised weights cannot be trained: method='full' with quantization={quantization!r}.")
+    if quantization is not None and not METHODS[method].takes_quantized:
+        raise ValueError(f"Quantised weights cannot be trained: method={method!r} with quantization={quantization!r}.")
     for name, value in positive.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1; got {value}.")
@@ -253,7 +255,7 @@ def _prompt_step(mode: Any, model: Any, batch: int, tokens: int, virtual: int, l
             )
 
         return _peak(model, packed_loss)
-    except Exception as reason:  # whatever cannot run packed takes PEFT's path
+    except Exception as reason:  # PEFT's path is for whatever cannot run packed
         logger.info("Estimated for PEFT's path, with each row's own virtual tokens: %s", reason)
 
     def padded_loss() -> torch.Tensor:
@@ -287,7 +289,7 @@ def _peak(model: Any, loss: Callable[[], torch.Tensor]) -> int:
 
 
 class _Peak(TorchDispatchMode):
-    """Counts the bytes of every tensor that an operation makes, until nobody holds it.
+    """Counts the bytes of every tensor that an operation makes, until it is freed.
 
     Attributes:
         peak: The most bytes at one time.
@@ -318,22 +320,6 @@ class _Peak(TorchDispatchMode):
         self.now -= size
 
 
-def main(argv: Sequence[str] | None = None) -> None:
-    """Print what each way of training needs, and whether it fits."""
-    parser = argparse.ArgumentParser(
-        "python -m peft_prompt_ext.memory", description="What each way of training a model needs, in bytes."
-    )
-    parser.add_argument("model", help="an embedded default, a folder or a Hub name; only its config is read")
-    parser.add_argument("--card", type=parse_bytes, help="memory of the device, such as 8GB")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--num_virtual_tokens", type=int, default=20)
-    parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
-    parser.add_argument("--gradient_checkpointing", action="store_true")
-    options = parser.parse_args(argv)
-    _show(options)
-
-
 WAYS = {
     "prompt tuning": ("prompt_tuning", None),
     "prompt tuning, int8": ("prompt_tuning", "int8"),
@@ -344,7 +330,12 @@ WAYS = {
 }
 
 
-def _show(options: argparse.Namespace) -> None:
+def show(options: argparse.Namespace) -> None:
+    """Print what each way of training needs, and whether it fits.
+
+    Args:
+        options: The flags of `peft-prompt-ext memory`.
+    """
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
@@ -392,4 +383,6 @@ def parse_bytes(text: str) -> int:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    from .cli import main
+
+    main(["memory", *sys.argv[1:]])

@@ -869,7 +869,7 @@ def test_a_cache_that_came_by_default_has_its_prompt_whatever_the_call_was(pair,
     out = model.train("training" in way)(**batch, output_hidden_states=True, return_dict=return_dict)
     cache = out.past_key_values if return_dict else out[-2]
     model.eval()
-    refuses(model, cache, "learned or had pads")
+    refuses(model, cache, "with labels or with pads")
     with model.disable_adapter():
         refuses(model, cache, "the adapter is disabled")
 

@@ -164,6 +164,34 @@ def test_a_registered_scheme_works_and_its_kwargs_are_checked(make):
     assert (prompt_of(model) == 0.25).all() and model.peft_config["default"].init_record == {"value": 0.25}
 
 
+def test_a_registered_scheme_has_rules_of_its_own_for_its_text_and_for_plain_arguments():
+    def check_text(text, *, values):
+        if not text:
+            raise ValueError(f"SPELLED needs a text for {values}")
+
+    @register_init("spelled", check_text=check_text, plain=lambda kwargs: {**kwargs, "values": list(kwargs["values"])})
+    def spelled(ctx, *, values):
+        return torch.zeros(ctx.num_virtual_tokens, ctx.token_dim)
+
+    def config(init="SPELLED", text="a", **kwargs):
+        return PromptTuningExtConfig(
+            task_type="CAUSAL_LM",
+            prompt_tuning_init=init,
+            prompt_tuning_init_kwargs=kwargs,
+            prompt_tuning_init_text=text,
+        )
+
+    try:
+        assert config(values=iter([1, 2])).prompt_tuning_init_kwargs == {"values": [1, 2]}
+        with pytest.raises(ValueError, match=r"SPELLED needs a text for \[1\]"):
+            config(values=iter([1]), text=None)
+        fallback = {"fallback": "spelled", "fallback_kwargs": {"values": [3]}}
+        with pytest.raises(ValueError, match=r"SPELLED needs a text for \[3\]"):
+            config("CLASS_LABELS", None, labels=["a"], **fallback)
+    finally:
+        del SCHEMES["SPELLED"]
+
+
 @pytest.mark.parametrize(
     ("result", "message"),
     [

@@ -102,7 +102,7 @@ def test_a_curve_is_scored_on_some_of_the_rows(spec, tmp_path, monkeypatch):
 
 def test_the_harness_trains_what_its_command_trains(spec, tmp_path):
     from benchmarks.harness.suite import train_arguments
-    from recipes.train import main
+    from peft_prompt_ext.cli import train as main
 
     result, _ = measure(spec(), tmp_path / "a", None)
     scores = main([*train_arguments(spec(), None), "--output_dir", str(tmp_path / "b"), "--save_strategy", "no"])
@@ -146,7 +146,7 @@ def test_a_transfer_trains_its_source_first(spec, tmp_path):
 
 
 def test_a_source_has_the_steps_alone_for_its_time_and_as_many_as_its_seconds_buy(spec, tmp_path, monkeypatch):
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
 
     train = recipe.train
 
@@ -199,7 +199,7 @@ def test_the_weights_of_a_hub_model_are_known_by_their_commit(movie_reviews):
 
 def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatch):
     """Two rows of the source are made of scored reviews, four are not."""
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
 
     transfer = spec(init="TRANSFER", source={"task": "sst2", "data": "glue/sst2"})
     _, scored = source._rows_to_score(transfer, tmp_path, None)

@@ -10,15 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from peft_prompt_ext.tasks.metrics import (
-    GLUE_METRICS,
-    SUPER_GLUE_METRICS,
-    Classification,
-    Glue,
-    SuperGlue,
-    benchmark_score,
-    combined_score,
-)
+from peft_prompt_ext.benchmark_scores import benchmark_score, combined_score
+from peft_prompt_ext.evaluate_metrics import Classification, Glue, SuperGlue
+from peft_prompt_ext.metrics import GLUE_METRICS, SUPER_GLUE_METRICS
 
 
 ACCURACY_ONLY = ["sst2", "mnli", "mnli_matched", "mnli_mismatched", "qnli", "rte", "wnli"]

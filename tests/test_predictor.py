@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from peft_prompt_ext.recipe.predictor import Predictor
 from peft_prompt_ext.tasks import get_task
 from peft_prompt_ext.tasks.data import load_split
+from peft_prompt_ext.training.predictor import Predictor
 from tests.helpers import one_thread  # noqa: F401
 from tests.test_recipe_train import DATA, KINDS, recipe, train  # noqa: F401
 

@@ -87,8 +87,11 @@ def test_the_quickstart_writes_its_table_picture_and_adapters(smollm2, movie_rev
     runpy.run_path(str(ROOT / "recipes" / "quickstart.py"), run_name="__main__")
 
     table = json.loads((tmp_path / "quickstart_results.json").read_text())
-    assert [row["init"] for row in table] == ["stock PEFT default (RANDOM)", "CLASS_LABELS"]
-    for row in table:
+    bare, *trained = table
+    assert [row["init"] for row in trained] == ["stock PEFT default (RANDOM)", "CLASS_LABELS"]
+    assert bare["init"] == "no prompt (zero-shot)" and bare["accuracy_before"] == bare["accuracy_after"]
+    assert bare["trainable_parameters"] == bare["adapter_bytes"] == bare["train_time_s"] == 0
+    for row in trained:
         assert row["trainable_parameters"] == 20 * 576
         assert 0 <= row["accuracy_before"] <= 1 and 0 <= row["accuracy_after"] <= 1
         assert row["adapter_bytes"] == (Path(row["adapter"]) / "adapter_model.safetensors").stat().st_size

@@ -159,7 +159,7 @@ def test_the_projects_suites_are_right_and_open_with_their_command(path):
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
 def test_the_recipe_takes_every_command_of_the_projects_suites(path, tmp_path):
-    from recipes.train import parse
+    from peft_prompt_ext.training.command_line import parse
 
     seen = set()
     for spec in load_suite(path):

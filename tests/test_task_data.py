@@ -8,16 +8,11 @@ import pytest
 from datasets import Dataset
 
 from peft_prompt_ext.tasks import HIDDEN, Task, get_task
-from peft_prompt_ext.tasks.data import (
-    check_rows,
-    few_shot,
-    hold_out,
-    load_split,
-    own_task,
-    read_file,
-    sample,
-    sample_to_score,
-)
+from peft_prompt_ext.tasks.checks import check_rows
+from peft_prompt_ext.tasks.data import load_split
+from peft_prompt_ext.tasks.files import read_file
+from peft_prompt_ext.tasks.own import own_task
+from peft_prompt_ext.tasks.sampling import few_shot, hold_out, sample, sample_to_score
 
 
 DATA = Path(__file__).parent / "data"

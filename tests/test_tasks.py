@@ -4,10 +4,13 @@ import json
 from pathlib import Path
 
 import pytest
+from datasets import Dataset
 
-from peft_prompt_ext.tasks import HIDDEN, Task, available_tasks, get_task, register_tasks
-from peft_prompt_ext.tasks.base import TASKS
-from peft_prompt_ext.tasks.data import check_rows, load_split
+from peft_prompt_ext.tasks import HIDDEN, Metric, Task, available_tasks, get_task, register_tasks
+from peft_prompt_ext.tasks.checks import check_rows
+from peft_prompt_ext.tasks.data import load_split
+from peft_prompt_ext.tasks.scoring import evaluate_predictions
+from peft_prompt_ext.tasks.task import TASKS
 
 
 DATA = Path(__file__).parent / "data"
@@ -198,3 +201,35 @@ def test_another_version_is_asked_as_it_was_written_down():
         Task.from_dict({**get_task("copa").to_dict(), "version": 0})
     with pytest.raises(ValueError, match="no field colour"):
         Task.from_dict({**old, "colour": "red"})
+
+
+def test_a_task_brings_its_loader_and_its_metric():
+    def load(task, split):
+        return Dataset.from_dict({"text": [f"{task.name} {split}"] * 3, "label": [0, 1, 1], "weight": [1, 2, 3]})
+
+    def weighted(predictions, references):
+        right = [weight for answer, (label, weight) in zip(predictions, references, strict=True) if answer == label]
+        return {"weighted": sum(right) / sum(weight for _, weight in references), "count": float(len(references))}
+
+    task = Task(
+        name="weighted_task",
+        template="{text}",
+        texts=("{text}",),
+        label_words=(" no", " yes"),
+        loader=load,
+        metric=Metric(compute=weighted, counted=("weighted",), reference=lambda row: (row["label"], row["weight"])),
+        main_metric="combined_score",
+    )
+    rows = load_split(task, "validation")
+
+    assert rows[0]["text"] == "weighted_task validation"
+    scores = evaluate_predictions(task, [0, 0, 1], rows)
+    assert scores == {"weighted": 4 / 6, "count": 3.0, "combined_score": 4 / 6}
+    assert not {"loader", "metric"} & set(task.to_dict())
+
+
+def test_a_score_needs_a_prediction_for_every_row():
+    task = get_task("sst2")
+
+    with pytest.raises(ValueError, match="Every prediction needs a row; got 1 predictions and 6 rows"):
+        evaluate_predictions(task, [0], own_rows("sst2"))

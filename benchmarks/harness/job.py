@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from pathlib import Path
 
-    from recipes.train import Job
+    from peft_prompt_ext.training.run import Job
 
 
 def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str] = ()) -> Job:
@@ -28,7 +28,7 @@ def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str]
     """
     if spec["method"] != "zero_shot" and steps_of(spec) is None:
         raise ValueError("how many steps the seconds buy is not known: timing one failed, see the .pace.jsonl file")
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
 
     fixed = ["--output_dir", str(folder), "--save_strategy", "no", "--disable_tqdm", "true", "--do_eval", "true"]
     if spec["method"] != "zero_shot":

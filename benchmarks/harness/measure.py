@@ -28,7 +28,7 @@ from .suite import Spec
 
 
 if TYPE_CHECKING:
-    from recipes.train import Job
+    from peft_prompt_ext.training.run import Job
 
     from .watch import Watch
 
@@ -180,13 +180,13 @@ def _environment(job: Job) -> dict[str, Any]:
     revision = getattr(model.config, "_commit_hash", None)
     dtype = str(_base_model(model).dtype).removeprefix("torch.")
     rows = _scored(job)[1]
-    return environment(job.record["model_name_or_path"], revision, device, dtype, rows, job.splits.get("train"))
+    return environment(job.settings["model_name_or_path"], revision, device, dtype, rows, job.splits.get("train"))
 
 
 def _train(job: Job, watch: Watch) -> None:
     """Train, with scores on the curve's rows on the way."""
-    from peft_prompt_ext.recipe.trainer import task_metrics
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
+    from peft_prompt_ext.training.trainer import task_metrics
 
     trainer = job.trainer
     trainer.args.eval_strategy, trainer.args.eval_steps = "steps", _curve_steps(trainer.args.max_steps)
@@ -229,8 +229,8 @@ class _Scores(NamedTuple):
 def _score(job: Job) -> _Scores:
     from transformers.trainer_utils import EvalPrediction
 
-    from peft_prompt_ext.recipe.trainer import task_metrics
     from peft_prompt_ext.tasks.scoring import predictions
+    from peft_prompt_ext.training.trainer import task_metrics
 
     trainer, task = job.trainer, job.trainer.family.task
     encoded, rows = _scored(job)

@@ -32,7 +32,7 @@ from .suite import Spec, source_spec
 
 
 if TYPE_CHECKING:
-    from recipes.train import Job
+    from peft_prompt_ext.training.run import Job
 
 
 TIMED_STEPS = 36  # of each kind: one differs from the next by a quarter

@@ -11,7 +11,7 @@ from .suite import Spec, source_spec, train_arguments
 
 
 if TYPE_CHECKING:
-    from peft_prompt_ext.tasks.base import Task
+    from peft_prompt_ext.tasks.task import Task
 
     from .watch import Watch
 
@@ -38,7 +38,7 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
     source = source_spec(spec)
     if source is None:
         return None
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
 
     from .watch import Watch
 
@@ -58,7 +58,7 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
 
 def _rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:
     """The task of a run, and what it will be scored on."""
-    from recipes import train as recipe
+    from peft_prompt_ext.training import run as recipe
 
     line = [*train_arguments(spec, data_dir), "--output_dir", str(folder / "run"), "--do_eval", "true"]
     _, data_args, _, args = recipe.parse(line)

@@ -297,7 +297,7 @@ def _check_budget(spec: Spec) -> None:
 def _flags() -> set[str]:
     from transformers import TrainingArguments
 
-    from recipes.train import DataArguments, MethodArguments, ModelArguments
+    from peft_prompt_ext.training.arguments import DataArguments, MethodArguments, ModelArguments
 
     kinds: tuple[Any, ...] = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
     return {field.name for kind in kinds for field in fields(kind)}

@@ -13,7 +13,7 @@ from ..machine import OtherPrograms, energy_j, peak, reset_peak
 
 
 if TYPE_CHECKING:
-    from recipes.train import Job
+    from peft_prompt_ext.training.run import Job
 
 
 class Watch(TrainerCallback):

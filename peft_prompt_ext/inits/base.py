@@ -19,13 +19,14 @@ from ..devices import device_of
 
 
 if TYPE_CHECKING:
+    from peft import PromptTuningConfig
     from transformers import PreTrainedTokenizerBase
-
-    from ..config import PromptTuningExtConfig
 
 
 Scheme = Callable[..., torch.Tensor]
 Check = Callable[..., None]
+TextCheck = Callable[..., None]
+Plain = Callable[[dict[str, Any]], dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class InitContext:
         record: The scheme writes its ids, texts and sources here; saved in `prompt_init.json`.
     """
 
-    config: PromptTuningExtConfig
+    config: PromptTuningConfig
     word_embeddings: torch.nn.Module
     generator: torch.Generator
     record: dict[str, Any] = field(default_factory=dict)
@@ -135,7 +136,7 @@ class InitContext:
         return ids
 
     def run(self, name: str, kwargs: Mapping[str, Any] | None = None) -> torch.Tensor:
-        """Run another scheme, as a fallback for the slots that a scheme does not fill. Returns [P, H]."""
+        """Run another scheme, to fill the slots that a scheme does not. Returns [P, H]."""
         return SCHEMES[name.upper()].function(self, **(kwargs or {}))
 
     def _check_vocabulary(self, name: str, tokenizer: PreTrainedTokenizerBase) -> None:
@@ -151,10 +152,20 @@ class InitContext:
 
 @dataclass(frozen=True)
 class InitScheme:
-    """An entry of the registry: the function, and a check of its arguments that needs no model."""
+    """One entry of the registry; see [`register_init`]."""
 
     function: Scheme
-    check: Check | None
+    check: Check | None = None
+    check_text: TextCheck | None = None
+    plain: Plain | None = None
+
+    def to_plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Turn arguments into values that JSON can hold and that can be read twice, where the scheme knows how.
+
+        Raises:
+            ValueError: An argument has a form that the scheme cannot read.
+        """
+        return kwargs if self.plain is None else self.plain(kwargs)
 
     def validate(self, name: str, num_virtual_tokens: int, kwargs: Mapping[str, Any]) -> None:
         """Check kwargs against the function's signature, then against the scheme's own rules.
@@ -162,38 +173,53 @@ class InitScheme:
         Raises:
             ValueError: An unknown, missing or wrong argument.
         """
-        parameters = [p for p in inspect.signature(self.function).parameters.values() if p.kind is p.KEYWORD_ONLY]
-        known = [p.name for p in parameters]
+        known = self._defaults()
         for key in kwargs:
             if key not in known:
                 raise ValueError(
                     f"prompt_tuning_init_kwargs: {name} has no argument {key!r}{nearest(str(key), known)}. "
                     f"Its arguments: {', '.join(known) or 'none'}."
                 )
-        missing = [p.name for p in parameters if p.default is p.empty and p.name not in kwargs]
+        missing = [key for key, default in known.items() if default is inspect.Parameter.empty and key not in kwargs]
         if missing:
             raise ValueError(
                 f"prompt_tuning_init_kwargs: {name} needs {', '.join(map(repr, missing))}, got {list(kwargs)}. "
                 f"Write prompt_tuning_init_kwargs={{{missing[0]!r}: ...}}."
             )
         if self.check is not None:
-            defaults = {p.name: p.default for p in parameters}
-            self.check(num_virtual_tokens, **{**defaults, **kwargs})
+            self.check(num_virtual_tokens, **{**known, **kwargs})
+
+    def validate_text(self, text: str | None, kwargs: Mapping[str, Any]) -> None:
+        """Check the config's `prompt_tuning_init_text`, where the scheme reads it; kwargs are valid already.
+
+        Raises:
+            ValueError: The scheme needs a text, and there is none.
+        """
+        if self.check_text is not None:
+            self.check_text(text, **{**self._defaults(), **kwargs})
+
+    def _defaults(self) -> dict[str, Any]:
+        parameters = inspect.signature(self.function).parameters.values()
+        return {p.name: p.default for p in parameters if p.kind is p.KEYWORD_ONLY}
 
 
 SCHEMES: dict[str, InitScheme] = {}
 
 
-def register_init(name: str, *, check: Check | None = None) -> Callable[[Scheme], Scheme]:
-    """Register an initialisation scheme for `prompt_tuning_init`.
+def register_init(
+    name: str, *, check: Check | None = None, check_text: TextCheck | None = None, plain: Plain | None = None
+) -> Callable[[Scheme], Scheme]:
+    """Register an initialisation scheme under a name that `prompt_tuning_init` then accepts.
 
     A scheme is a function `(ctx, *, keyword_only_arguments) -> Tensor [P, H]`. `prompt_tuning_init_kwargs` gives its
     keyword-only arguments.
 
     Args:
-        name: Name in PEFT's UPPER_SNAKE form; stored in upper case.
-        check: Optional function `(num_virtual_tokens, **kwargs) -> None` that raises `ValueError` on bad values. The
-            config calls it with every argument, defaults included, before any weight is loaded.
+        name: Name in PEFT's UPPER_SNAKE form; stored upper.
+        check: Optional function `(num_virtual_tokens, **kwargs) -> None` that raises `ValueError` on bad values; it
+            gets every argument, defaults included, when the config is built and before any weight is loaded.
+        check_text: Optional function `(prompt_tuning_init_text, **kwargs) -> None`, for a scheme that reads that text.
+        plain: Optional function of the kwargs that returns them as plain values, for an argument such as an iterator.
 
     Returns:
         A decorator that returns the function unchanged.
@@ -214,7 +240,7 @@ def register_init(name: str, *, check: Check | None = None) -> Callable[[Scheme]
             raise ValueError(
                 f"The init {name.upper()!r} is registered already by {origin}; {other} needs another name."
             )
-        SCHEMES[name.upper()] = InitScheme(function, check)
+        SCHEMES[name.upper()] = InitScheme(function, check, check_text, plain)
         return function
 
     return decorate

@@ -28,6 +28,11 @@ def label_names(labels: Any) -> list[str]:
     return list(names)
 
 
+def _plain(kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A `datasets.ClassLabel`, or labels that can be read only once, as a list of texts."""
+    return {**kwargs, "labels": label_names(kwargs["labels"])} if "labels" in kwargs else kwargs
+
+
 def _check(
     num_virtual_tokens: int,
     *,
@@ -61,7 +66,11 @@ def _check(
     get_scheme(fallback).validate(fallback.upper(), num_virtual_tokens, fallback_kwargs or {})
 
 
-@register_init("CLASS_LABELS", check=_check)
+def _check_text(text: str | None, *, fallback: str, fallback_kwargs: Mapping[str, Any] | None, **_: Any) -> None:
+    get_scheme(fallback).validate_text(text, fallback_kwargs or {})
+
+
+@register_init("CLASS_LABELS", check=_check, check_text=_check_text, plain=_plain)
 def class_labels(
     ctx: InitContext,
     *,

@@ -1,4 +1,4 @@
-"""The fingerprint of a base model in a saved prompt: a few figures of its word embeddings.
+"""A few figures of a base model's word embeddings, to recognise the base model of a saved prompt.
 
 Shapes: P virtual tokens, H hidden size of the word embeddings.
 """
@@ -51,11 +51,11 @@ def check_saved(
     """Warn if a saved prompt belongs to another base model, or to embeddings of another scale.
 
     Args:
-        ctx: Has the base model's word embeddings.
-        prompt: [P, H], as saved.
-        saved: Its saved fingerprint; None: only the prompt's scale is checked.
-        source: The prompt's name in the warning.
-        model_type: The base model's type, if known.
+        ctx: Gives the base model's word embeddings.
+        prompt: [P, H], as it was saved.
+        saved: The fingerprint beside it; None: only the prompt's own size is checked.
+        source: What to call it in the warning.
+        model_type: Of the base model, if it is known.
     """
     if not hasattr(ctx.word_embeddings, "num_embeddings"):
         return

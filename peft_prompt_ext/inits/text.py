@@ -17,7 +17,15 @@ def _check(num_virtual_tokens: int, *, fill: str) -> None:
     check_choice("TEXT: fill", fill, FILLS)
 
 
-@register_init("TEXT", check=_check)
+def _check_text(text: str | None, **_: object) -> None:
+    if not (isinstance(text, str) and text.strip()):
+        raise ValueError(
+            f"prompt_tuning_init_text ({text!r}) must be a text with words when prompt_tuning_init is 'TEXT' or falls "
+            "back to it."
+        )
+
+
+@register_init("TEXT", check=_check, check_text=_check_text)
 def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
     """Initialise slot i with token i of `prompt_tuning_init_text`, without BOS or EOS.
 
@@ -32,7 +40,7 @@ def text(ctx: InitContext, *, fill: str = "repeat") -> torch.Tensor:
         ValueError: The text has no tokens.
 
     Warns:
-        UserWarning: The text is longer than the prompt.
+        UserWarning: The text is longer than the prompt and was cut.
     """
     tokenizer, size = ctx.require_tokenizer(), ctx.num_virtual_tokens
     init_text = ctx.config.prompt_tuning_init_text or ""

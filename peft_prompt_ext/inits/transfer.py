@@ -13,6 +13,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from .._choices import check_choice
+from .._hub import find_file
+from ..prompt_record import FILE_NAME, parse
 from .base import InitContext, register_init
 from .fingerprint import check_saved
 
@@ -72,7 +74,7 @@ def transfer(
         {"source": str(path), "weight": weight, "num_virtual_tokens": len(prompt)}
         for path, weight, prompt in zip(_as_list(source), share.tolist(), prompts, strict=True)
     ]
-    ctx.record.pop("slots", None)  # written by SAMPLE_VOCAB for padding; meaningless in a mean
+    ctx.record.pop("slots", None)  # words that were drawn to pad a source mean little in an average
     return (fitted.double() * share[:, None, None]).sum(0).float()
 
 
@@ -87,22 +89,16 @@ def _are_weights(weights: Any, count: int) -> bool:
     return numbers and sum(weights) > 0
 
 
-def _find(source: str, filename: str) -> Path | None:
-    if Path(source).is_dir():
-        path = Path(source) / filename
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+def _find(source: str, file_name: str) -> Path | None:
+    from huggingface_hub.errors import LocalEntryNotFoundError
 
     try:
-        return Path(hf_hub_download(source, filename))
-    except LocalEntryNotFoundError as error:  # no network; a subclass of the error for a missing file
+        return find_file(source, file_name)
+    except LocalEntryNotFoundError as error:
         raise ValueError(
             f"TRANSFER: source ({source!r}) is no folder, and the Hub was not reached: {error}"
         ) from error
-    except EntryNotFoundError:
-        return None
-    except Exception as error:
+    except Exception as error:  # the Hub's client raises many types
         raise ValueError(f"TRANSFER: source ({source!r}) is neither a folder nor on the Hub: {error}") from error
 
 
@@ -153,13 +149,9 @@ def _load_prompt(ctx: InitContext, source: str, check_base_model: bool) -> torch
 
 
 def _read_fingerprint(source: str) -> Any:
-    """Read the base model's fingerprint from the source's record; None if the record is missing or not valid."""
-    path = _find(source, "prompt_init.json")
-    try:
-        record = json.loads(path.read_text(encoding="utf-8")) if path else None
-    except ValueError:
-        return None
-    return record.get("base_model") if isinstance(record, dict) else None
+    """The base model's fingerprint in the source's record; None if there is no record, or a broken one."""
+    path = _find(source, FILE_NAME)
+    return ((parse(path) if path else None) or {}).get("base_model")
 
 
 def _check_base_model(ctx: InitContext, source: str, config: dict[str, Any], is_wanted: bool) -> None:

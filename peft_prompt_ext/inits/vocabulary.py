@@ -25,7 +25,7 @@ _UNUSED = re.compile(
 def word_ids(ctx: InitContext) -> list[int]:
     """List the ids of words: no special, added, reserved or padding tokens.
 
-    Without a tokenizer, special tokens are unknown: all rows but the padding row count as words, with a warning.
+    Without a tokenizer special rows are not known: warns, and excludes the padding row alone.
 
     Returns:
         Ids in ascending order.

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from .. import _record
+from .. import prompt_record
 from ..config import PromptTuningExtConfig
 from ..devices import load_offloaded
-from ..frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
+from ..quantization import dequantize_modules, keep_differentiable, new_modules, new_tables
 from ..shared_prefix.precision import precision_of
 from ..sizes import fill_sizes
 from . import token_path
@@ -180,7 +180,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         if adapter_name not in self.peft_config:
             self._add_saved_adapter(str(model_id), adapter_name, kwargs)
         result = super().load_adapter(model_id, adapter_name, is_trainable, *args, **kwargs)
-        record = _record.read(str(model_id), **self._split_kwargs(kwargs)[0])
+        record = prompt_record.read(str(model_id), **self._split_kwargs(kwargs)[0])
         check_base(self, adapter_name, str(model_id), (record or {}).get("base_model"))
         if is_trainable:
             make_trainable(self, adapter_name)

@@ -10,9 +10,9 @@ import torch
 from peft import PeftModel
 
 from ..config import PromptTuningExtConfig
-from ..frozen_backbone import new_modules
 from ..inits.base import InitContext
 from ..inits.fingerprint import check_saved, fingerprint
+from ..quantization import new_modules
 
 
 def is_covered(path: str, names: Sequence[str]) -> bool:

@@ -1,7 +1,8 @@
-"""GLUE, SuperGLUE and reviews as data, for language models and classification heads alike."""
+"""GLUE, SuperGLUE and reviews as tasks, for language models and classification heads alike."""
 
 from . import glue, reviews, super_glue  # noqa: F401  (each registers its tasks)
-from .base import HIDDEN, Task, available_tasks, get_task, register_tasks
+from .metric import Metric
+from .task import HIDDEN, Task, available_tasks, get_task, register_tasks
 
 
-__all__ = ["HIDDEN", "Task", "available_tasks", "get_task", "register_tasks"]
+__all__ = ["HIDDEN", "Metric", "Task", "available_tasks", "get_task", "register_tasks"]

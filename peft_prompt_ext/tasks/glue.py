@@ -4,15 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-from .base import Task, register_tasks
+from .. import metrics
+from .metric import ACCURACY, ACCURACY_AND_F1, MATTHEWS, Metric
+from .task import Row, Task, register_tasks
 
 
 _PAIR: dict[str, Any] = {"texts": ("{sentence1}", "{sentence2}")}
 
 
-def _glue(name: str, **values: Any) -> Task:
+def _glue(name: str, metric: Metric = ACCURACY, **values: Any) -> Task:
     revision = "bcdcba79d07bc864c1c254ccfcedcce55bcc9a8c"
-    return Task(name=name, path="nyu-mll/glue", subset=name, revision=revision, benchmark="glue", **values)
+    return Task(
+        name=name, path="nyu-mll/glue", subset=name, revision=revision, benchmark="glue", metric=metric, **values
+    )
+
+
+def _similarity(row: Row) -> float:
+    return row["label"]
 
 
 register_tasks(
@@ -22,6 +30,7 @@ register_tasks(
             template="Sentence: {sentence}\nIs this correct English? Answer:",
             texts=("{sentence}",),
             label_words=(" no", " yes"),
+            metric=MATTHEWS,
             main_metric="matthews_correlation",
         ),
         _glue(
@@ -34,6 +43,7 @@ register_tasks(
             "mrpc",
             template="Sentence 1: {sentence1}\nSentence 2: {sentence2}\nDo they say the same? Answer:",
             label_words=(" no", " yes"),
+            metric=ACCURACY_AND_F1,
             main_metric="combined_score",
             **_PAIR,
         ),
@@ -42,6 +52,7 @@ register_tasks(
             template="Sentence 1: {sentence1}\nSentence 2: {sentence2}\nSimilarity from zero to five:",
             label_words=(" zero", " one", " two", " three", " four", " five"),
             values=(0.0, 1.0, 2.0, 3.0, 4.0, 5.0),
+            metric=Metric(compute=metrics.correlations, counted=("pearson", "spearmanr"), reference=_similarity),
             main_metric="combined_score",
             **_PAIR,
         ),
@@ -50,6 +61,7 @@ register_tasks(
             template="Question 1: {question1}\nQuestion 2: {question2}\nDo they ask the same? Answer:",
             texts=("{question1}", "{question2}"),
             label_words=(" no", " yes"),
+            metric=ACCURACY_AND_F1,
             main_metric="combined_score",
         ),
         _glue(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .base import Task
+from .task import Task
 
 
 if TYPE_CHECKING:
@@ -49,29 +49,19 @@ def evaluate_predictions(task: Task, predicted: Sequence[Any], rows: Dataset) ->
         rows: The rows, with their labels.
 
     Returns:
-        GLUE's or SuperGLUE's official keys, fractions; `combined_score` is the mean of those that count, where there
-        are several.
-    """
-    from .metrics import Classification, Glue, SuperGlue, combined_score
+        The keys of the task's metric (for GLUE and SuperGLUE the official ones), fractions; "combined_score" is the
+        mean of those that count, where there are several.
 
-    prepared, subset = [task.prepared(row) for row in rows], task.subset or task.name
-    references: list[Any] = [task.target(row) for row in prepared]
-    if task.benchmark == "glue":
-        metric = Glue(subset)
-        if task.is_regression:
-            references = [row[task.label_column] for row in prepared]
-    elif task.benchmark == "super_glue":
-        metric = SuperGlue(subset)
-        if subset == "multirc":
-            pairs = zip(prepared, predicted, strict=True)
-            predicted = [{"idx": row["idx"], "prediction": answer} for row, answer in pairs]
-        elif subset == "record":
-            pairs = zip(prepared, predicted, strict=True)
-            predicted = [{"idx": row["idx"], "prediction_text": row["entities"][answer]} for row, answer in pairs]
-            references = [{"idx": row["idx"], "answers": row["answers"]} for row in prepared]
-    else:
-        metric = Classification()
-    scores = metric.compute(predictions=list(predicted), references=references)
-    if task.main_metric == "combined_score":
-        scores["combined_score"] = combined_score(scores, subset)
+    Raises:
+        ValueError: There are no rows, not as many predictions as rows, or a row has no label.
+    """
+    if not len(rows) or len(predicted) != len(rows):
+        raise ValueError(f"Every prediction needs a row; got {len(predicted)} predictions and {len(rows)} rows.")
+    metric, prepared = task.metric, [task.prepared(row) for row in rows]
+    references = [(metric.reference or task.target)(row) for row in prepared]
+    if metric.prediction is not None:
+        predicted = [metric.prediction(row, answer) for row, answer in zip(prepared, predicted, strict=True)]
+    scores = metric.compute(list(predicted), references)
+    if metric.counted:
+        scores["combined_score"] = sum(scores[name] for name in metric.counted) / len(metric.counted)
     return scores

@@ -8,13 +8,15 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from .base import Row, Task, register_tasks
+from .. import metrics
+from .metric import ACCURACY, ACCURACY_AND_MEAN_F1, Metric
+from .task import Row, Task, register_tasks
 
 
 _NO_YES: dict[str, Any] = {"label_words": (" no", " yes")}
 
 
-def _super_glue(subset: str, name: str | None = None, **values: Any) -> Task:
+def _super_glue(subset: str, name: str | None = None, metric: Metric = ACCURACY, **values: Any) -> Task:
     revision = "3de24cf8022e94f4ee4b9d55a6f539891524d646"
     return Task(
         name=name or subset,
@@ -22,6 +24,7 @@ def _super_glue(subset: str, name: str | None = None, **values: Any) -> Task:
         subset=subset,
         revision=revision,
         benchmark="super_glue",
+        metric=metric,
         **values,
     )
 
@@ -80,6 +83,21 @@ def _record_answer(row: Row) -> int | None:
     return next((i for i, entity in enumerate(row["entities"]) if entity in answers), None)
 
 
+_MULTIRC = Metric(
+    compute=metrics.multirc,
+    counted=("exact_match", "f1_a"),
+    prediction=lambda row, answer: {"idx": row["idx"], "prediction": answer},
+    index=("paragraph", "question", "answer"),
+)
+_RECORD = Metric(
+    compute=metrics.record,
+    counted=("exact_match", "f1"),
+    prediction=lambda row, answer: {"idx": row["idx"], "prediction_text": row["entities"][answer]},
+    reference=lambda row: {"idx": row["idx"], "answers": row["answers"]},
+    index=("passage", "query"),
+)
+
+
 def _wsc_marks(row: Row) -> dict[str, str]:
     """The text with its two spans marked, as T5 does (Raffel et al. 2020, appendix D)."""
     words = _text(row, "text").split(" ")
@@ -112,6 +130,7 @@ register_tasks(
             label_words=(" yes", " no", " maybe"),
             label_names=("entailment", "contradiction", "neutral"),
             truncate=("premise",),
+            metric=ACCURACY_AND_MEAN_F1,
             main_metric="combined_score",
         ),
         _super_glue(
@@ -129,6 +148,7 @@ register_tasks(
             texts=("{paragraph}", "{question} {answer}"),
             group="paragraph",
             truncate=("paragraph",),
+            metric=_MULTIRC,
             main_metric="combined_score",
             **_NO_YES,
         ),
@@ -140,6 +160,7 @@ register_tasks(
             choices=_record_choices,
             answer=_record_answer,
             truncate=("text",),
+            metric=_RECORD,
             main_metric="combined_score",
         ),
         _super_glue(

@@ -165,7 +165,7 @@ class PromptedGeneration(PackedMixin):
             feed = PromptFeed(self)
             feed.mark(stored, feed.place(None, text.shape[1], None), text if text.dim() == 2 else None)
         else:
-            refusal = "it comes from a call with pads or labels and without use_cache; pass use_cache=True"
+            refusal = "it comes from a call in training, with labels or with pads; pass use_cache=True"
             set_held(stored, HeldPrompt(text.new_empty(0), refusal=refusal))
 
     def prepare_inputs_for_generation(

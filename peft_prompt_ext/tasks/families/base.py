@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from ..base import HIDDEN, Task
+from ..task import HIDDEN, Task
 
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ class Family(ABC):
     """
 
     task_type: ClassVar[str]
+    asks_question: ClassVar[bool] = True  # whether the model reads the task's template; a head reads its texts
 
     def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
         if tokenizer.pad_token_id is None:

@@ -11,9 +11,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...labels import IGNORE_INDEX
 from ..encoding import pad
 from .base import base_model_of, prompt_length
-from .language_model import IGNORE_INDEX, LanguageModel, labelled
+from .language_model import LanguageModel, labelled
 
 
 class CausalLM(LanguageModel):
@@ -28,11 +29,16 @@ class CausalLM(LanguageModel):
         labels = [[*[IGNORE_INDEX] * len(row["context"]), *answer] for row, answer in zip(rows, answers, strict=True)]
         return {**_inputs(texts, self.tokenizer.pad_token_id), "labels": pad(labels, IGNORE_INDEX)}
 
-    def collate_labelled_logits(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
-        """As `collate`, for a model without a prompt: logits only in the columns where some row has a label."""
+    def collate_labelled_logits(self, rows: Sequence[Mapping[str, Any]], prompt: int = 0) -> dict[str, torch.Tensor]:
+        """As `collate`, with logits only in the columns where some row has a label.
+
+        Args:
+            rows: Encoded rows.
+            prompt: Virtual tokens that the model's logits begin with.
+        """
         batch = self.collate(rows)
         columns = (batch["labels"][:, 1:] != IGNORE_INDEX).any(0).nonzero()[:, 0]
-        return {**batch, "shift_labels": batch["labels"][:, columns + 1], "logits_to_keep": columns}
+        return {**batch, "shift_labels": batch["labels"][:, columns + 1], "logits_to_keep": columns + prompt}
 
     def _logits(
         self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
@@ -54,7 +60,7 @@ class CausalLM(LanguageModel):
 
 
 def keeps_columns(model: Any) -> bool:
-    """Whether the model can leave logits out."""
+    """Whether the model can compute the logits of chosen columns alone."""
     return "logits_to_keep" in signature(base_model_of(model).forward).parameters
 
 

@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..base import Task
+from ...labels import IGNORE_INDEX
 from ..encoding import answer_ids, fit, pad
+from ..task import Task
 from .base import ABSENT, Family, right_choice
 
 
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-IGNORE_INDEX = -100
 MAX_SEQUENCES = 64  # of one forward pass, if rows have many choices
 
 

@@ -1,4 +1,4 @@
-"""Encoder-decoders in the manner of T5: the encoder reads the question, the decoder says the answer."""
+"""Encoder-decoders in the manner of T5: the encoder reads the question, the decoder is scored on the answer."""
 
 from __future__ import annotations
 
@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 
 import torch
 
+from ...labels import IGNORE_INDEX
 from ..encoding import pad
 from .base import base_model_of
-from .language_model import IGNORE_INDEX, LanguageModel, labelled
+from .language_model import LanguageModel, labelled
 
 
 class Seq2SeqLM(LanguageModel):

@@ -10,8 +10,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ..base import HIDDEN
 from ..encoding import fit, pad
+from ..task import HIDDEN
 from .base import ABSENT, Family, right_choice
 
 
@@ -19,6 +19,7 @@ class SequenceClassification(Family):
     """See `Family`. A regression has one logit, and the score is the number itself."""
 
     task_type: ClassVar[str] = "SEQ_CLS"
+    asks_question: ClassVar[bool] = False
 
     @property
     def num_labels(self) -> int:

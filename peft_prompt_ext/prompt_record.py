@@ -6,15 +6,13 @@ It also holds the plugin's own config fields, which adapter_config.json must not
 from __future__ import annotations
 
 import json
-import os
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-
-if TYPE_CHECKING:
-    from .config import PromptTuningExtConfig
+from ._files import write_json
+from ._hub import find_file
 
 
 FILE_NAME = "prompt_init.json"
@@ -32,8 +30,13 @@ FIELDS = (
 _LONGEST_LIST = 1000
 
 
-def write(folder: str | Path, config: PromptTuningExtConfig) -> None:
-    """Write the record of one adapter into its folder; the file is replaced whole, so a kill leaves the old one."""
+def write(folder: str | Path, config: Any) -> None:
+    """Write the record of one adapter into its folder; the old file stays if that fails.
+
+    Args:
+        folder: The adapter's folder.
+        config: Its `PromptTuningExtConfig`.
+    """
     from . import __version__
 
     record = {
@@ -44,10 +47,7 @@ def write(folder: str | Path, config: PromptTuningExtConfig) -> None:
         **(config.init_record or {}),
         **({} if config.base_fingerprint is None else {"base_model": config.base_fingerprint}),
     }
-    path = Path(folder) / FILE_NAME
-    partial = path.with_name(f"{FILE_NAME}.{os.getpid()}.partial")
-    partial.write_text(json.dumps(_plain(record), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    partial.replace(path)
+    write_json(Path(folder) / FILE_NAME, _to_plain(record), ensure_ascii=False)
 
 
 def read(name: str, *, subfolder: str | None = None, **hub_kwargs: Any) -> dict[str, Any] | None:
@@ -56,47 +56,52 @@ def read(name: str, *, subfolder: str | None = None, **hub_kwargs: Any) -> dict[
     Args:
         name: Folder or Hub id.
         subfolder: Folder inside it.
-        **hub_kwargs: Passed to `huggingface_hub.hf_hub_download`; arguments it does not know are ignored.
+        **hub_kwargs: Passed to `huggingface_hub.hf_hub_download`; arguments that it does not know are ignored.
 
     Returns:
-        The record; None: the adapter was not saved by this plugin. A broken record is a warning and an empty one.
+        The record; None if the adapter was not saved by this plugin. A broken record gives a warning and {}.
     """
     path = _find(name, subfolder, hub_kwargs)
     if path is None:
         return None
-    try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        record = None
-    if not isinstance(record, dict):
-        warnings.warn(f"{path} is not whole: how this prompt began is lost, the prompt is not.", stacklevel=2)
+    record = parse(path)
+    if record is None:
+        warnings.warn(
+            f"{path} is broken: how this prompt was initialised is lost. The prompt itself is whole.", stacklevel=2
+        )
         return {}
     return record
 
 
 def _find(name: str, subfolder: str | None, hub_kwargs: Mapping[str, Any]) -> Path | None:
-    if Path(name).is_dir():
-        path = Path(name, subfolder or "", FILE_NAME)
-        return path if path.is_file() else None
-    from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    if not Path(name).is_dir():
+        from huggingface_hub.errors import LocalEntryNotFoundError
 
-    known = {k: v for k, v in hub_kwargs.items() if k in {"revision", "cache_dir", "token", "local_files_only"}}
+        try:
+            return find_file(name, FILE_NAME, subfolder, **hub_kwargs)
+        except LocalEntryNotFoundError:  # without a network an adapter of stock PEFT is in the cache, and no record
+            return None
+    return find_file(name, FILE_NAME, subfolder)
+
+
+def parse(path: Path) -> dict[str, Any] | None:
+    """Read a record's file. Returns None if it holds no JSON object."""
     try:
-        return Path(hf_hub_download(name, FILE_NAME, subfolder=subfolder, **known))
-    except EntryNotFoundError:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
         return None
+    return record if isinstance(record, dict) else None
 
 
-def _plain(value: Any) -> Any:
+def _to_plain(value: Any) -> Any:
     """`value` as JSON can hold it; what is too large or has no JSON form is described instead."""
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
+        return {str(k): _to_plain(v) for k, v in value.items()}
     if isinstance(value, Path):
         return str(value)
     if isinstance(value, (list, tuple)) and len(value) <= _LONGEST_LIST:
-        return [_plain(v) for v in value]
+        return [_to_plain(v) for v in value]
     size = f" of {len(value)}" if hasattr(value, "__len__") else ""
     return f"<{type(value).__name__}{size}>"

@@ -1,4 +1,4 @@
-"""The model card of a recipe's run: scores, init, seed, versions, and how to load it."""
+"""The model card of a run: scores, init, seed, versions, and how to use it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from .. import __version__
 from ..assets import hub_id
+from .methods import METHODS
 
 
 if TYPE_CHECKING:
@@ -29,13 +30,13 @@ FACTS = {
 PACKAGES = ("peft", "transformers", "torch", "datasets")
 
 
-def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mapping[str, float]) -> ModelCard:
-    """Write the card of a run.
+def model_card(trainer: ChoiceTrainer, settings: Mapping[str, Any], results: Mapping[str, float]) -> ModelCard:
+    """Make the card of a run.
 
     Args:
-        trainer: After training or evaluation; what train_results.json in its output folder says of an earlier
-            training is told as well.
-        record: What the run is, as the recipe writes it beside the weights.
+        trainer: After training or evaluation; the figures of train_results.json in its output folder are on the card
+            too.
+        settings: The run's.
         results: What evaluation gave, with the prefix "eval_".
 
     Returns:
@@ -45,16 +46,16 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
 
     task, folder = trainer.family.task, Path(str(trainer.args.output_dir))
     trained = folder / "train_results.json"
-    facts = {**record, **(json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {})}
-    is_adapter = record["method"] in {"prompt_tuning", "lora"}
-    base, name = hub_id(record["model_name_or_path"]), f"{task.name}-{record['method']}"
-    split = "train, held out" if record["held_out_samples"] else task.validation[0]
+    facts = {**settings, **(json.loads(trained.read_text(encoding="utf-8")) if trained.is_file() else {})}
+    is_adapter = METHODS[settings["method"]].stores == "adapter"
+    base, name = hub_id(settings["model_name_or_path"]), f"{task.name}-{settings['method']}"
+    split = "train, held out" if settings["held_out_samples"] else task.validation[0]
     scored = [key for key in results if key.startswith("eval_") and not key.startswith(NO_SCORES)]
     scores = [(key, results[key]) for key in scored]
     data = ModelCardData(
         base_model=base,
         library_name="peft" if is_adapter else "transformers",
-        tags=["peft-prompt-ext", record["method"], task.name],
+        tags=["peft-prompt-ext", settings["method"], task.name],
         datasets=[task.path] if "/" in task.path else None,
         model_name=name,
         eval_results=[
@@ -79,7 +80,7 @@ def model_card(trainer: ChoiceTrainer, record: Mapping[str, Any], results: Mappi
         f"{_table(('metric', 'score'), [(k.removeprefix('eval_'), f'{v:.4f}') for k, v in scores])}\n\n"
         f"## Training\n\n{_table(('', ''), _training(trainer, facts))}\n\n"
         f"## Versions\n\n{_table(('package', 'version'), versions)}\n\n"
-        f"## Use\n\n{_usage(record, str(folder))}\n"
+        f"## Use\n\n{_usage(settings, str(folder))}\n"
     )
 
 
@@ -96,14 +97,14 @@ def _training(trainer: ChoiceTrainer, facts: Mapping[str, Any]) -> list[tuple[st
     if "train_samples" in facts:
         pairs += [(label, facts[name]) for name, label in FACTS.items()]
     config = getattr(trainer.model, "peft_config", {}).get("default")
-    if facts["method"] == "prompt_tuning" and config is not None:
+    if METHODS[facts["method"]].has_prompt and config is not None:
         pairs += [("init", config.prompt_tuning_init), ("virtual tokens", config.num_virtual_tokens)]
     return [*pairs, ("most tokens of a row", trainer.family.max_length)]
 
 
-def _usage(record: Mapping[str, Any], folder: str) -> str:
-    command = f'python recipes/predict.py {folder} --text "..."'
-    return f"```bash\n{command}\n```\n\nThe question to the model:\n\n```\n{record['task']['template']}\n```"
+def _usage(settings: Mapping[str, Any], folder: str) -> str:
+    command = f'peft-prompt-ext predict {folder} --text "..."'
+    return f"```bash\n{command}\n```\n\nThe question to the model:\n\n```\n{settings['task']['template']}\n```"
 
 
 def _table(head: tuple[str, str], rows: list[tuple[str, object]]) -> str:

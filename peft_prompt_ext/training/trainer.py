@@ -1,4 +1,4 @@
-"""The Trainer of the recipes: evaluation rates every choice of a row, training weighs every label of a step alike."""
+"""The Trainer of a run: evaluation scores every choice of a row, training weighs every label of a step alike."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch.utils.data import SequentialSampler
 from transformers import Trainer
 from transformers.trainer_utils import EvalPrediction
 
+from ..labels import IGNORE_INDEX
 from ..tasks.families import Family
-from ..tasks.families.language_model import IGNORE_INDEX
 from ..tasks.scoring import evaluate_predictions, predictions
 
 
@@ -40,7 +40,7 @@ class ChoiceTrainer(Trainer):
     ) -> Any:
         """See transformers; the share of a batch in the mean over all labels of its step.
 
-        Transformers leaves the division by `num_items_in_batch` to the model, and not every model divides: heads of
+        Transformers expects the model to divide by `num_items_in_batch`, and not every model does: heads of
         classification and T5 give the mean of their own batch, and accumulated or distributed ones would add up.
         Without that number every model gives its batch's mean.
         """
@@ -89,7 +89,7 @@ class ChoiceTrainer(Trainer):
         return SequentialSampler(eval_dataset) if self.args.world_size <= 1 else None
 
     def create_model_card(self, *args: Any, **kwargs: Any) -> None:
-        """See transformers; the recipe's card has scores, init and seed."""
+        """See transformers; `card` writes scores, init and seed."""
         if self.card is None:
             super().create_model_card(*args, **kwargs)
         elif self.is_world_process_zero():

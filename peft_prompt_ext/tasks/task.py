@@ -1,14 +1,19 @@
-"""What a task is, and the registry of tasks. No task and no model lives here."""
+"""What a task is, and the registry of tasks. The tasks themselves are in glue.py, super_glue.py and reviews.py."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from functools import cached_property
 from string import Formatter
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .._choices import nearest
+from .metric import CLASSIFICATION, Metric
+
+
+if TYPE_CHECKING:
+    from datasets import Dataset
 
 
 Row = Mapping[str, Any]
@@ -17,14 +22,15 @@ HIDDEN = -1  # the Hub's label of a row whose answer is kept back
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """One task as data: where its rows are, how a row is asked and answered, and how the answers are scored.
+    """One task: where its rows are, how a row is asked and answered, and how the answers are scored.
 
-    The same entry serves language models, which rate the likelihood of an answer after `template`, and models with a
+    The same entry serves language models, which score an answer by its likelihood after `template`, and models with a
     classification head, which read `texts`.
 
     Attributes:
         name: What a user types.
         path: Hub id of the data set, or the name of an embedded asset; empty for a user's own files.
+        loader: Function of the task and a split that loads the split's rows; by default from the Hub.
         subset: Configuration of the data set on the Hub.
         revision: Commit of the data set on the Hub.
         splits: Splits that there are.
@@ -36,14 +42,15 @@ class Task:
         label_names: Name of each label in a prediction; by default the label words.
         label_column: Column of the answer.
         values: For a regression, the number that each label word stands for.
-        group: Column whose rows belong together: they are drawn and held out whole, since a metric is of all of them.
+        group: Column whose rows are scored together, so that they are sampled and held out together.
         truncate: Columns that may be cut when a row is too long for the model; by default all.
         prepare: Function of a row that returns further columns for the templates.
         choices: Function of a prepared row that returns the answers to choose from, where they differ by row.
         answer: Function of a prepared row that returns the index of the right choice, where no label column holds it;
             None or HIDDEN if it is kept back.
-        benchmark: "glue", "super_glue", or "" for accuracy and macro F1.
-        main_metric: The metric to compare by; "combined_score" is the mean of those that count.
+        benchmark: "glue", "super_glue", or "".
+        metric: How predictions are scored; by default by accuracy and macro F1.
+        main_metric: The score to compare by; "combined_score" is the mean of `metric.counted`.
         version: Raised whenever a change makes scores incomparable.
     """
 
@@ -51,6 +58,7 @@ class Task:
     template: str
     texts: tuple[str, ...]
     path: str = ""
+    loader: Callable[[Task, str], Dataset] | None = None
     subset: str | None = None
     revision: str | None = None
     splits: tuple[str, ...] = ("train", "validation", "test")
@@ -66,6 +74,7 @@ class Task:
     choices: Callable[[Row], list[str]] | None = None
     answer: Callable[[Row], int | None] | None = None
     benchmark: str = ""
+    metric: Metric = CLASSIFICATION
     main_metric: str = "accuracy"
     version: int = 1
 
@@ -143,13 +152,13 @@ class Task:
             return HIDDEN
 
     def to_dict(self) -> dict[str, Any]:
-        """What a saved adapter needs to ask the same question again; functions are found again by the name."""
-        values = asdict(self)
+        """The fields that are plain values, for a run folder; functions and the metric come from the code."""
+        values = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "metric"}
         return {name: value for name, value in values.items() if value is not None and not callable(value)}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Task:
-        """The task of `to_dict`: the registered one if its version is the same, else as it was written down.
+        """The task of `to_dict`: the registered one if its version is the same, else one of the saved values.
 
         Raises:
             ValueError: A registered task with functions has another version, or a field is not known.

@@ -6,7 +6,7 @@ import pytest
 import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
-from peft_prompt_ext import _record
+from peft_prompt_ext import prompt_record
 from tests.helpers import prompt_of, prompted
 
 
@@ -110,7 +110,7 @@ def test_a_list_is_written_whole_up_to_a_thousand(labelled, tmp_path, size, writ
     config = labelled().peft_config["default"]
     config.prompt_tuning_init_kwargs = {"corpus": ["word"] * size}
 
-    _record.write(tmp_path, config)
+    prompt_record.write(tmp_path, config)
 
     assert read_json(tmp_path / "prompt_init.json")["prompt_tuning_init_kwargs"] == {"corpus": written}
 
@@ -119,7 +119,7 @@ def test_a_path_is_written_as_text(labelled, tmp_path):
     config = labelled().peft_config["default"]
     config.prompt_tuning_init_kwargs = {"source": Path("runs/one")}
 
-    _record.write(tmp_path, config)
+    prompt_record.write(tmp_path, config)
 
     assert read_json(tmp_path / "prompt_init.json")["prompt_tuning_init_kwargs"] == {"source": "runs/one"}
 
@@ -141,15 +141,15 @@ def test_a_failed_write_keeps_the_old_record(labelled, tmp_path, monkeypatch):
 
 
 def test_an_adapter_of_stock_peft_has_no_record(tmp_path):
-    assert _record.read(str(tmp_path)) is None
+    assert prompt_record.read(str(tmp_path)) is None
 
 
 def test_the_record_is_read_from_a_subfolder(labelled, tmp_path):
     labelled().save_pretrained(tmp_path / "last")
 
-    record = _record.read(str(tmp_path), subfolder="last")
+    record = prompt_record.read(str(tmp_path), subfolder="last")
 
-    assert _record.read(str(tmp_path)) is None
+    assert prompt_record.read(str(tmp_path)) is None
     assert record == read_json(tmp_path / "last" / "prompt_init.json")
 
 

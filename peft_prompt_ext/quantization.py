@@ -49,7 +49,7 @@ def load_frozen_backbone(
     """Load a model of transformers to train a prompt (or any other adapter) on.
 
     Nothing is upcast and no weight is copied, unlike in `peft.prepare_model_for_kbit_training`: embeddings, norms and
-    head stay in `dtype`. Linear layers of the trunk are quantised, heads are not (Dettmers et al. 2023, QLoRA).
+    head stay in `dtype`. The base model's linear layers are quantised, heads are not (Dettmers et al. 2023, QLoRA).
 
     Args:
         name_or_path: A Hub id, a local folder, a `.gguf` file, or an embedded default (`peft_prompt_ext.assets`).
@@ -58,7 +58,7 @@ def load_frozen_backbone(
         double_quant: Quantise the scales of 4-bit blocks as well.
         dtype: Of what is not quantised, and of the arithmetic. "auto": the checkpoint's, or bfloat16 for a quantised
             model; if the device has no bfloat16 of its own, float16 on a GPU and float32 on a CPU instead.
-        quant_storage: Type that holds the 4-bit weights, uint8 by default; FSDP wants it to be `dtype`.
+        quant_storage: Type that holds the 4-bit weights, uint8 by default; FSDP needs it to be `dtype`.
         gradient_checkpointing: Recompute activations in the backward pass; the inputs then carry gradients.
         device_map: As in `from_pretrained`; by default a quantised model goes to the GPU if there is one, else to the
             CPU.
@@ -203,7 +203,7 @@ def _heads(auto_class: Any, config: PretrainedConfig, name: str) -> list[str]:
 
 
 def unquantized_modules(model: Any) -> list[str]:
-    """Modules of a model that stay as they are: everything outside the trunk, and what is tied to it."""
+    """Names of the modules that are not quantised: everything outside the base model, and what is tied to it."""
     from transformers.quantizers.base import get_keys_to_not_convert
 
     children = [name for name, _ in model.named_children()]
@@ -222,7 +222,7 @@ def quantizable_layers(model: Any, skipped: list[str]) -> list[str]:
 
 
 def dequantize_modules(model: Any, names: Sequence[str]) -> None:
-    """Give heads that are to be trained their weights back as numbers: a quantised weight has no gradient.
+    """Turn the quantised weights of heads that are to be trained back into numbers: they have no gradient.
 
     `from_pretrained` with a BitsAndBytesConfig of one's own quantises the heads of BERT-like models as well.
     """
@@ -241,7 +241,7 @@ def dequantize_modules(model: Any, names: Sequence[str]) -> None:
 
 
 def keep_differentiable(model: torch.nn.Module) -> None:
-    """Let no 4-bit weight be packed for inference: bitsandbytes has no backward pass for the packed ones.
+    """Keep bitsandbytes from packing 4-bit weights for inference: it has no backward pass for packed ones.
 
     On a CPU with AVX512-BF16, `bitsandbytes.nn.Linear4bit` packs its weight for good in the first forward pass of
     evaluation; from then on no gradient reaches the prompt, and bfloat16 is what it computes in. What was packed
@@ -259,12 +259,12 @@ def new_modules(model: Any, has_head: bool) -> list[str]:
 
     Args:
         model: A model of transformers.
-        has_head: Whether it is made for a task whose head no pretraining has: then all of its modules beside the
-            trunk are meant, also where a checkpoint has them.
+        has_head: Whether it is made for a task whose head no pretraining has: then all modules beside the base model
+            count, also those that the checkpoint has.
 
     Returns:
-        Heads as a whole, and modules in the trunk that the checkpoint has no weights for. Where nobody knows what the
-        checkpoint had (a model made from its config, or a copy), heads alone.
+        Heads as a whole, and modules of the base model that the checkpoint has no weights for. Where that is not known
+        (a model made from its config, or a copy), heads alone.
     """
     names = _known_to_be_new(model)
     children = dict(model.named_children())
@@ -281,15 +281,15 @@ def new_tables(model: Any) -> list[str]:
 
 
 def _known_to_be_new(model: Any) -> list[str]:
-    """By the marks of `from_pretrained`, or by what [`load_frozen_backbone`] was told."""
+    """From the marks of `from_pretrained`, or from what [`load_frozen_backbone`] found missing."""
     return [*_new_modules(model, _missing_weights(model)), *getattr(model, "new_modules", [])]
 
 
 def _missing_weights(model: Any) -> list[str]:
-    """Names of the parameters that `from_pretrained` made anew, by the marks that it leaves on all others.
+    """Names of the parameters that `from_pretrained` initialised: it marks all others.
 
-    Weights that are kept elsewhere have none.
-    FSDP's loading leaves them in one process only, and all processes have to agree: it counts as unknown.
+    Offloaded weights have no marks. FSDP's loading marks weights in one process only, and all processes have to agree:
+    there it counts as unknown.
     """
     from transformers.modeling_utils import is_fsdp_enabled
 
@@ -306,7 +306,7 @@ def _missing_weights(model: Any) -> list[str]:
 
 
 def _embeddings(model: Any) -> set[str]:
-    """Paths of the tables of words. Their rows may be new because they were resized, which leaves the same marks."""
+    """Paths of the word embeddings and the output embeddings. A resized table has the same marks as a new one."""
     tables = []
     for get in ("get_input_embeddings", "get_output_embeddings"):
         try:
@@ -317,9 +317,9 @@ def _embeddings(model: Any) -> set[str]:
 
 
 def _new_modules(model: Any, missing: Iterable[str]) -> list[str]:
-    """Where the missing weights lie: a head as a whole, in the trunk the module that owns the weight."""
-    trunk, children = getattr(model, "base_model_prefix", None), dict(model.named_children())
-    heads = set(children) - {trunk} if trunk in children else set()
+    """Modules of the missing weights: a head as a whole; in the base model the module that has the weight."""
+    inner, children = getattr(model, "base_model_prefix", None), dict(model.named_children())
+    heads = set(children) - {inner} if inner in children else set()
     owners = {key: key.rpartition(".")[0] for key in missing}
     return sorted({top if (top := key.partition(".")[0]) in heads else owner for key, owner in owners.items()})
 

@@ -1,4 +1,4 @@
-"""A trained run loaded again, to answer new rows."""
+"""Answers to new rows from the folder of a run."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from typing import Any
 import torch
 
 from ..tasks import Task
-from ..tasks.data import check_row
+from ..tasks.checks import check_row
 from ..tasks.families import Family
 from ..tasks.scoring import predictions, probabilities
-from .folder import read_record
-from .methods import find_family, trained_model
+from .folder import read_settings
+from .models import find_family, trained_model
 
 
 class Predictor:
@@ -35,24 +35,24 @@ class Predictor:
 
     @classmethod
     def from_pretrained(cls, folder: str, device: str | None = None) -> Predictor:
-        """Load what `recipes/train.py` wrote.
+        """Load the folder of a run.
 
         Args:
             folder: Its output folder, or the Hub id that it was pushed to.
             device: Where to run; by default a GPU if there is one. Not for a quantised base model.
 
         Raises:
-            ValueError: The folder holds no run of the recipe, or a device was given to a quantised model.
+            ValueError: The folder holds no run, or a device was given to a quantised model.
         """
-        record = read_record(folder)
-        if device and record["quantization"]:  # its weights are packed for the device that they are loaded to
+        settings = read_settings(folder)
+        if device and settings["quantization"]:  # its weights are packed for the device that they are loaded to
             raise ValueError(
-                f"The base model of {folder} is quantised ({record['quantization']}) and goes to the GPU if there is "
-                f"one, not to {device!r}: leave --device out. CUDA_VISIBLE_DEVICES chooses the GPU, or hides it."
+                f"The base model of {folder} is quantised ({settings['quantization']}) and goes to the GPU if there "
+                f"is one, not to {device!r}: leave --device out. CUDA_VISIBLE_DEVICES chooses the GPU, or hides it."
             )
-        family = find_family(record, Task.from_dict(record["task"]), record["max_length"])
-        model = trained_model(family, record, folder)
-        if record["quantization"] is None:
+        family = find_family(settings, Task.from_dict(settings["task"]), settings["max_length"])
+        model = trained_model(family, settings, folder)
+        if settings["quantization"] is None:
             model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         return cls(model, family)
 
@@ -60,7 +60,7 @@ class Predictor:
         """Answer rows, in their order.
 
         Args:
-            rows: Rows with the task's text columns; a label is not looked at.
+            rows: Rows with the task's text columns; a label is not read.
             batch_size: Rows at a time; the answers do not depend on it.
 
         Yields:

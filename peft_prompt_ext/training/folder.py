@@ -1,7 +1,6 @@
-"""A run's output folder: what the run is, so that no other one writes into it, and where it can go on.
+"""A run's output folder: its settings, so that no other run writes into it, and the checkpoint where it can go on.
 
-The record is a dict of plain values: `task` (`Task.to_dict`), `task_type`, `max_length`, `method`,
-`model_name_or_path` and every other argument that decides the result.
+The settings are a dict of plain values, see `settings`; they are saved as recipe.json.
 """
 
 from __future__ import annotations
@@ -13,6 +12,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .._files import write_json
+from .methods import METHODS
+
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -20,35 +22,36 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-RECORD = "recipe.json"
+SETTINGS_FILE = "recipe.json"
 LENGTHS = ("max_steps", "num_train_epochs")
-PEFT_TYPES = {"prompt_tuning": "PROMPT_TUNING", "lora": "LORA"}
 
 
-def read_record(folder: str | Path) -> dict[str, Any]:
-    """Read what a run is.
+def read_settings(folder: str | Path) -> dict[str, Any]:
+    """Read the settings of a run.
 
     Args:
         folder: Its output folder, or the Hub id that it was pushed to.
 
     Raises:
-        ValueError: It holds no run of the recipe.
+        ValueError: It holds no run.
     """
     from transformers.utils import cached_file
 
     try:
-        found = Path(str(cached_file(str(folder), RECORD)))
+        found = Path(str(cached_file(str(folder), SETTINGS_FILE)))
     except OSError as error:
-        raise ValueError(f"{folder} holds no {RECORD}: give the output folder of recipes/train.py.") from error
+        raise ValueError(
+            f"{folder} holds no {SETTINGS_FILE}: give the output folder of `peft-prompt-ext train`."
+        ) from error
     return json.loads(found.read_text(encoding="utf-8"))
 
 
-def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | None) -> str | None:
-    """Make an output folder this run's own; nothing is written yet.
+def claim(folder: Path, settings: Mapping[str, Any], train: bool, resume: str | None) -> str | None:
+    """Check that an output folder is free for this run, and find where the run goes on. Nothing is written.
 
     Args:
         folder: The folder; it need not exist.
-        record: What the run is.
+        settings: The run's.
         train: Whether the run trains.
         resume: None to begin, "true" to go on from the last checkpoint in `folder`, else a checkpoint's path.
 
@@ -64,10 +67,10 @@ def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | No
         checkpoint, source = resume, Path(resume).parent
         if not _is_whole(Path(checkpoint)):
             raise ValueError(f"--resume_from_checkpoint: {checkpoint} is no checkpoint of the Trainer.")
-        _check_same(source, record)
-        _check_kind(Path(checkpoint), record["method"])
-    if has_result(folder) or (folder / "all_results.json").is_file():  # zero_shot leaves nothing but scores
-        _check_same(folder, record)
+        _check_same(source, settings)
+        _check_kind(Path(checkpoint), settings["method"])
+    if has_result(folder) or (folder / "all_results.json").is_file():  # zero_shot writes scores alone
+        _check_same(folder, settings)
     goes_on = resuming and source.resolve() == folder.resolve()
     if train and has_result(folder) and not goes_on:
         raise ValueError(
@@ -81,45 +84,43 @@ def claim(folder: Path, record: Mapping[str, Any], train: bool, resume: str | No
     return checkpoint
 
 
-def check_continued(folder: Path, record: Mapping[str, Any]) -> None:
-    """Check the rows of a run that goes on, and say so if it is to become longer or shorter.
+def check_continued(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Check the rows of a run that goes on, and warn if it is to become longer or shorter.
 
     Args:
         folder: Where its checkpoint lies.
-        record: What the run is, `train_rows` and LENGTHS included.
+        settings: The run's, `train_rows` and LENGTHS included.
 
     Raises:
         ValueError: It was begun with other rows.
     """
-    _check_same(folder, {"train_rows": record["train_rows"]})
-    before = read_record(folder) if (folder / RECORD).is_file() else {}
+    _check_same(folder, {"train_rows": settings["train_rows"]})
+    before = read_settings(folder) if (folder / SETTINGS_FILE).is_file() else {}
     for name in LENGTHS:
-        if before.get(name, record[name]) != record[name]:
+        if before.get(name, settings[name]) != settings[name]:
             logger.warning(
                 "%s was begun with %s %s, now %s: from here on the schedule is that of the new length, and the losses "
                 "are those of neither length alone.",
-                *(folder, name, before[name], record[name]),
+                *(folder, name, before[name], settings[name]),
             )
 
 
 def rows_digest(rows: Dataset) -> str:
-    """Tell rows apart from any others, wherever their file lies."""
+    """Describe rows by their number and a hash, so that moved files are found equal and other rows are not."""
     digest = hashlib.sha256()
     for row in rows:
         digest.update(json.dumps(row, sort_keys=True, default=str).encode())
     return f"{len(rows)} rows, sha256 {digest.hexdigest()[:12]}"
 
 
-def write_record(folder: Path, record: Mapping[str, Any]) -> None:
-    """Replace the record whole."""
+def write_settings(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Write the settings of a run into its folder; it need not exist."""
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f"{RECORD}.partial"
-    partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    partial.replace(folder / RECORD)
+    write_json(folder / SETTINGS_FILE, settings)
 
 
 def last_whole_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint whose last file, the Trainer's state, is whole; a kill may have torn the one after it."""
+    """Find the newest checkpoint whose last file, the Trainer's state, is whole: a kill may leave half of one."""
     for path in sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.split("-")[-1]), reverse=True):
         if _is_whole(path):
             return str(path)
@@ -133,17 +134,17 @@ def has_result(folder: Path) -> bool:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a folder holds what a run had trained at its end."""
+    """Whether a folder holds the weights from the end of a run."""
     return any(folder.glob("*.safetensors"))
 
 
 def trained_weights(folder: Path, checkpoint: str | None) -> str:
-    """Where the weights lie that are to be scored.
+    """Find the weights to score.
 
     Args:
         folder: The run's output folder.
-        checkpoint: A checkpoint that was asked for, or None: the end of the run, or the last checkpoint of a run that
-            has not come so far.
+        checkpoint: A checkpoint that was asked for. None: the end of the run, or its last checkpoint if it did not
+            end.
 
     Raises:
         ValueError: There are none.
@@ -163,10 +164,10 @@ def _is_whole(checkpoint: Path) -> bool:
 
 
 def _check_kind(checkpoint: Path, method: str) -> None:
-    """A checkpoint may have been copied without the record that lay beside it."""
+    """Refuse a checkpoint of another method: it may have been copied without the settings that lay beside it."""
     path = checkpoint / "adapter_config.json"
     found = json.loads(path.read_text(encoding="utf-8")).get("peft_type") if path.is_file() else None
-    wanted = PEFT_TYPES.get(method)
+    wanted = METHODS[method].peft_type
     if found != wanted:
         raise ValueError(
             f"{checkpoint} holds {found or 'a whole model'}; --method {method} goes on from "
@@ -174,16 +175,16 @@ def _check_kind(checkpoint: Path, method: str) -> None:
         )
 
 
-def _check_same(folder: Path, record: Mapping[str, Any]) -> None:
-    if not (folder / RECORD).is_file():
+def _check_same(folder: Path, settings: Mapping[str, Any]) -> None:
+    if not (folder / SETTINGS_FILE).is_file():
         return
-    before = read_record(folder)
-    # a record of an earlier version may know less
-    different = [name for name in record if name in before and before[name] != record[name]]
+    before = read_settings(folder)
+    # an earlier version may have saved fewer settings
+    different = [name for name in settings if name in before and before[name] != settings[name]]
     if different:
-        changes = ", ".join(f"{name} {_shown(before[name])}, now {_shown(record[name])}" for name in different)
+        changes = ", ".join(f"{name} {_describe(before[name])}, now {_describe(settings[name])}" for name in different)
         raise ValueError(f"{folder} holds another run ({changes}). Choose another --output_dir, or give the same.")
 
 
-def _shown(value: Any) -> str:
+def _describe(value: Any) -> str:
     return f"{value['name']} (version {value['version']})" if isinstance(value, dict) else repr(value)
