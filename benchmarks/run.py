@@ -19,7 +19,6 @@ from .harness.store import RERUN, Event, RunStore, StoreError, wanted
 
 def main(arguments: list[str]) -> None:
     """Run what the arguments ask for, and print a table of it."""
-    from .harness.pace import PaceError
     from .harness.suite import SuiteError, load_suites, run_id
 
     options = _options(arguments)
@@ -29,8 +28,7 @@ def main(arguments: list[str]) -> None:
         specs, time_limit_s = load_suites(options.suite)
         latest = store.latest()
         _check_data(specs, options.data_dir)
-        specs = _with_steps(specs, store, options, time_limit_s)
-    except (SuiteError, StoreError, PaceError) as error:
+    except (SuiteError, StoreError) as error:
         raise SystemExit(f"error: {error}") from None
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
     print(f"{len(specs)} runs, {len(left)} to do; events go to {results}")
@@ -42,7 +40,7 @@ def main(arguments: list[str]) -> None:
     events = store.latest()
     show([(spec, events.get(run_id(spec))) for spec in specs])
     if options.report:
-        from .report import main as report
+        from .report.command import main as report
 
         report(["--results", str(results), "--output", str(options.report)])
 
@@ -73,37 +71,6 @@ def _check_data(specs: list[Any], data_dir: str | None) -> None:
             raise SuiteError(f"the suite reads rows of {folder}: give --data_dir, the folder above it")
         if not Path(data_dir, folder).is_dir():
             raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
-
-
-def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> list[Any]:
-    """The grid, with the steps that seconds buy; what nobody has timed so far is timed here and now."""
-    from .harness.pace import kinds_of, measure_pace, missing_kinds, pace_path, read_pace, step_seconds, with_steps
-    from .harness.suite import SuiteError
-
-    if kinds_of(specs) and options.executor != "local":
-        raise SuiteError(
-            "a budget of seconds is timed on this machine, and the nodes of a cluster are others: "
-            "give budgets of examples, or --executor local"
-        )
-    path, again = pace_path(store.path), options.rerun != "never"
-    if missing_kinds(specs, path, again) and not options.dry_run:
-        with store.claim("pace", wait=True):
-            missing = missing_kinds(specs, path, again)  # another process may have timed them meanwhile
-            print(f"timing {len(missing)} kinds of run in turns, so that seconds can be compared: {path}", flush=True)
-            measure_pace(missing, path, options.data_dir, time_limit_s, _show_pace)
-    return with_steps(specs, step_seconds(read_pace(path)))
-
-
-def _show_pace(row: Any) -> None:
-    from .harness.pace import length_of
-    from .reporting.runs import DISTURBED
-
-    kind, step_s = row["kind"], row["step_s"]
-    what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"], "of", length_of(kind))))
-    print(f"{what}: {row['error']}" if step_s is None else f"{what}: {step_s:.2f} s a step", flush=True)
-    if row["other_cpu_share"] > DISTURBED:
-        share = f"{100 * row['other_cpu_share']:.0f} %"
-        print(f"  other programs used {share} of the CPU meanwhile: stop them, delete that row and start again")
 
 
 def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:
@@ -144,11 +111,8 @@ def _executor(options: argparse.Namespace) -> Any:
 
 def describe(spec: Any) -> str:
     """A run in a few words."""
-    from .harness.suite import budget_of
-
     parts = [spec["task"], spec["method"], spec["init"], spec["quantization"]]
-    unit, amount = budget_of(spec)
-    return " ".join([*filter(None, parts), f"{amount:g} {unit}", f"seed {spec['seed']}"])
+    return " ".join([*filter(None, parts), f"{spec['budget']['examples']} examples", f"seed {spec['seed']}"])
 
 
 def outcome(event: Event) -> str:

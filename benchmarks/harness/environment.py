@@ -37,7 +37,7 @@ def environment(
         scored: The rows that the run is scored on.
         train: The rows that it is trained on, if any.
     """
-    from ..machine import machine
+    from .machine import machine
 
     return {
         **machine(device),

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from .job import prepare
+from .job import prepare, rows_to_score, train
 from .overlap import without_overlap
-from .suite import Spec, source_spec, train_arguments
+from .suite import Spec, source_spec
 
 
 if TYPE_CHECKING:
-    from peft_prompt_ext.tasks.base import Task
-
     from .watch import Watch
 
 
@@ -38,11 +36,9 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
     source = source_spec(spec)
     if source is None:
         return None
-    from recipes import train as recipe
-
     from .watch import Watch
 
-    target, scored = _rows_to_score(spec, folder, data_dir)
+    target, scored = rows_to_score(spec, folder / "run", data_dir)
     job = prepare(source, folder / "source", data_dir)
     trainer, rows = job.trainer, job.splits["train"]
     task = trainer.family.task
@@ -52,15 +48,5 @@ def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | Non
     trainer.train_dataset = job.encoded["train"].select(kept)
     watch = Watch(job, None)
     trainer.add_callback(watch)
-    recipe.train(trainer, None)
+    train(job)
     return Source(str(folder / "source"), watch, len(rows) - len(kept))
-
-
-def _rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:
-    """The task of a run, and what it will be scored on."""
-    from recipes import train as recipe
-
-    line = [*train_arguments(spec, data_dir), "--output_dir", str(folder / "run"), "--do_eval", "true"]
-    _, data_args, _, args = recipe.parse(line)
-    task = recipe.find_task(data_args)
-    return task, recipe.load_splits(task, data_args, args)[task.validation[0]]

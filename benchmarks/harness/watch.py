@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from ..machine import OtherPrograms, energy_j, peak, reset_peak
+from .machine import OtherPrograms, energy_j, peak, reset_peak
 
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ class Watch(TrainerCallback):
     Args:
         job: The run.
         score_before: Its main metric before training; None: not scored.
-        source: Of the training before, of the prompt that a TRANSFER starts from: what other programs took is told of
+        source: Of the training before, of the prompt that a TRANSFER starts from: what other programs took is counted over
             both.
     """
 
@@ -108,6 +108,6 @@ class Watch(TrainerCallback):
         self.others.stop()
         used = energy_j()
         if used is None or self.energy_mark is None or self.energy is None or used < self.energy_mark:
-            self.energy = None  # nobody tells, or the counter began again
+            self.energy = None  # there is no counter, or it began again
         else:
             self.energy += used - self.energy_mark

@@ -1,68 +1,36 @@
-"""One mixed-task batch beside one batch for each task: the same rows, the same results, other times.
+"""One mixed-task batch beside one batch for each task: the same rows and results, other times.
 
-Forward passes without gradients, as in serving; the two take turns in one process.
+Forward passes without gradients, as in serving; the two are interleaved in one process.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 import time
-from pathlib import Path
 from typing import Any
 
 
-def main(arguments: list[str]) -> None:
-    """Measure, print a line, and append it to the results file as JSON."""
-    options = _options(arguments)
-    row = measure(options)
-    options.output.parent.mkdir(parents=True, exist_ok=True)
-    with options.output.open("a", encoding="utf-8") as file:
-        file.write(json.dumps(row) + "\n")
-    together, apart = (statistics.median(row[key]) for key in ("mixed_time_s", "single_time_s"))
-    print(
-        f"{options.tasks} tasks of {options.rows_per_task} rows, P={options.num_virtual_tokens}, {options.logits} "
-        f"logits: mixed "
-        f"{together:.2f} s, one batch a task {apart:.2f} s, {apart / together:.2f} times as long; largest "
-        f"difference of the logits {row['largest_difference']:.1e}"
-    )
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Time both ways on real, left-padded rows, and compare their logits of the next token.
 
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks mixed", description=__doc__)
-    parser.add_argument("--tasks", type=int, default=8)
-    parser.add_argument("--rows_per_task", type=int, default=1)
-    parser.add_argument("--num_virtual_tokens", type=int, default=20)
-    parser.add_argument("--logits", choices=["last", "all"], default="last", help="of the next token, or of all")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
-    parser.add_argument("--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--output", type=Path, default=Path("outputs/mixed.jsonl"))
-    return parser.parse_args(arguments)
-
-
-def measure(options: argparse.Namespace) -> dict[str, Any]:
-    """Time both ways on real, left-padded rows, and compare their logits of the next token."""
+    Returns:
+        The spec with what `compare` returns, and the machine.
+    """
     import torch
     from transformers import AutoModelForCausalLM
 
-    from peft_prompt_ext.assets import resolve
-
     from .machine import machine
-    from .speed import review_batch
+    from .random_llama import model_folder
+    from .steps import review_batch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(options.model_name_or_path)
-    batch = review_batch(folder, "short", options.tasks * options.rows_per_task, options.seed).to(device)
+    folder = model_folder(spec["model"])
+    batch = review_batch(folder, "short", spec["tasks"] * spec["rows_per_task"], spec["seed"]).to(device)
     base = AutoModelForCausalLM.from_pretrained(folder).to(device)
     row = compare(
-        *(base, batch, options.tasks, options.num_virtual_tokens, options.repeats),
-        packed=options.single_path == "packed",
-        last=options.logits == "last",
+        *(base, batch, spec["tasks"], spec["num_virtual_tokens"], spec["steps"]),
+        packed=spec["single_path"] == "packed",
+        last=spec["logits"] == "last",
     )
-    spec = {key: value for key, value in vars(options).items() if key != "output"}
     return {**spec, **row, **machine(device)}
 
 

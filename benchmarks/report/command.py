@@ -1,0 +1,65 @@
+"""Write the results as one page, and put their tables into the READMEs.
+
+    python -m benchmarks report
+    python -m benchmarks report --results outputs/benchmarks/smoke.jsonl --output outputs/benchmarks/smoke
+
+Without --results it speaks of the project's own results: benchmarks/RESULTS.md, its pictures in benchmarks/results,
+the tables between `<!-- results: NAME -->` and `<!-- /results -->` in the READMEs, and outputs/report/RESULTS.html.
+The same results give the same bytes. The HTML opens from the disk; nothing is fetched.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from ..harness.store import StoreError
+from .load import RESULTS, load_runs, stores
+from .page import ROOT, html, markdown, old_readmes
+from .summary import Summary, summarise
+
+
+def main(arguments: list[str]) -> None:
+    """Write the page; without a usable run nothing is written."""
+    options = _options(arguments)
+    is_own = not options.results
+    try:
+        summary = read(options.results, options.step_times)
+    except StoreError as error:
+        raise SystemExit(f"error: {error}") from None
+    folder = RESULTS.parent if is_own else options.output
+    files = pages(summary, folder, is_own)
+    files[options.output / "RESULTS.html"] = ""
+    if is_own:
+        files |= old_readmes(summary)
+    for path, text in files.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.suffix == ".html":
+            style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+            text = html(files[folder / "RESULTS.md"], folder, style)
+        path.write_text(text, encoding="utf-8")
+        print(path)
+
+
+def read(results: list[Path] | None = None, step_times: list[Path] | None = None) -> Summary:
+    """What the stores hold, the project's own ones by default."""
+    own = sorted(RESULTS.glob("step_times*.jsonl"))
+    return summarise(load_runs(results or stores(), own if step_times is None else step_times))
+
+
+def pages(summary: Summary, folder: Path, is_own: bool) -> dict[Path, str]:
+    """RESULTS.md and its pictures."""
+    from . import plots
+
+    pictures = {folder / "results" / f"{name}.svg": getattr(plots, name)(summary) for name in ("scores", "curves")}
+    return pictures | {folder / "RESULTS.md": markdown(summary, "results", is_own)}
+
+
+def _options(arguments: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", nargs="+", type=Path, help="stores; by default the project's own")
+    parser.add_argument("--step_times", nargs="+", type=Path, help="lines of `benchmarks speed --suite`")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "report", help="the folder of the HTML")
+    return parser.parse_args(arguments)

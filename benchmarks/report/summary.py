@@ -1,0 +1,135 @@
+"""What the page speaks of: one model on one device, and the methods that are compared there."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import pandas as pd
+
+from ..harness.store import StoreError
+from .statistics import MIN_SEEDS, Difference, Mean, compare, interval, scores_by_seed
+
+
+METHODS = ("prompt_tuning", "lora", "full", "zero_shot")
+OUTLIER = 0.05  # a seed this far below the median of its variant is named
+
+
+@dataclass(frozen=True)
+class Summary:
+    """The runs of one model on one device at one number of examples.
+
+    Attributes:
+        runs: All of them, see `load.load_runs`; zero-shot has nothing random and stands for every seed.
+        elsewhere: How many runs the store has of other models, devices, numbers of examples and searches.
+    """
+
+    runs: pd.DataFrame
+    model: str
+    device: str
+    examples: int
+    elsewhere: int
+
+    @cached_property
+    def usable(self) -> pd.DataFrame:
+        """The runs that have a result."""
+        return self.runs[self.runs["status"] == "ok"]
+
+    @cached_property
+    def seeds(self) -> list[int]:
+        """All seeds."""
+        return sorted(self.usable["seed"].unique().tolist())
+
+    def of(self, variant: str, tasks: Sequence[str]) -> pd.DataFrame:
+        """The usable runs of a variant on some tasks."""
+        return self.usable[(self.usable["variant"] == variant) & self.usable["task"].isin(tasks)]
+
+    def tasks_of(self, variant: str) -> list[str]:
+        """Tasks on which a variant has enough seeds."""
+        counts = self.usable[self.usable["variant"] == variant].groupby("task")["seed"].nunique()
+        return sorted(counts[counts >= min(MIN_SEEDS, len(self.seeds))].index)
+
+    def score(self, variant: str, tasks: Sequence[str]) -> Mean | None:
+        """The mean over tasks and seeds; None if a task is missing."""
+        runs = self.of(variant, tasks)
+        if runs.empty or set(runs["task"]) != set(tasks):
+            return None
+        scores = scores_by_seed(runs)
+        return interval(scores.tolist()) if len(scores) else None
+
+    def difference(self, first: str, second: str, tasks: Sequence[str]) -> Difference | None:
+        """The first variant minus the second on tasks that both have."""
+        sides = [self.of(variant, tasks) for variant in (first, second)]
+        return compare(*sides) if all(set(side["task"]) == set(tasks) for side in sides) else None
+
+    def cost(self, variant: str, tasks: Sequence[str], column: str) -> float:
+        """Of training or storing a task: the most bytes, or the mean of seconds and of a ratio of times."""
+        values = self.of(variant, tasks).groupby("task")[column]
+        return float(values.max().max() if column.endswith("bytes") else values.median().mean(skipna=False))
+
+    @cached_property
+    def tasks(self) -> list[str]:
+        """All tasks with a result."""
+        return sorted(self.usable["task"].unique())
+
+    @cached_property
+    def at_majority(self) -> list[str]:
+        """Tasks on which no method clearly beats giving the most common label: what methods differ by is noise."""
+        beaten = []
+        for task in self.tasks:
+            level = self.usable.loc[self.usable["task"] == task, "majority"].max()
+            means = [self.score(variant, [task]) for variant in self.variants() if task in self.tasks_of(variant)]
+            beaten += [task] if any(m and m.mean - (m.half or 0) > level or pd.isna(level) for m in means) else []
+        return [task for task in self.tasks if task not in beaten]
+
+    def variants(self, method: str | None = None, whole: bool = False) -> list[str]:
+        """The variants of a method, those over a base model in full precision alone if `whole`."""
+        runs = self.usable if method is None else self.usable[self.usable["method"] == method]
+        runs = runs[runs["quantization"].isna()] if whole else runs
+        return list(runs["variant"].unique())
+
+    def best(self, method: str) -> str | None:
+        """The variant of a method that was run on the most tasks, of several the one with the highest mean there."""
+
+        def rank(variant: str) -> tuple[int, float]:
+            tasks = [task for task in self.tasks_of(variant) if task not in self.at_majority]
+            return len(self.tasks_of(variant)), self.usable.loc[
+                (self.usable["variant"] == variant) & self.usable["task"].isin(tasks), "score"
+            ].mean()
+
+        return max(self.variants(method, whole=True), key=rank, default=None)
+
+    @cached_property
+    def compared(self) -> list[str]:
+        """The best prompt, LoRA, full fine-tuning and zero-shot, those of them that have runs."""
+        return [best for method in METHODS if (best := self.best(method)) is not None]
+
+    @cached_property
+    def common(self) -> list[str]:
+        """Tasks that all compared variants have; those at the majority only if there is nothing else."""
+        shared = [task for task in self.tasks if all(task in self.tasks_of(variant) for variant in self.compared)]
+        return [task for task in shared if task not in self.at_majority] or shared
+
+    def outliers(self) -> pd.DataFrame:
+        """Seeds that ended far below the median of their variant, on tasks that are learnt at all."""
+        learnt = self.usable[~self.usable["task"].isin(self.at_majority) & (self.usable["method"] != "zero_shot")]
+        median = learnt.groupby(["variant", "task"])["score"].transform("median")
+        return learnt.assign(below=median - learnt["score"]).query("below > @OUTLIER")
+
+
+def summarise(runs: pd.DataFrame) -> Summary:
+    """The model, device and number of examples that most runs have.
+
+    Raises:
+        StoreError: No run has a result, or all are of a search for hyper-parameters.
+    """
+    trained = runs[(runs["status"] == "ok") & ~runs["is_search"] & runs["examples"].notna()]
+    if trained.empty:
+        raise StoreError("There is no run to compare: none has ended well outside of a search for hyper-parameters.")
+    model, device, examples = trained.groupby(["model", "device", "examples"]).size().idxmax()
+    is_here = (runs["model"] == model) & ~runs["is_search"] & runs["device"].isin([device, None])
+    here = runs[is_here & (runs["examples"].isna() | (runs["examples"] == examples))]
+    bare, seeds = here[here["method"] == "zero_shot"], here.loc[here["method"] != "zero_shot", "seed"].unique()
+    here = pd.concat([here.drop(bare.index), *(bare.assign(seed=seed) for seed in seeds)], ignore_index=True)
+    return Summary(here, model, device, int(examples), len(runs) - int(here["run_id"].nunique()))
