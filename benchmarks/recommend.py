@@ -1,127 +1,129 @@
-"""Which method to pick for what you have, by the rule and the runs of the report.
+"""Which method to take for what you have, from the same results as the report.
 
-python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
+    python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
+
+Left out is what was not measured, what does not fit, and what is clearly or probably behind the best mean. Of the
+rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable
+import logging
+import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .harness.store import StoreError
-from .report import default_results
 
 
 if TYPE_CHECKING:
-    from .reporting.advice import Advice, Candidate
-    from .reporting.evidence import Setting
+    from .report.summary import Summary
 
-PREFER = ("time", "memory", "storage", "score")
+SAME_COST = 1.1  # less is within what a machine differs from day to day
+COLUMNS = {"time": "seconds", "memory": "memory_bytes", "storage": "adapter_bytes"}
 
 
 def main(arguments: list[str]) -> None:
-    """Print the advice; the exit status is 1 if nothing fits anywhere."""
+    """Print the answer; the exit status is 1 if nothing fits."""
+    logging.disable(logging.WARNING)  # what libraries say at their import
     options = _options(arguments)
-    from .reporting.advice import RULE, Needs, advise
-    from .reporting.evidence import read_evidence
-    from .reporting.runs import EvidenceError
+    from .report.command import read
 
     try:
-        settings = read_evidence(options.results or default_results()).settings
-        settings = [setting for setting in settings if setting.has_results and not setting.is_search]
-        _check_tasks(options.task, settings)
-    except (StoreError, EvidenceError, ValueError) as error:
+        summary = read(options.results)
+        lines, fits = answer(summary, options)
+    except (StoreError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    needs = Needs(options.memory, options.storage, options.tasks, options.least_score, options.prefer)
-    columns = [_columns(setting, options.task) for setting in settings]
-    answers = [advise(setting, needs, tasks) for setting, tasks in zip(settings, columns, strict=True) if tasks]
-    for advice in answers:
-        show(advice)
-    print(f"The rule: {RULE}")
-    if not any(advice.pick for advice in answers):
+    try:
+        print("\n".join(lines if options.all else lines[:10]), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not fits:
         raise SystemExit(1)
 
 
-def show(advice: Advice) -> None:
-    """Print one setting's answer, and one line for each method."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The lines of the answer, the pick first, and whether anything fits.
 
-    console = Console()
-    columns = ("method", "score", "memory", f"storage, {_tasks(advice.needs.count)}", "training", "so")
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # a terminal has 80 columns
-    for column in table.columns:
-        column.overflow = "fold"
-    for candidate in advice.candidates:
-        is_pick = advice.pick is not None and candidate.variant == advice.pick.variant
-        so = "the pick" if is_pick else candidate.excluded
-        cells = candidate.variant.label, *_costs(advice, candidate), so
-        table.add_row(*cells, style="bold" if is_pick else "")
-    console.print(f"\n{advice.setting.title}; tasks: {', '.join(advice.tasks)}", soft_wrap=True, highlight=False)
-    console.print(_sentence(advice), soft_wrap=True, highlight=False, style="bold", markup=False)
-    console.print(table)
+    Raises:
+        ValueError: A task that no run has.
+    """
+    from .report.tables import difference_text, names, on_what, percent, seconds, size
 
-
-def _costs(advice: Advice, candidate: Candidate) -> list[str]:
-    """Score, memory, storage and time."""
-    from .reporting.contrasts import score_text
-    from .reporting.measures import MISSING, seconds, size
-
-    if candidate.score is None:
-        return [MISSING] * 4
-    time = MISSING if candidate.time_s is None else seconds(candidate.time_s)
-    return [
-        score_text(advice.setting, candidate.variant, candidate.score),
-        size(candidate.memory_bytes),
-        size(candidate.storage_bytes(advice.needs.count)),
-        "none" if candidate.variant.method == "zero_shot" else time,
-    ]
-
-
-def _sentence(advice: Advice) -> str:
-    """The pick and what it costs."""
-    from .reporting.contrasts import score_text
-    from .reporting.measures import in_points, seconds, size
-    from .reporting.statistics import MIN_SEEDS
-
-    pick = advice.pick
-    if pick is None:
-        return "Nothing fits: the table says what each method misses."
-    time = "no training" if pick.variant.method == "zero_shot" else "training time not measured"
-    costs = [
-        f"score {score_text(advice.setting, pick.variant, pick.score)}",
-        f"{size(pick.memory_bytes)} of memory",
-        f"{size(pick.storage_bytes(advice.needs.count))} of storage for {_tasks(advice.needs.count)}",
-        f"{seconds(pick.time_s)} of training a task" if pick.time_s else time,
-    ]
-    behind = pick.comparison and in_points(pick.comparison.difference)
-    costs.append(f"{behind} against the best mean" if behind else "the best mean")
-    thin = f" The evidence is too thin, fewer than {MIN_SEEDS} seeds: a hint, no advice." if advice.is_thin else ""
-    instead = f" The {advice.instead}." if advice.instead else ""
-    return f"Pick {pick.variant.label}: {', '.join(costs)}.{instead}{thin}"
-
-
-def _tasks(count: int) -> str:
-    return f"{count} task{'' if count == 1 else 's'}"
-
-
-def _columns(setting: Setting, names: list[str] | None) -> list[str]:
-    """A column may say more than the task's name, where it was scored in several ways."""
-    return [task for task in setting.tasks if task.split(", ")[0] in names] if names else list(setting.common)
-
-
-def _check_tasks(names: Iterable[str] | None, settings: list[Setting]) -> None:
-    known = {task.split(", ")[0] for setting in settings for task in setting.tasks}
-    if not known:
-        raise ValueError("There are no runs to compare, only those of a search for hyper-parameters.")
-    if not set(names or ()) <= known:
+    tasks = sorted(set(options.task or summary.common))
+    if not set(tasks) <= set(summary.tasks):
         from peft_prompt_ext._choices import check_choice  # takes its time, for a good message
 
-        for name in names or ():
-            check_choice("--task", name, sorted(known))
+        for task in tasks:
+            check_choice("--task", task, summary.tasks)
+    scores = {variant: summary.score(variant, tasks) for variant in summary.variants()}
+    reasons = {variant: _obstacle(summary, variant, scores[variant], tasks, options) for variant in scores}
+    left = [variant for variant, reason in reasons.items() if not reason]
+    best = max(left, key=lambda variant: scores[variant].mean, default=None)  # type: ignore[union-attr]
+    for variant in left if best else []:
+        difference = summary.difference(variant, best, tasks)
+        if variant != best and (difference is None or difference.verdict != "tied"):
+            reasons[variant] = f"{difference_text(difference)}, against {best}"
+    tied = [variant for variant in left if not reasons[variant]]
+    pick, dearer = _cheapest(summary, tied, tasks, options.prefer) if tied else (None, {})
+    where = f"Speaks of {on_what(summary, tasks)}"
+    if pick is None:
+        return ["Nothing fits.", where, *(f"{variant}: {reason}." for variant, reason in reasons.items())], False
+
+    def costs(variant: str) -> str:
+        memory, stored = (summary.cost(variant, tasks, COLUMNS[name]) for name in ("memory", "storage"))
+        time = seconds(summary.cost(variant, tasks, "seconds"))
+        total = size(_storage(summary, variant, tasks, options.tasks))
+        return f"{percent(scores[variant])}, {size(memory)} of memory, {size(stored)} a task ({total} in all), training {time}"
+
+    first = "the best mean" if pick == best else f"tied with {best}, the best mean"
+    lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
+    if summary.at_majority and set(tasks) & set(summary.at_majority):
+        lines.append(f"On {names(summary.at_majority)} no method clearly beats the majority class.")
+    lines += [f"{variant}: tied; not picked because {dearer[variant]}: {costs(variant)}." for variant in dearer]
+    return [*lines, *(f"{variant}: {reason}." for variant, reason in reasons.items() if reason)], True
+
+
+def _obstacle(summary: Summary, variant: str, score: Any, tasks: list[str], options: argparse.Namespace) -> str:
+    """Which need a variant does not meet."""
+    from .report.statistics import MIN_SEEDS
+    from .report.tables import percent, size
+
+    if score is None:
+        return "not run on all tasks"
+    if score.count < min(MIN_SEEDS, len(summary.seeds)):
+        return f"only {score.count} seeds"
+    memory, storage = summary.cost(variant, tasks, "memory_bytes"), _storage(summary, variant, tasks, options.tasks)
+    if options.memory is not None and memory > options.memory:
+        return f"needs {size(memory)} of memory"
+    if options.storage is not None and storage > options.storage:
+        return f"needs {size(storage)} of storage"
+    if options.least_score is not None and score.mean < options.least_score:
+        return f"scores {percent(score)}"
+    return ""
+
+
+def _storage(summary: Summary, variant: str, tasks: list[str], count: int) -> float:
+    """For `count` tasks; full fine-tuning keeps a whole model for each, the others one for all."""
+    once = 0.0 if summary.method(variant) == "full" else summary.cost(variant, tasks, "weights_bytes")
+    return once + count * summary.cost(variant, tasks, "adapter_bytes")
+
+
+def _cheapest(summary: Summary, variants: list[str], tasks: list[str], prefer: str) -> tuple[str, dict[str, str]]:
+    """By the costs that are known of all, then the most tasks, then the highest mean; and why not each other one."""
+    dearer: dict[str, str] = {}
+    for name in [] if prefer == "score" else [prefer, *(name for name in COLUMNS if name != prefer)]:
+        costs = {variant: summary.cost(variant, tasks, COLUMNS[name]) for variant in variants}
+        if all(cost == cost for cost in costs.values()):  # none is NaN
+            least = SAME_COST * min(costs.values())
+            dearer |= {variant: f"it takes more {name}" for variant in variants if costs[variant] > least}
+            variants = [variant for variant in variants if variant not in dearer]
+    counts = prefer != "score"
+    pick = max(variants, key=lambda v: (counts * len(summary.tasks_of(v)), summary.score(v, tasks).mean))  # type: ignore[union-attr]
+    why = "it was run on fewer tasks, or has no higher mean"
+    return pick, dearer | {variant: why for variant in variants if variant != pick}
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -132,9 +134,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: matters to --storage")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
     parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
-    parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's mean")
-    parser.add_argument("--prefer", choices=PREFER, default="time", help="what decides among those that are as good")
+    parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's means")
+    parser.add_argument("--prefer", choices=[*COLUMNS, "score"], default="time", help="what decides a tie")
     parser.add_argument("--results", nargs="+", type=Path, help="stores; by default those in benchmarks/results")
+    parser.add_argument("--all", action="store_true", help="a line for every method")
     return parser.parse_args(arguments)
 
 
@@ -148,19 +151,16 @@ def _size(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    return int(_number(text, "a number of tasks, 1 or more", lambda value: value >= 1 and value == int(value)))
+    if not (text.isdecimal() and int(text)):
+        raise argparse.ArgumentTypeError(f"wanted a number of tasks, 1 or more; got {text!r}")
+    return int(text)
 
 
 def _score(text: str) -> float:
-    return _number(text, "a score from 0 to 1, such as 0.8", lambda value: 0 <= value <= 1)
-
-
-def _number(text: str, wanted: str, allowed: Any) -> float:
     try:
         value = float(text)
-        good = allowed(value)
-    except (ValueError, OverflowError):
-        good = False
-    if not good:
-        raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 1:
+        raise argparse.ArgumentTypeError(f"wanted a score from 0 to 1, such as 0.8; got {text!r}")
     return value

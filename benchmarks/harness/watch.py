@@ -22,8 +22,7 @@ class Watch(TrainerCallback):
     Args:
         job: The run.
         score_before: Its main metric before training; None: not scored.
-        source: Of the training before, of the prompt that a TRANSFER starts from: what other programs took is counted over
-            both.
+        source: Of the training of a TRANSFER's source: what other programs took is counted over both.
     """
 
     def __init__(self, job: Job, score_before: float | None, source: Watch | None = None) -> None:

@@ -22,37 +22,36 @@ from .summary import Summary, summarise
 def main(arguments: list[str]) -> None:
     """Write the page; without a usable run nothing is written."""
     options = _options(arguments)
-    is_own = not options.results
     try:
         summary = read(options.results, options.step_times)
     except StoreError as error:
         raise SystemExit(f"error: {error}") from None
-    folder = RESULTS.parent if is_own else options.output
-    files = pages(summary, folder, is_own)
-    files[options.output / "RESULTS.html"] = ""
-    if is_own:
-        files |= old_readmes(summary)
+    folder = options.output if options.results else RESULTS.parent
+    files = pages(summary, folder, is_own=not options.results)
+    files |= {} if options.results else old_readmes(summary)
     for path, text in files.items():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.suffix == ".html":
-            style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-            text = html(files[folder / "RESULTS.md"], folder, style)
-        path.write_text(text, encoding="utf-8")
-        print(path)
+        _write(path, text)
+    _write(options.output / "RESULTS.html", html(files[folder / "RESULTS.md"], folder))
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    print(path)
 
 
 def read(results: list[Path] | None = None, step_times: list[Path] | None = None) -> Summary:
     """What the stores hold, the project's own ones by default."""
     own = sorted(RESULTS.glob("step_times*.jsonl"))
-    return summarise(load_runs(results or stores(), own if step_times is None else step_times))
+    return summarise(load_runs(results or stores(), step_times or own))
 
 
 def pages(summary: Summary, folder: Path, is_own: bool) -> dict[Path, str]:
-    """RESULTS.md and its pictures."""
+    """RESULTS.md and its pictures, for a folder."""
     from . import plots
 
     pictures = {folder / "results" / f"{name}.svg": getattr(plots, name)(summary) for name in ("scores", "curves")}
-    return pictures | {folder / "RESULTS.md": markdown(summary, "results", is_own)}
+    return pictures | {folder / "RESULTS.md": markdown(summary, is_own)}
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:

@@ -3,110 +3,91 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 from . import tables
 from .load import NAMES
-from .statistics import Difference
 from .summary import Summary
 
 
 ROOT = Path(__file__).parents[2]
-README_FILES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_prompt_ext/shared_prefix/README.md")
-README_TABLES: dict[str, Callable[[Summary], str]] = {
-    "headline": tables.headline,
-    "tasks": tables.tasks,
-    "bits": tables.bits,
-    "engine_cpu": lambda summary: tables.engine_cpu(),
-    "engine_gpu": lambda summary: tables.engine_gpu(),
-    "mixed": lambda summary: tables.mixed(),
-}
+READMES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_prompt_ext/shared_prefix/README.md")
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+WORDS = (
+    "Clearly: the interval over the seeds excludes 0, and so does a permutation test over the scored rows (p < 0.05). "
+    "Probably: one of the two. Tied: neither. Nothing is corrected for the number of comparisons. Every run, with its "
+    "settings, versions and machine, is a line in `benchmarks/results`."
+)
 
 
 def filled(text: str, summary: Summary) -> str:
-    """A README with its tables as the results have them now.
+    """A README with the tables that the results give now.
 
     Raises:
         ValueError: A marker names a table that does not exist.
     """
 
     def fill(found: re.Match[str]) -> str:
-        if found[2] not in README_TABLES:
-            raise ValueError(f"There is no table of results {found[2]!r}; there are {', '.join(README_TABLES)}.")
-        return f"{found[1]}{README_TABLES[found[2]](summary)}\n{found[3]}"
+        if found[2] not in tables.FOR_READMES:
+            raise ValueError(f"There is no table of results {found[2]!r}; there are {', '.join(tables.FOR_READMES)}.")
+        return f"{found[1]}{tables.FOR_READMES[found[2]](summary)}\n{found[3]}"
 
     return _MARKED.sub(fill, text)
 
 
 def old_readmes(summary: Summary) -> dict[Path, str]:
     """The READMEs whose tables are old, each with its new text."""
-    found = {}
-    for name in README_FILES:
-        path = ROOT / name
-        text = path.read_text(encoding="utf-8") if path.is_file() else ""
-        if (new := filled(text, summary)) != text:
-            found[path] = new
-    return found
+    texts = {path: path.read_text(encoding="utf-8") for name in READMES if (path := ROOT / name).is_file()}
+    return {path: new for path, text in texts.items() if (new := filled(text, summary)) != text}
 
 
-def markdown(summary: Summary, pictures: str, engine: bool) -> str:
-    """The page as Markdown.
-
-    Args:
-        summary: What it speaks of.
-        pictures: The folder of the pictures, as it is to stand in the text.
-        engine: Whether to add the project's own measurements of the engine.
-    """
-    prompt, lora = summary.best("prompt_tuning"), summary.best("lora")
-    inits = [variant for variant in summary.variants("prompt_tuning", whole=True) if summary.score(variant, summary.common)]
+def markdown(summary: Summary, is_own: bool) -> str:
+    """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
+    prompt = summary.best("prompt_tuning")
+    inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
+    curves = "![Score over seconds of training](results/curves.svg)"
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),
-        f"![Score by task and method with 95 % intervals]({pictures}/scores.svg)",
+        "![Score by task and method with 95 % intervals](results/scores.svg)",
         tables.overview(summary),
-        f"{tables.on_what(summary)} ± and brackets: 95 % intervals over the seeds. Training is the time of the steps, "
-        "measured interleaved: compare times within this table only. Prompt tuning is the init that was run on the "
-        f"most tasks: {prompt}.",
+        f"{tables.on_what(summary)} A score is the task's main metric; ± and brackets are 95 % intervals over the "
+        "seeds. Training is the time of the steps, measured interleaved: compare times within this table only. "
+        + (f"The prompt is the one that was run on the most tasks: {prompt}." if prompt else ""),
         *_when(summary),
-        "## What was not measured",
-        *_not_measured(summary),
+        _not_measured(summary),
         _fold("Task by task", tables.tasks(summary)),
-        _fold("Inits of the prompt", tables.variants_table(summary, inits, prompt), _outliers(summary)),
+        _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
         _fold("The base model in 4 bits", tables.bits(summary)),
-        _fold("Score over seconds of training", f"![Score over seconds]({pictures}/curves.svg)"),
-        *(_engine() if engine else []),
-        _fold("Runs by method", tables.runs_table(summary), _words(summary)),
+        _fold("Score over seconds of training", curves),
+        _engine(summary) if is_own else "",
+        _fold("Runs by method", tables.runs_by_task(summary), WORDS),
     ]
-    del lora
-    return "\n\n".join(parts) + "\n"
+    return "\n\n".join(filter(None, parts)) + "\n"
 
 
 def _fold(title: str, *parts: str) -> str:
-    return "\n\n".join(["<details>", f"<summary>{title}</summary>", *filter(None, parts), "</details>"]).replace(
-        "<details>\n\n<summary>", "<details>\n<summary>"
-    )
+    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *filter(None, parts), "</details>"])
 
 
 def headline(summary: Summary) -> str:
     """What was found, and on what."""
+    prompt, lora, common = summary.best("prompt_tuning"), summary.best("lora"), summary.common
     sentences = []
-    prompt, lora = summary.best("prompt_tuning"), summary.best("lora")
-    means = [f"{NAMES[method]} {tables.percent(summary.score(v, summary.common))}" for v, method in _compared(summary)]
-    where = _group(summary, summary.common)
-    difference = prompt and lora and summary.difference(prompt, lora, summary.common)
-    if not difference:
-        sentences.append(f"On {where}: {', '.join(means)}.")
-    elif difference.verdict == "tied":
-        sentences.append(f"**On {where} prompt tuning and LoRA are tied, so costs decide: {_costs(summary)}.**")
-    else:
-        sentences.append(f"**On {where} prompt tuning is {_ahead(difference)} LoRA.**")
-    for task in [task for task in summary.tasks if task not in {*summary.common, *summary.at_majority}]:
-        other = prompt and lora and summary.difference(prompt, lora, [task])
-        if other:
-            word = "tied with" if other.verdict == "tied" else _ahead(other)
-            sentences.append(f"On {task} prompt tuning is {word} LoRA.")
+    where = tables.names(sorted(summary.usable.loc[summary.usable["task"].isin(common), "group"].unique()))
+    for place, tasks in [(where, common), *((task, [task]) for task in summary.others)]:
+        difference = prompt and lora and summary.difference(prompt, lora, tasks)
+        if not difference:
+            means = [f"{NAMES[summary.method(v)]} {tables.percent(summary.score(v, tasks))}" for v in summary.compared]
+            sentences.append(f"On {place}: {', '.join(means)}.")
+        elif difference.verdict == "tied":
+            sentences.append(f"On {place} prompt tuning and LoRA are tied, so costs decide: {_costs(summary, tasks)}.")
+        else:
+            ahead, behind = ("prompt tuning", "LoRA") if difference.mean.mean > 0 else ("LoRA", "prompt tuning")
+            how = difference.verdict if difference.is_found else "in the mean"
+            points = f"{100 * abs(difference.mean.mean):.1f} points"
+            sentences.append(f"On {place} {ahead} is {how} ahead of {behind}, by {points}.")
+    sentences[0] = f"**{sentences[0]}**"
     if summary.at_majority:
         sentences.append(f"On {tables.names(summary.at_majority)} no method clearly beats the majority class.")
     rows = summary.usable.drop_duplicates(["task", "eval_samples"])["eval_samples"].sum()
@@ -116,34 +97,12 @@ def headline(summary: Summary) -> str:
     )
 
 
-def _compared(summary: Summary) -> list[tuple[str, str]]:
-    return [(variant, summary.of(variant, summary.tasks)["method"].iloc[0]) for variant in summary.compared]
-
-
-def _group(summary: Summary, tasks: list[str]) -> str:
-    groups = summary.usable.loc[summary.usable["task"].isin(tasks), "group"].unique().tolist()
-    return tables.names(sorted(groups))
-
-
-def _ahead(difference: Difference) -> str:
-    points = 100 * difference.mean.mean
-    side = "ahead of" if points > 0 else "behind"
-    if difference.is_found:
-        return f"{difference.verdict} {side} ({points:+.1f} points)"
-    return f"{points:+.1f} points {side} (not decided: {difference.verdict})"
-
-
-def _costs(summary: Summary) -> str:
+def _costs(summary: Summary, tasks: list[str]) -> str:
     """What prompt tuning and LoRA cost, in words."""
-    pair, tasks = [summary.best("prompt_tuning"), summary.best("lora")], summary.common
-    stored, memory, time = (
-        [summary.cost(variant, tasks, column) for variant in pair if variant is not None]
-        for column in ("adapter_bytes", "memory_bytes", "seconds")
-    )
-    return (
-        f"{tables.size(stored[0])} a task against {tables.size(stored[1])}, {tables.size(memory[0])} of memory against "
-        f"{tables.size(memory[1])}, {tables.seconds(time[0])} of training against {tables.seconds(time[1])}"
-    )
+    pair, texts = [variant for variant in map(summary.best, ("prompt_tuning", "lora")) if variant], []
+    for column, form, what in tables.COSTS[:3]:
+        texts.append(f"{' against '.join(form(summary.cost(variant, tasks, column)) for variant in pair)} {what}")
+    return ", ".join(texts)
 
 
 def _when(summary: Summary) -> list[str]:
@@ -151,88 +110,65 @@ def _when(summary: Summary) -> list[str]:
     prompt, lora, common = summary.best("prompt_tuning"), summary.best("lora"), summary.common
     if prompt is None or lora is None:
         return []
-    stored = [tables.size(summary.cost(variant, common, "adapter_bytes")) for variant in (prompt, lora)]
-    take = [f"many tasks share one model: a task is {stored[0]}, not {stored[1]}"]
-    leave = [f"there is one task and room for {stored[1]}: LoRA is not worse, and any server takes it"]
-    for task in summary.tasks:
-        difference = summary.difference(prompt, lora, [task])
-        if difference is not None and difference.is_found and task not in summary.at_majority:
-            side = take if difference.mean.mean > 0 else leave
-            points = f"{100 * abs(difference.mean.mean):.1f} points"
-            side.append(f"the task is like {task}: {'prompt tuning' if side is take else 'LoRA'} is ahead by {points}")
-    memory = [summary.cost(variant, common, "memory_bytes") for variant in (prompt, lora)]
+    columns = ("adapter_bytes", "memory_bytes")
+    stored, memory = ([summary.cost(v, common, column) for v in (prompt, lora)] for column in columns)
+    take = [f"many tasks share one model: a task takes {tables.size(stored[0])}, with LoRA {tables.size(stored[1])}"]
+    leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
     if memory[0] < memory[1]:
-        take.append(f"memory is short: {tables.size(memory[0])} with the model, LoRA {tables.size(memory[1])}")
-    parts = []
-    for title, reasons in (("Take prompt tuning when", take), ("Do not take it when", leave)):
-        parts += [f"**{title}**", "\n".join(f"- {reason}." for reason in reasons)]
-    return parts
+        take.append(f"memory is short: {tables.size(memory[0])} with the model, with LoRA {tables.size(memory[1])}")
+    for task in summary.others:
+        difference = summary.difference(prompt, lora, [task])
+        if difference is not None and difference.is_found:
+            is_ahead = difference.mean.mean > 0
+            points = f"by {100 * abs(difference.mean.mean):.1f} points"
+            text = f"the task is like {task}: {'prompt tuning' if is_ahead else 'LoRA'} is ahead {points}"
+            (take if is_ahead else leave).append(text)
+    lists = {"Take prompt tuning when": take, "Do not take it when": leave}
+    return [f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons) for title, reasons in lists.items()]
 
 
-def _not_measured(summary: Summary) -> list[str]:
-    missing = []
+def _not_measured(summary: Summary) -> str:
+    lines, missing = ["## What was not measured", ""], []
     for variant in summary.compared:
-        tasks = [task for task in summary.tasks if task not in summary.tasks_of(variant)]
-        missing += [f"- {variant} on {tables.names(tasks)}."] if tasks else []
-    other = "- Other models, devices and numbers of examples" + (
-        f" ({summary.elsewhere} runs of a search for learning rates or of other settings are in the store)."
-        if summary.elsewhere
-        else "."
+        left = [task for task in summary.tasks if task not in summary.tasks_of(variant)]
+        missing += [f"{variant} on {tables.names(left)}"] if left else []
+    lines += [f"- {'; '.join(missing)}."] if missing else []
+    elsewhere = f"; the store has {summary.elsewhere} runs of other settings or of a search for learning rates"
+    lines.append(f"- Other models, devices and numbers of examples{elsewhere if summary.elsewhere else ''}.")
+    return "\n".join([*lines, "- Prompts on encoders: `recipes/README.md` has single runs."])
+
+
+def _diverged(summary: Summary) -> str:
+    """Seeds that ended below their untrained score, by name."""
+    return " ".join(
+        f"Seed {row.seed} of {row.variant} diverged on {row.task}: {100 * row.score_before:.1f} % untrained, "
+        f"{100 * row.score:.1f} % trained; the median seed has {100 * row.median:.1f} %."
+        for row in summary.diverged.itertuples()
     )
-    return ["\n".join([*missing, other, "- Encoders: see `recipes/README.md` for single runs."])]
 
 
-def _outliers(summary: Summary) -> str:
-    """Seeds that ended far below the others, by name."""
-    lines = [
-        f"Seed {row.seed} of {row.variant} on {row.task} ended {100 * row.below:.1f} points below its median seed "
-        f"({100 * row.score:.1f} %, untrained {100 * row.score_before:.1f} %)."
-        for row in summary.outliers().itertuples()
-    ]
-    return " ".join(lines)
-
-
-def _engine() -> list[str]:
+def _engine(summary: Summary) -> str:
     """The project's own measurements of the engine."""
-    return [
-        _fold(
-            "A training step",
-            "SmolLM2-135M in fp32, 16 reviews, two AVX2 cores; the floor is the frozen model over the real tokens:",
-            tables.engine_cpu(),
-            "One NVIDIA H200, Llamas with random weights, 16 rows (long: 256 to 512 tokens), 100 virtual tokens:",
-            tables.engine_gpu(),
-        ),
-        _fold("Mixed-task batches", "One batch of many tasks beside a batch a task, forward only:", tables.mixed()),
-    ]
+    cpu = "SmolLM2-135M in fp32, 16 reviews, two AVX2 cores; the floor is the frozen model over the real tokens:"
+    gpu = "One NVIDIA H200, Llamas with random weights, 16 rows (long: 256 to 512 tokens), 100 virtual tokens:"
+    mixed = "One batch of many tasks beside a batch for each task, forward only:"
+    parts = [cpu, tables.engine_cpu(summary), gpu, tables.engine_gpu(summary), mixed, tables.mixed(summary)]
+    return _fold("The engine: training steps and mixed-task batches", *parts)
 
 
-def _words(summary: Summary) -> str:
-    return (
-        "Clearly: the interval over the seeds excludes 0, and so does a permutation test over the scored rows "
-        "(p < 0.05). Probably: one of the two. Tied: neither. Nothing is corrected for the number of comparisons. "
-        f"All {summary.runs['run_id'].nunique()} runs, with settings, versions and machine, are the lines of "
-        "`benchmarks/results`."
-    )
-
-
-def html(text: str, folder: Path, style: str) -> str:
-    """One file: the Markdown as HTML with its pictures in it.
-
-    Args:
-        text: The page.
-        folder: Where its pictures' paths begin.
-        style: CSS.
-    """
+def html(text: str, folder: Path) -> str:
+    """One file: the Markdown as HTML with its pictures, whose paths begin at a folder, in it."""
     from markdown_it import MarkdownIt
 
+    def inline(found: re.Match[str]) -> str:
+        svg = (folder / found[1]).read_text(encoding="utf-8")
+        return "<figure>" + svg.replace("<svg ", f'<svg role="img" aria-label="{found[2]}" ', 1) + "</figure>"
+
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
-    body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" /></p>', lambda found: _inline(folder / found[1], found[2]), body)
+    body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" /></p>', inline, body)
     body = re.sub(r"(<table>.*?</table>)", r'<div class="scroll" tabindex="0">\1</div>', body, flags=re.DOTALL)
     title = re.sub(r"<.*?>", "", body.split("</h1>")[0])
-    head = f'<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1"><title>{title}</title>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}<style>\n{style}</style></head>\n<body><main>\n{body}</main></body></html>\n'
-
-
-def _inline(path: Path, label: str) -> str:
-    svg = path.read_text(encoding="utf-8").replace("<svg ", f'<svg role="img" aria-label="{label}" ', 1)
-    return f"<figure>{svg}</figure>"
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"<head>{meta}<title>{title}</title><style>\n{style}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body><main>\n{body}</main></body></html>\n'

@@ -1,6 +1,6 @@
 """Pictures as SVG files that follow the reader's dark or light theme and are legible on a telephone.
 
-Colours are Okabe and Ito's, and each method has a marker of its own. What matplotlib draws in `TEXT` and `GRID` becomes
+Each method has a marker of its own. What matplotlib draws in `TEXT` and `GRID` becomes
 a variable of the picture.
 """
 
@@ -21,7 +21,8 @@ from .summary import Summary
 
 
 TEXT, GRID = "#010203", "#040506"  # stand for the theme's
-STYLES = {"prompt_tuning": ("#0072B2", "o"), "lora": ("#D55E00", "D"), "full": ("#009E73", "s"), "zero_shot": (TEXT, "x")}
+STYLES = {"prompt_tuning": ("#1f86cc", "o"), "lora": ("#D55E00", "D"), "full": ("#009E73", "s")}
+STYLES["zero_shot"] = (TEXT, "x")
 WIDTH = 5.2  # inches at 72 units: about as wide as a telephone, so that 10 units stay legible there
 THEME = "svg{--ink:#1b1b1b;--line:#d5d5d5}@media(prefers-color-scheme:dark){svg{--ink:#e8e6e3;--line:#4a4f57}}"
 RC = {
@@ -39,19 +40,19 @@ RC = {
 
 @matplotlib.rc_context(RC)
 def scores(summary: Summary) -> str:
-    """Scores with intervals by task and method; tasks on which no method clearly beats the majority class are shaded."""
+    """Scores with intervals; tasks on which no method clearly beats the majority class are shaded."""
     tasks = sorted(summary.tasks, key=lambda task: (task in summary.at_majority, task not in summary.common, task))
     figure = Figure(figsize=(WIDTH, 0.9 + 0.5 * len(tasks)), layout="constrained")
     axes = figure.add_subplot()
     for number, variant in enumerate(summary.compared):
-        method = summary.of(variant, tasks)["method"].iloc[0]
+        method = summary.method(variant)
         color, marker = STYLES[method]
-        found = {place: mean for place, task in enumerate(tasks) if (mean := summary.score(variant, [task])) is not None}
+        means = {place: summary.score(variant, [task]) for place, task in enumerate(tasks)}
+        found = {place: mean for place, mean in means.items() if mean is not None}
         places = [place + 0.17 * (number - 1.5) for place in found]
-        means = [100 * mean.mean for mean in found.values()]
-        halves = [100 * (mean.half or 0.0) for mean in found.values()]
-        label = NAMES[method]
-        axes.errorbar(means, places, xerr=halves, fmt=marker, color=color, label=label, markersize=5, elinewidth=1.2)
+        points = [(100 * mean.mean, 100 * (mean.half or 0.0)) for mean in found.values()]
+        style = {"fmt": marker, "color": color, "label": NAMES[method], "markersize": 5, "elinewidth": 1.2}
+        axes.errorbar([x for x, _ in points], places, xerr=[half for _, half in points], **style)
     for place, task in enumerate(tasks):
         level = summary.usable.loc[summary.usable["task"] == task, "majority"].max()
         if pd.notna(level):
@@ -78,12 +79,13 @@ def curves(summary: Summary) -> str:
             if runs["method"].iloc[0] == "zero_shot":
                 axes.axhline(100 * runs["score"].mean(), color=TEXT, linestyle=":", linewidth=1.2, label="zero-shot")
             elif line is not None:
-                axes.plot(line.index, 100 * line, color=color, marker=marker, markersize=4, label=variant.split(",")[0])
+                label = variant.split(",")[0]
+                axes.plot(line.index, 100 * line, color=color, marker=marker, markersize=4, label=label)
         axes.set(title=task, xlabel="seconds of training")
         axes.grid(linewidth=0.6)
     panels[0].set_ylabel("score, %")
-    handles = {label: handle for axes in panels for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)}
-    figure.legend(handles.values(), handles, loc="outside upper center", ncols=4, fontsize=9, columnspacing=0.9)
+    handles, labels = panels[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=4, fontsize=9, columnspacing=0.9)
     return _svg(figure, "curves")
 
 

@@ -72,7 +72,7 @@ def scores_by_seed(runs: pd.DataFrame) -> pd.Series:
 def compare(first: pd.DataFrame, second: pd.DataFrame) -> Difference | None:
     """Two variants on the same tasks; None if they have no seed in common.
 
-    "clearly": the interval over the seeds and the test over the scored rows agree; "probably": one of the two finds it.
+    "clearly": the interval over the seeds and the test over the scored rows agree; "probably": one finds it.
     """
     seeds = scores_by_seed(first).index.intersection(scores_by_seed(second).index)
     if seeds.empty:

@@ -13,7 +13,7 @@ from .statistics import MIN_SEEDS, Difference, Mean, compare, interval, scores_b
 
 
 METHODS = ("prompt_tuning", "lora", "full", "zero_shot")
-OUTLIER = 0.05  # a seed this far below the median of its variant is named
+DIVERGED = 0.02  # a run that ends further below its untrained score is named
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,8 @@ class Summary:
         for task in self.tasks:
             level = self.usable.loc[self.usable["task"] == task, "majority"].max()
             means = [self.score(variant, [task]) for variant in self.variants() if task in self.tasks_of(variant)]
-            beaten += [task] if any(m and m.mean - (m.half or 0) > level or pd.isna(level) for m in means) else []
+            lowest = [mean.mean - (mean.half or 0.0) for mean in means if mean is not None]
+            beaten += [task] if pd.isna(level) or max(lowest, default=0.0) > level else []
         return [task for task in self.tasks if task not in beaten]
 
     def variants(self, method: str | None = None, whole: bool = False) -> list[str]:
@@ -111,11 +112,21 @@ class Summary:
         shared = [task for task in self.tasks if all(task in self.tasks_of(variant) for variant in self.compared)]
         return [task for task in shared if task not in self.at_majority] or shared
 
-    def outliers(self) -> pd.DataFrame:
-        """Seeds that ended far below the median of their variant, on tasks that are learnt at all."""
-        learnt = self.usable[~self.usable["task"].isin(self.at_majority) & (self.usable["method"] != "zero_shot")]
+    @cached_property
+    def others(self) -> list[str]:
+        """Tasks that are not in the means, though a method learns them."""
+        return [task for task in self.tasks if task not in {*self.common, *self.at_majority}]
+
+    def method(self, variant: str) -> str:
+        """Of a variant."""
+        return str(self.usable.loc[self.usable["variant"] == variant, "method"].iloc[0])
+
+    @cached_property
+    def diverged(self) -> pd.DataFrame:
+        """Runs that ended below their untrained score, on tasks that are learnt at all."""
+        learnt = self.usable[~self.usable["task"].isin(self.at_majority)]
         median = learnt.groupby(["variant", "task"])["score"].transform("median")
-        return learnt.assign(below=median - learnt["score"]).query("below > @OUTLIER")
+        return learnt.assign(median=median).query("score < score_before - @DIVERGED")
 
 
 def summarise(runs: pd.DataFrame) -> Summary:

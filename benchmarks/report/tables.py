@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
@@ -49,8 +49,9 @@ def difference_text(difference: Difference | None) -> str:
     if difference is None:
         return "not run"
     mean, half = 100 * difference.mean.mean, 100 * (difference.mean.half or 0.0)
-    words = {"tied": "tied"} | {sure: f"{sure} {'ahead' if mean > 0 else 'behind'}" for sure in ("clearly", "probably")}
-    verdict = words.get(difference.verdict, f"not decided: {difference.verdict}")
+    verdict = difference.verdict if difference.verdict == "tied" else f"not decided: {difference.verdict}"
+    if difference.is_found:
+        verdict = f"{difference.verdict} {'ahead' if mean > 0 else 'behind'}"
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}), {verdict}"
 
 
@@ -73,56 +74,50 @@ def names(items: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
-def on_what(summary: Summary) -> str:
-    """The model, the tasks of the means, their rows, the seeds and the device."""
-    rows = summary.usable.groupby("task")["eval_samples"].max()
-    tasks = names([f"{task} ({rows[task]:.0f} rows)" for task in summary.common])
-    machines = names(sorted({machine.split(" (")[0] for machine in summary.of(summary.compared[0], summary.common)["machine"]}))
-    shared = " share text and count as one task" if _share_text(summary) else ""
+COSTS: list[tuple[str, Callable[[float], str], str]] = [
+    ("adapter_bytes", size, "stored for a task"),
+    ("memory_bytes", size, "memory with the model"),
+    ("seconds", seconds, "training"),
+    ("latency", "{:.1f} x".format, "scoring, against the bare model"),
+]
+
+
+def on_what(summary: Summary, tasks: Sequence[str] = ()) -> str:
+    """The model, the tasks (by default those of the means), their rows, the seeds and the device."""
+    tasks = tasks or summary.common
+    runs = summary.usable[summary.usable["task"].isin(tasks)]
+    rows = runs.groupby("task")["eval_samples"].max()
+    which = names([f"{task} ({rows[task]:.0f} rows)" for task in tasks])
+    machines = names(sorted({machine.split(" (")[0] for machine in runs["machine"]}))
+    shared = " share text and count as one task" if runs.groupby("group")["task"].nunique().max() > 1 else ""
     return (
         f"{summary.model} on a {summary.device.upper()} ({machines}), {summary.examples} training examples, "
-        f"seeds {', '.join(map(str, summary.seeds))}; {tasks}{shared}."
+        f"seeds {', '.join(map(str, summary.seeds))}; {which}{shared}."
     )
-
-
-def _share_text(summary: Summary) -> bool:
-    groups = summary.usable[summary.usable["task"].isin(summary.common)].groupby("group")["task"].nunique()
-    return groups.max() > 1
 
 
 def overview(summary: Summary) -> str:
     """The page's first table: a column for each compared method."""
-    columns, common, lora = summary.compared, summary.common, summary.best("lora")
+    columns, lora, rows = summary.compared, summary.best("lora"), []
     groups = summary.usable.groupby("group")["task"].unique().map(sorted)
-    learnt = {group: tasks for group, tasks in groups.items() if not set(tasks) <= set(summary.at_majority)}
-    rows = []
-    for group, tasks in sorted(learnt.items(), key=lambda item: not set(item[1]) <= set(common)):
+    learnt = [(group, tasks) for group, tasks in groups.items() if not set(tasks) <= set(summary.at_majority)]
+    for group, tasks in sorted(learnt, key=lambda item: not set(item[1]) <= set(summary.common)):
         rows.append([f"score, {group}", *(percent(summary.score(variant, tasks)) for variant in columns)])
         if lora is not None:
-            against = [difference_text(summary.difference(variant, lora, tasks)) for variant in columns]
-            rows.append(["against LoRA", *("" if v == lora else text for v, text in zip(columns, against, strict=True))])
-    costs = {"training": ("seconds", seconds), "memory with the model": ("memory_bytes", size)}
-    costs |= {"stored for a task": ("adapter_bytes", size), "scoring, x the bare model": ("latency", "{:.1f} x".format)}
-    for label, (column, form) in costs.items():
-        rows.append([label, *(form(summary.cost(variant, common, column)) for variant in columns)])
-    return table(["", *(f"**{NAMES[method]}**" for method in _methods(summary, columns))], rows)
-
-
-def _methods(summary: Summary, variants: Sequence[str]) -> list[str]:
-    methods = summary.usable.drop_duplicates("variant").set_index("variant")["method"]
-    return [methods[variant] for variant in variants]
+            against = [difference_text(summary.difference(v, lora, tasks)) if v != lora else "" for v in columns]
+            rows.append(["against LoRA", *against])
+    for column, form, what in COSTS:
+        rows.append([what, *(form(summary.cost(variant, summary.common, column)) for variant in columns)])
+    return table(["", *(f"**{NAMES[summary.method(variant)]}**" for variant in columns)], rows)
 
 
 def headline(summary: Summary) -> str:
     """Prompt tuning, LoRA, full fine-tuning and zero-shot: score and costs."""
-    common = summary.common
     rows = []
     for variant in summary.compared:
-        costs = (summary.cost(variant, common, f"{name}_bytes") for name in ("memory", "adapter"))
-        time = seconds(summary.cost(variant, common, "seconds"))
-        rows.append([variant, percent(summary.score(variant, common)), time, *map(size, costs)])
-    head = ["method", "score", "training", "memory with the model", "stored for a task"]
-    return f"{table(head, rows)}\n\n{on_what(summary)}"
+        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[:3]]
+        rows.append([variant, percent(summary.score(variant, summary.common)), *costs])
+    return f"{table(['method', 'score', *(what for _, _, what in COSTS[:3])], rows)}\n\n{on_what(summary)}"
 
 
 def tasks(summary: Summary) -> str:
@@ -144,16 +139,15 @@ def _seeds(runs: pd.DataFrame) -> str:
     return ", ".join(f"{100 * score:.1f}" for score in scores) + f": {100 * scores.mean():.1f} %"
 
 
-def variants_table(summary: Summary, variants: Sequence[str], base: str | None) -> str:
-    """Score and costs of some variants, and the difference to one of them."""
-    rows = []
+def inits(summary: Summary, variants: Sequence[str]) -> str:
+    """Score and costs of prompts, and the difference to the best one."""
+    best, common, rows = summary.best("prompt_tuning"), summary.common, []
     for variant in variants:
-        difference = "" if base in (None, variant) else difference_text(summary.difference(variant, base, summary.common))
-        before = 100 * summary.of(variant, summary.common)["score_before"].mean()
-        time, memory = (summary.cost(variant, summary.common, name) for name in ("seconds", "memory_bytes"))
-        score = percent(summary.score(variant, summary.common))
-        rows.append([variant, f"{before:.1f} %", score, difference, seconds(time), size(memory)])
-    return table(["method", "untrained", "score", f"against {base}", "training", "memory with the model"], rows)
+        against = difference_text(summary.difference(variant, best, common)) if best and variant != best else ""
+        before = f"{100 * summary.of(variant, common)['score_before'].mean():.1f} %"
+        time = seconds(summary.cost(variant, common, "seconds"))
+        rows.append([variant, before, percent(summary.score(variant, common)), against, time])
+    return table(["method", "untrained", "score", f"against {best}", "training"], rows)
 
 
 def bits(summary: Summary) -> str:
@@ -161,7 +155,7 @@ def bits(summary: Summary) -> str:
     older = read_lines("backbones_cpu.jsonl")  # movie_reviews alone
     rows = []
     for variant in (v for method in ("prompt_tuning", "lora") for v in _precisions(summary, method)):
-        runs, best = summary.of(variant, summary.common), summary.best(_methods(summary, [variant])[0])
+        runs, best = summary.of(variant, summary.common), summary.best(summary.method(variant))
         precision = runs["quantization"].fillna("float32").iloc[0]
         same = (older["method"] == runs["method"].iloc[0]) & (older["precision"] == precision)
         over = [*runs["score_over_other"].dropna(), *older.loc[same, "accuracy_on_other"]]
@@ -183,10 +177,11 @@ def _precisions(summary: Summary, method: str) -> list[str]:
     return sorted(alike["variant"].unique(), key=lambda variant: variant != best)
 
 
-def engine_cpu() -> str:
+def engine_cpu(summary: Summary) -> str:
     """A training step on the CPU: medians over all turns of the machine with most lines."""
     lines = read_lines("speed_cpu.jsonl")
-    batch = lines.query("text == 'short' and batch_size == 16 and precision == 'float32' and not gradient_checkpointing")
+    lines = lines[~lines["gradient_checkpointing"]]
+    batch = lines.query("text == 'short' and batch_size == 16 and precision == 'float32'")
     batch = batch[batch["machine"] == batch["machine"].mode()[0]]
     steps = batch.explode("step_time_s").groupby(["method", "num_virtual_tokens"])["step_time_s"].median()
     peaks = batch.groupby(["method", "num_virtual_tokens"])["peak_memory_bytes"].max()
@@ -204,7 +199,7 @@ def engine_cpu() -> str:
     return table([*head, "peak memory above the model", "x PEFT's"], rows)
 
 
-def engine_gpu() -> str:
+def engine_gpu(summary: Summary) -> str:
     """A training step on the GPU at 100 virtual tokens: of each cell the last run that has it.
 
     The first of the runs had other code for attention.
@@ -231,7 +226,7 @@ def _gpu_cell(lines: pd.DataFrame, method: str, attention: str | None) -> str:
     return f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
 
 
-def mixed() -> str:
+def mixed(summary: Summary) -> str:
     """One batch of many tasks beside a batch for each."""
     lines = read_lines("mixed_cpu.jsonl")
     rows = []
@@ -243,13 +238,19 @@ def mixed() -> str:
     return table(["batch", "logits of", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
 
 
-def runs_table(summary: Summary) -> str:
-    """How many runs of each variant and task ended well, and the scores by seed."""
-    rows = []
-    for (variant, task), runs in summary.runs.groupby(["variant", "task"], sort=True):
-        ended = runs.drop_duplicates("run_id")
-        bad = ended.loc[ended["status"] != "ok", ["seed", "status", "error"]]
-        problems = "; ".join(f"seed {row.seed}: {row.status}, {row.error}" for row in bad.itertuples())
-        good = runs[runs["status"] == "ok"].drop_duplicates("run_id")
-        rows.append([variant, task, _seeds(good) if len(good) else "", problems])
-    return table(["method", "task", "scores by seed: mean", "not ended well"], rows)
+def runs_by_task(summary: Summary) -> str:
+    """The scores by seed, and the runs that did not end well."""
+    ended = summary.runs.drop_duplicates("run_id")
+    cells = ended.groupby(["variant", "task"]).apply(_cell).unstack(fill_value="")
+    return table(["method", *cells.columns], ([variant, *row] for variant, row in cells.iterrows()))
+
+
+def _cell(runs: pd.DataFrame) -> str:
+    bad = [f"seed {row.seed}: {row.status}, {row.error}" for row in runs[runs["status"] != "ok"].itertuples()]
+    good = [f"{100 * score:.1f}" for score in runs.sort_values("seed")["score"].dropna()]
+    return "; ".join(filter(None, [", ".join(good), *bad]))
+
+
+FOR_READMES: dict[str, Callable[[Summary], str]] = {
+    table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu, mixed)
+}
