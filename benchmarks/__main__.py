@@ -13,7 +13,7 @@ COMMANDS = {
     "speed": "time and memory of a training step: PEFT, this plugin, LoRA, full fine-tuning; mixed-task batches",
     "gpu": "what only a GPU can show, in minutes: the engine's tests, attention, steps on 1B and 8B Llamas",
 }
-MODULES = {"report": "report.command"}
+MODULES = {"report": "report.command", "gpu": "gpu.command"}
 
 
 def main() -> None:

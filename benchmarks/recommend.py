@@ -50,7 +50,7 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
     Raises:
         ValueError: A task that no run has.
     """
-    from .report.tables import difference_text, names, on_what, percent, seconds, size
+    from .report.tables import COSTS, difference_text, names, on_what, percent, size
 
     tasks = sorted(set(options.task or summary.common))
     if not set(tasks) <= set(summary.tasks):
@@ -73,10 +73,9 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
         return ["Nothing fits.", where, *(f"{variant}: {reason}." for variant, reason in reasons.items())], False
 
     def costs(variant: str) -> str:
-        memory, stored = (summary.cost(variant, tasks, COLUMNS[name]) for name in ("memory", "storage"))
-        time = seconds(summary.cost(variant, tasks, "seconds"))
+        texts = [f"{form(summary.cost(variant, tasks, column))} {what}" for column, form, what in COSTS[:3]]
         total = size(_storage(summary, variant, tasks, options.tasks))
-        return f"{percent(scores[variant])}, {size(memory)} of memory, {size(stored)} a task ({total} in all), training {time}"
+        return f"{percent(scores[variant])}, {', '.join(texts)}; {total} stored with the model"
 
     first = "the best mean" if pick == best else f"tied with {best}, the best mean"
     lines = [f"Take {pick}: {costs(pick)}; {first}.", where]

@@ -27,16 +27,7 @@ def code() -> dict[str, Any]:
 def environment(
     model: str, revision: str | None, device: str, dtype: str, scored: Any, train: Any | None
 ) -> dict[str, Any]:
-    """Machine, versions, and hashes of the rows (in any order) and the weights.
-
-    Args:
-        model: Name or folder of the backbone.
-        revision: Its commit, of a model of the Hub.
-        device: "cpu" or "cuda".
-        dtype: What it is kept in where it is not quantised, and computes in.
-        scored: The rows that the run is scored on.
-        train: The rows that it is trained on, if any.
-    """
+    """Machine, versions, and hashes of the scored and trained rows and of the weights (of a Hub model: its commit)."""
     from .machine import machine
 
     return {
@@ -61,8 +52,7 @@ def _weights_hash(name: str) -> str | None:
     """Of the files of a local model."""
     from peft_prompt_ext.assets import resolve
 
-    files = sorted(Path(resolve(name)).glob("*.safetensors"))
-    digest = hashlib.sha256()
+    digest, files = hashlib.sha256(), sorted(Path(resolve(name)).glob("*.safetensors"))
     for file in files:
         with file.open("rb") as opened:
             digest.update(hashlib.file_digest(opened, "sha256").digest())

@@ -16,14 +16,7 @@ if TYPE_CHECKING:
 
 
 def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str] = ()) -> Job:
-    """The job of a run, its model loaded.
-
-    Args:
-        spec: The run.
-        folder: Where it writes what it trains.
-        data_dir: Where the folders of `spec["data"]` lie.
-        extra: More flags of `recipes/train.py`.
-    """
+    """The job of a run with its model loaded, writing to a folder; `extra` are more flags of `recipes/train.py`."""
     from recipes import train as recipe
 
     fixed = ["--output_dir", str(folder), "--save_strategy", "no", "--disable_tqdm", "true", "--do_eval", "true"]
@@ -50,12 +43,7 @@ def rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task,
 
 
 def load_over(job: Job, precision: str) -> None:
-    """Put the saved adapter over the base model in another precision.
-
-    Args:
-        job: A job whose adapter is saved; its model is replaced.
-        precision: One of `suite.PRECISIONS`.
-    """
+    """Put the saved adapter over the base model in another precision, in place of the job's model."""
     from peft_prompt_ext.recipe.methods import trained_model
 
     whole = precision in {"float32", "bfloat16"}

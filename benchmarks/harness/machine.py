@@ -1,4 +1,4 @@
-"""What the machine tells: memory, energy, its own name."""
+"""Memory in use, the machine's name, and what other programs take of it."""
 
 from __future__ import annotations
 
@@ -48,10 +48,8 @@ def peak(device: str) -> int:
 
 
 def _status_bytes(name: str) -> int:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(name + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {name}")
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{name}:"))
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -60,10 +58,9 @@ def machine(device: str) -> dict[str, Any]:
     import torch
     import transformers
 
-    name = torch.cuda.get_device_name() if device == "cuda" else _cpu_name()
     versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     return {
-        "machine": name,
+        "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "thread_variables": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(THREAD_VARIABLES)},
@@ -74,31 +71,10 @@ def machine(device: str) -> dict[str, Any]:
 def _cpu_name() -> str:
     """Number and kind of the cores; virtual machines hide the product's name, but not its family and model."""
     core = Path("/proc/cpuinfo").read_text().split("\n\n", 1)[0]
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
-    kind = told.get("model name", platform.machine())
-    numbers = ", ".join(f"{key.removeprefix('cpu ')} {told[key]}" for key in ("cpu family", "model") if key in told)
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in core.splitlines())}
+    kind = facts.get("model name", platform.machine())
+    numbers = ", ".join(f"{key.removeprefix('cpu ')} {facts[key]}" for key in ("cpu family", "model") if key in facts)
     return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
-
-
-def energy_j() -> float | None:
-    """Joules that the CPU packages (Intel's and AMD's RAPL counters) or the GPU have used; None if nobody tells."""
-    import torch
-
-    if torch.cuda.is_available():
-        try:
-            import pynvml
-
-            pynvml.nvmlInit()
-            # by its name: CUDA's first device is one of those that the program may see, NVML's is the machine's
-            handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(0).uuid}")
-            return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
-        except Exception:
-            return None
-    try:
-        packages = list(Path("/sys/class/powercap").glob("intel-rapl:[0-9]"))
-        return sum(int((package / "energy_uj").read_text()) for package in packages) / 1e6 if packages else None
-    except OSError:
-        return None
 
 
 class OtherPrograms:
@@ -108,11 +84,11 @@ class OtherPrograms:
         self._used_s = self._elapsed_s = 0.0
 
     def start(self) -> None:
-        """Look from now on."""
+        """Begin a stretch."""
         self._busy, self._own, self._since = _busy_s(), time.process_time(), time.perf_counter()
 
     def stop(self) -> None:
-        """Look no more, and add what was seen."""
+        """End it."""
         own = time.process_time() - self._own
         self._used_s += max(0.0, _busy_s() - self._busy - own) / (os.cpu_count() or 1)
         self._elapsed_s += time.perf_counter() - self._since

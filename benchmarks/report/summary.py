@@ -41,22 +41,29 @@ class Summary:
         """All seeds."""
         return sorted(self.usable["seed"].unique().tolist())
 
+    @cached_property
+    def tasks(self) -> list[str]:
+        """All tasks with a result."""
+        return sorted(self.usable["task"].unique())
+
     def of(self, variant: str, tasks: Sequence[str]) -> pd.DataFrame:
         """The usable runs of a variant on some tasks."""
         return self.usable[(self.usable["variant"] == variant) & self.usable["task"].isin(tasks)]
 
+    def method(self, variant: str) -> str:
+        """The method of a variant."""
+        return str(self.of(variant, self.tasks)["method"].iloc[0])
+
     def tasks_of(self, variant: str) -> list[str]:
         """Tasks on which a variant has enough seeds."""
-        counts = self.usable[self.usable["variant"] == variant].groupby("task")["seed"].nunique()
+        counts = self.of(variant, self.tasks).groupby("task")["seed"].nunique()
         return sorted(counts[counts >= min(MIN_SEEDS, len(self.seeds))].index)
 
     def score(self, variant: str, tasks: Sequence[str]) -> Mean | None:
         """The mean over tasks and seeds; None if a task is missing."""
         runs = self.of(variant, tasks)
-        if runs.empty or set(runs["task"]) != set(tasks):
-            return None
-        scores = scores_by_seed(runs)
-        return interval(scores.tolist()) if len(scores) else None
+        scores = scores_by_seed(runs) if set(runs["task"]) == set(tasks) else []
+        return interval(list(scores)) if len(scores) else None
 
     def difference(self, first: str, second: str, tasks: Sequence[str]) -> Difference | None:
         """The first variant minus the second on tasks that both have."""
@@ -68,36 +75,35 @@ class Summary:
         values = self.of(variant, tasks).groupby("task")[column]
         return float(values.max().max() if column.endswith("bytes") else values.median().mean(skipna=False))
 
-    @cached_property
-    def tasks(self) -> list[str]:
-        """All tasks with a result."""
-        return sorted(self.usable["task"].unique())
+    def variants(self, method: str | None = None, whole: bool = False) -> list[str]:
+        """The variants of a method, those over a base model in full precision alone if `whole`."""
+        runs = self.usable if method is None else self.usable[self.usable["method"] == method]
+        return list((runs[runs["quantization"].isna()] if whole else runs)["variant"].unique())
+
+    def precisions(self, method: str) -> list[str]:
+        """The best variant of a method, and those that differ from it in the precision of the base model alone."""
+        runs, best = self.usable.fillna({"init": ""}), self.best(method)
+        inits = runs.loc[runs["variant"] == best, "init"].unique()
+        alike = runs[(runs["method"] == method) & runs["init"].isin(inits) & runs["task"].isin(self.common)]
+        return sorted(alike["variant"].unique(), key=lambda variant: variant != best)
 
     @cached_property
     def at_majority(self) -> list[str]:
         """Tasks on which no method clearly beats giving the most common label: what methods differ by is noise."""
-        beaten = []
+        found = []
         for task in self.tasks:
             level = self.usable.loc[self.usable["task"] == task, "majority"].max()
             means = [self.score(variant, [task]) for variant in self.variants() if task in self.tasks_of(variant)]
             lowest = [mean.mean - (mean.half or 0.0) for mean in means if mean is not None]
-            beaten += [task] if pd.isna(level) or max(lowest, default=0.0) > level else []
-        return [task for task in self.tasks if task not in beaten]
-
-    def variants(self, method: str | None = None, whole: bool = False) -> list[str]:
-        """The variants of a method, those over a base model in full precision alone if `whole`."""
-        runs = self.usable if method is None else self.usable[self.usable["method"] == method]
-        runs = runs[runs["quantization"].isna()] if whole else runs
-        return list(runs["variant"].unique())
+            found += [task] if pd.notna(level) and max(lowest, default=0.0) <= level else []
+        return found
 
     def best(self, method: str) -> str | None:
         """The variant of a method that was run on the most tasks, of several the one with the highest mean there."""
 
         def rank(variant: str) -> tuple[int, float]:
-            tasks = [task for task in self.tasks_of(variant) if task not in self.at_majority]
-            return len(self.tasks_of(variant)), self.usable.loc[
-                (self.usable["variant"] == variant) & self.usable["task"].isin(tasks), "score"
-            ].mean()
+            learnt = [task for task in self.tasks_of(variant) if task not in self.at_majority]
+            return len(self.tasks_of(variant)), self.of(variant, learnt)["score"].mean()
 
         return max(self.variants(method, whole=True), key=rank, default=None)
 
@@ -116,10 +122,6 @@ class Summary:
     def others(self) -> list[str]:
         """Tasks that are not in the means, though a method learns them."""
         return [task for task in self.tasks if task not in {*self.common, *self.at_majority}]
-
-    def method(self, variant: str) -> str:
-        """Of a variant."""
-        return str(self.usable.loc[self.usable["variant"] == variant, "method"].iloc[0])
 
     @cached_property
     def diverged(self) -> pd.DataFrame:

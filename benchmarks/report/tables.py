@@ -11,37 +11,30 @@ from .statistics import Difference, Mean
 from .summary import Summary
 
 
-ENGINE = {
-    "stock": "PEFT's prompt tuning",
-    "packed": 'this plugin, `train_logits="supervised"`',
-    "packed_all": 'this plugin, `train_logits="all"`',
-    "lora": "PEFT's LoRA, r 8",
-    "full": "full fine-tuning",
-    "floor": "floor",
-}
-GPU_COLUMNS = {
-    ("stock", None): "PEFT's prompt tuning",
+ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
+ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
+ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
+GPU = {
+    ("stock", ""): "PEFT's prompt tuning",
     ("packed", "varlen"): "this plugin",
     ("packed", "sdpa"): "this plugin, SDPA",
-    ("lora", None): "LoRA, r 8",
-    ("lora_last", None): "LoRA, head at labels",
-    ("full", None): "full",
-    ("floor", "varlen"): "frozen model alone",
 }
+GPU |= {("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels", ("full", ""): "full"}
+GPU |= {("floor", "varlen"): "frozen model alone"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A Markdown table."""
-    lines = [list(head), ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
 
 
 def percent(mean: Mean | None) -> str:
     """A score with its interval."""
     if mean is None:
         return "not run"
-    interval = f" ± {100 * mean.half:.1f}" if mean.half else ""
-    return f"{100 * mean.mean:.1f}{interval} %" + (" (one seed)" if mean.count == 1 else "")
+    return f"{100 * mean.mean:.1f}{f' ± {100 * mean.half:.1f}' if mean.half else ''} %" + " (one seed)" * (
+        mean.count == 1
+    )
 
 
 def difference_text(difference: Difference | None) -> str:
@@ -59,8 +52,7 @@ def size(count: float) -> str:
     """Bytes for people."""
     for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
         if count >= factor:
-            value = count / factor
-            return f"{value:.0f} {unit}" if value >= 10 else f"{value:.1f} {unit}"
+            return f"{count / factor:.{0 if count >= 10 * factor else 1}f} {unit}"
     return "not measured" if pd.isna(count) else f"{count:.0f} B"
 
 
@@ -84,16 +76,13 @@ COSTS: list[tuple[str, Callable[[float], str], str]] = [
 
 def on_what(summary: Summary, tasks: Sequence[str] = ()) -> str:
     """The model, the tasks (by default those of the means), their rows, the seeds and the device."""
-    tasks = tasks or summary.common
-    runs = summary.usable[summary.usable["task"].isin(tasks)]
-    rows = runs.groupby("task")["eval_samples"].max()
-    which = names([f"{task} ({rows[task]:.0f} rows)" for task in tasks])
+    runs = summary.usable[summary.usable["task"].isin(tasks or summary.common)]
+    which = names([f"{task} ({rows:.0f} rows)" for task, rows in runs.groupby("task")["eval_samples"].max().items()])
     machines = names(sorted({machine.split(" (")[0] for machine in runs["machine"]}))
     shared = " share text and count as one task" if runs.groupby("group")["task"].nunique().max() > 1 else ""
-    return (
-        f"{summary.model} on a {summary.device.upper()} ({machines}), {summary.examples} training examples, "
-        f"seeds {', '.join(map(str, summary.seeds))}; {which}{shared}."
-    )
+    where = f"{summary.model} on a {summary.device.upper()} ({machines})"
+    seeds = ", ".join(map(str, summary.seeds))
+    return f"{where}, {summary.examples} training examples, seeds {seeds}; {which}{shared}."
 
 
 def overview(summary: Summary) -> str:
@@ -104,11 +93,14 @@ def overview(summary: Summary) -> str:
     for group, tasks in sorted(learnt, key=lambda item: not set(item[1]) <= set(summary.common)):
         rows.append([f"score, {group}", *(percent(summary.score(variant, tasks)) for variant in columns)])
         if lora is not None:
-            against = [difference_text(summary.difference(v, lora, tasks)) if v != lora else "" for v in columns]
-            rows.append(["against LoRA", *against])
+            rows.append(["against LoRA", *(_against(summary, variant, lora, tasks) for variant in columns)])
     for column, form, what in COSTS:
         rows.append([what, *(form(summary.cost(variant, summary.common, column)) for variant in columns)])
     return table(["", *(f"**{NAMES[summary.method(variant)]}**" for variant in columns)], rows)
+
+
+def _against(summary: Summary, variant: str, base: str | None, tasks: Sequence[str]) -> str:
+    return "" if base in (None, variant) else difference_text(summary.difference(variant, str(base), tasks))
 
 
 def headline(summary: Summary) -> str:
@@ -122,126 +114,106 @@ def headline(summary: Summary) -> str:
 
 def tasks(summary: Summary) -> str:
     """Prompt tuning beside LoRA, task by task."""
-    prompt, lora = summary.best("prompt_tuning"), summary.best("lora")
-    rows = []
-    for task in summary.tasks if prompt and lora else []:
-        runs = summary.of(prompt, [task])
+    pair, rows = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method)) is not None], []
+    for task in summary.tasks if len(pair) == 2 else []:
+        runs = [summary.of(variant, [task]) for variant in pair]
+        means = [f"{_cell(of_one)}: {100 * of_one['score'].mean():.1f} %" if len(of_one) else "" for of_one in runs]
         learnt = "no method clearly beats the majority class" if task in summary.at_majority else ""
-        difference = learnt or difference_text(summary.difference(prompt, lora, [task]))
-        scores = [_seeds(summary.of(variant, [task])) for variant in (prompt, lora)]
-        count = f"{runs['eval_samples'].max():.0f}" if len(runs) else "not run"
-        rows.append([task, count, *scores, difference])
-    return table(["task", "scored rows", f"{prompt}, by seed", "LoRA, by seed", "prompt - LoRA"], rows)
-
-
-def _seeds(runs: pd.DataFrame) -> str:
-    scores = runs.sort_values("seed")["score"]
-    return ", ".join(f"{100 * score:.1f}" for score in scores) + f": {100 * scores.mean():.1f} %"
+        count = f"{summary.usable.loc[summary.usable['task'] == task, 'eval_samples'].max():.0f}"
+        rows.append([task, count, *means, learnt or _against(summary, pair[0], pair[1], [task])])
+    return table(["task", "scored rows", *(f"{variant}, by seed" for variant in pair), "prompt - LoRA"], rows)
 
 
 def inits(summary: Summary, variants: Sequence[str]) -> str:
     """Score and costs of prompts, and the difference to the best one."""
     best, common, rows = summary.best("prompt_tuning"), summary.common, []
     for variant in variants:
-        against = difference_text(summary.difference(variant, best, common)) if best and variant != best else ""
         before = f"{100 * summary.of(variant, common)['score_before'].mean():.1f} %"
-        time = seconds(summary.cost(variant, common, "seconds"))
-        rows.append([variant, before, percent(summary.score(variant, common)), against, time])
+        score, against = percent(summary.score(variant, common)), _against(summary, variant, best, common)
+        rows.append([variant, before, score, against, seconds(summary.cost(variant, common, "seconds"))])
     return table(["method", "untrained", "score", f"against {best}", "training"], rows)
 
 
 def bits(summary: Summary) -> str:
     """What a quantised base model costs and saves."""
-    older = read_lines("backbones_cpu.jsonl")  # movie_reviews alone
-    rows = []
-    for variant in (v for method in ("prompt_tuning", "lora") for v in _precisions(summary, method)):
-        runs, best = summary.of(variant, summary.common), summary.best(summary.method(variant))
+    older, common, rows = read_lines("backbones_cpu.jsonl"), summary.common, []  # the file: movie_reviews alone
+    for variant in (v for method in ("prompt_tuning", "lora") for v in summary.precisions(method)):
+        runs, best = summary.of(variant, common), summary.best(summary.method(variant))
         precision = runs["quantization"].fillna("float32").iloc[0]
         same = (older["method"] == runs["method"].iloc[0]) & (older["precision"] == precision)
         over = [*runs["score_over_other"].dropna(), *older.loc[same, "accuracy_on_other"]]
-        weights, memory = runs["weights_bytes"].max(), summary.cost(variant, summary.common, "memory_bytes")
-        against = "" if variant == best else difference_text(summary.difference(variant, best, summary.common))
-        costs = [size(weights), size(memory - weights), seconds(summary.cost(variant, summary.common, "seconds"))]
-        moved = ", ".join(f"{100 * score:.1f}" for score in over) or "not run"
-        rows.append([variant, *costs, percent(summary.score(variant, summary.common)), against, moved])
+        weights, memory = runs["weights_bytes"].max(), summary.cost(variant, common, "memory_bytes")
+        costs = [size(weights), size(memory - weights), seconds(summary.cost(variant, common, "seconds"))]
+        scores = [percent(summary.score(variant, common)), _against(summary, variant, best, common)]
+        rows.append([variant, *costs, *scores, ", ".join(f"{100 * score:.1f}" for score in over) or "not run"])
     head = ["method", "weights", "memory above", "training", "score", "against full precision"]
     return table([*head, "over the other precision, by seed"], rows)
-
-
-def _precisions(summary: Summary, method: str) -> list[str]:
-    """The best variant of a method, and those that differ from it in the precision of the base model alone."""
-    best = summary.best(method)
-    runs = summary.usable.fillna({"init": ""})
-    inits = runs.loc[runs["variant"] == best, "init"].unique()
-    alike = runs[(runs["method"] == method) & runs["init"].isin(inits) & runs["task"].isin(summary.common)]
-    return sorted(alike["variant"].unique(), key=lambda variant: variant != best)
 
 
 def engine_cpu(summary: Summary) -> str:
     """A training step on the CPU: medians over all turns of the machine with most lines."""
     lines = read_lines("speed_cpu.jsonl")
-    lines = lines[~lines["gradient_checkpointing"]]
-    batch = lines.query("text == 'short' and batch_size == 16 and precision == 'float32'")
-    batch = batch[batch["machine"] == batch["machine"].mode()[0]]
-    steps = batch.explode("step_time_s").groupby(["method", "num_virtual_tokens"])["step_time_s"].median()
-    peaks = batch.groupby(["method", "num_virtual_tokens"])["peak_memory_bytes"].max()
+    lines = lines[~lines["gradient_checkpointing"] & (lines["precision"] == "float32")]
+    batch = lines[(lines["text"] == "short") & (lines["batch_size"] == 16)]
+    return step_table(batch[batch["machine"] == batch["machine"].mode()[0]])
+
+
+def step_table(lines: pd.DataFrame) -> str:
+    """Median step and greatest memory of each method on one batch, and ratios at the same number of virtual tokens."""
+    groups = ["method", "num_virtual_tokens"]
+    steps = lines.explode("step_time_s").groupby(groups)["step_time_s"].median()
+    peaks = lines.groupby(groups)["peak_memory_bytes"].max()
 
     def ratio(values: pd.Series, key: tuple[str, int], other: tuple[str, int]) -> str:
         return f"{values[key] / values[other]:.2f}" if other in values else "-"
 
     rows = []
-    for method, virtual in sorted(steps.index, key=lambda key: (list(ENGINE).index(key[0]), key[1])):
-        key, stock = (method, virtual), ("stock", virtual)
+    for key in sorted(steps.index, key=lambda key: (list(ENGINE).index(key[0]), key[1])):
+        stock = ("stock", key[1])
         times = [ratio(steps, key, other) for other in (stock, ("lora", 0), ("floor", 0))]
         memory = [f"{peaks[key] / 2**30:.2f} GiB", ratio(peaks, key, stock)]
-        rows.append([ENGINE[method], str(virtual or ""), f"{steps[key]:.2f} s", *times, *memory])
+        rows.append([ENGINE[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
     head = ["method", "virtual tokens", "step", "x PEFT's", "x LoRA's", "x floor"]
     return table([*head, "peak memory above the model", "x PEFT's"], rows)
 
 
 def engine_gpu(summary: Summary) -> str:
-    """A training step on the GPU at 100 virtual tokens: of each cell the last run that has it.
-
-    The first of the runs had other code for attention.
-    """
-    lines = read_lines("gpu.jsonl").dropna(subset=["peak_memory_bytes"])
+    """A training step on the GPU at 100 virtual tokens; the first of the runs had other code for attention."""
+    lines = read_lines("gpu.jsonl").dropna(subset=["peak_memory_bytes"]).fillna({"attention": ""})
     lines = lines[lines["num_virtual_tokens"].isin([0, 100]) & lines["code"].str.startswith("attention in one call")]
-    lines = lines.assign(attention=lines["attention"].where(lines["attention"].notna(), None))
-    kinds = {tuple(key): None for key in lines[["model", "precision", "text"]].itertuples(index=False)}
     rows = []
-    for model, precision, text in sorted(kinds, key=lambda key: (key[2], key[0], key[1])):
-        same = lines.query("model == @model and precision == @precision and text == @text")
-        cells = [_gpu_cell(same, *column) for column in GPU_COLUMNS]
+    for (text, model, precision), same in lines.groupby(["text", "model", "precision"]):
+        cells = [_gpu_cell(same[(same["method"] == method) & (same["attention"] == how)]) for method, how in GPU]
         rows.append([f"{model.rsplit('-', 1)[1].upper()}, {precision.replace('bfloat16', 'bf16')}, {text}", *cells])
-    return table(["model and rows", *GPU_COLUMNS.values()], rows)
+    return table(["model and rows", *GPU.values()], rows)
 
 
-def _gpu_cell(lines: pd.DataFrame, method: str, attention: str | None) -> str:
-    same = lines[lines["method"] == method]
-    same = same[same["attention"] == attention] if attention else same[same["attention"].isna()]
-    same = same[same["run"] == same["run"].max()]
-    if same.empty:
-        return ""
-    step, peak = same.explode("step_time_s")["step_time_s"].median(), same["peak_memory_bytes"].max()
-    return f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
+def _gpu_cell(lines: pd.DataFrame) -> str:
+    """Of the last run that has the cell."""
+    lines = lines[lines["run"] == lines["run"].max()]
+    step, peak = lines.explode("step_time_s")["step_time_s"].median(), lines["peak_memory_bytes"].max()
+    return "" if lines.empty else f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
 
 
 def mixed(summary: Summary) -> str:
     """One batch of many tasks beside a batch for each."""
-    lines = read_lines("mixed_cpu.jsonl")
+    return mixed_table(read_lines("mixed_cpu.jsonl"))
+
+
+def mixed_table(lines: pd.DataFrame) -> str:
+    """Medians of both ways."""
     rows = []
     for line in lines.to_dict("records"):
         together, apart = (pd.Series(line[f"{name}_time_s"]).median() for name in ("mixed", "single"))
         path = {"stock": "PEFT's path", "packed": "this plugin"}[line["single_path"]]
-        kinds = [f"{line['tasks']} x {line['rows_per_task']} rows", f"{line['logits']} logits", path, line["machine"]]
+        kinds = [f"{line['tasks']} x {line['rows_per_task']} rows", line["logits"], path, line["machine"]]
         rows.append([*kinds, f"{together:.2f} s", f"{apart:.2f} s", f"{apart / together:.1f} x"])
-    return table(["batch", "logits of", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
+    return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
 
 
 def runs_by_task(summary: Summary) -> str:
     """The scores by seed, and the runs that did not end well."""
-    ended = summary.runs.drop_duplicates("run_id")
-    cells = ended.groupby(["variant", "task"]).apply(_cell).unstack(fill_value="")
+    cells = summary.runs.drop_duplicates("run_id").groupby(["variant", "task"]).apply(_cell).unstack(fill_value="")
     return table(["method", *cells.columns], ([variant, *row] for variant, row in cells.iterrows()))
 
 

@@ -104,7 +104,7 @@ def machine_row(options: argparse.Namespace) -> Iterator[Row]:
 
     import torch
 
-    from .harness.machine import machine
+    from ..harness.machine import machine
 
     packages = {}
     for name in ("accelerate", "bitsandbytes", "triton"):
@@ -189,7 +189,7 @@ def speed_rows(options: argparse.Namespace) -> Iterator[Row]:
 def _speed_of(name: str, precision: str, options: argparse.Namespace) -> Iterator[Row]:
     import torch
 
-    from .harness.steps import LENGTHS
+    from ..harness.steps import LENGTHS
 
     base = random_model(name, precision, options)
     vocabulary = base.config.vocab_size
@@ -226,8 +226,8 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
     from peft_prompt_ext import engine_status
     from peft_prompt_ext.shared_prefix.choice import VARIABLE
 
-    from .harness.machine import peak, reset_peak
-    from .harness.steps import method_step
+    from ..harness.machine import peak, reset_peak
+    from ..harness.steps import method_step
 
     if spec["method"] == "packed":
         os.environ[VARIABLE] = spec["attention"]
@@ -262,8 +262,8 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
 
 def mixed_rows(options: argparse.Namespace) -> Iterator[Row]:
     """One batch of eight tasks beside eight batches of one task, without gradients."""
-    from .harness.mixed import compare
-    from .harness.steps import LENGTHS
+    from ..harness.mixed import compare
+    from ..harness.steps import LENGTHS
 
     base = random_model(MODELS[0], "bfloat16", options).eval()
     tasks, each = (2, 2) if options.dry_run else (8, 4)
@@ -288,7 +288,7 @@ def random_model(name: str, precision: str, options: argparse.Namespace) -> Any:
     import torch
     from transformers import AutoModelForCausalLM, LlamaConfig
 
-    from .harness.random_llama import SHAPES
+    from .shapes import SHAPES
 
     torch.manual_seed(options.seed)
     with torch.device(_device()):
