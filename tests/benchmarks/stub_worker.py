@@ -21,7 +21,7 @@ def main():
     time.sleep(float(os.environ.get("STUB_SECONDS", "0")))
     if what == "crash":
         (folder / FILE).write_text(json.dumps({"machine": "the stub's"}))
-        sys.exit("[/b] everything is wrong")
+        sys.exit("everything is wrong")
     if what == "memory":
         os.kill(os.getpid(), 9)
     if what == "hang":

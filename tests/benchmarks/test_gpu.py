@@ -8,7 +8,8 @@ import zipfile
 
 import pytest
 
-from benchmarks import carry, gpu
+from benchmarks.gpu import carry
+from benchmarks.gpu import command as gpu
 
 
 def test_a_dry_run_walks_every_part_and_writes_each_line(tmp_path, monkeypatch, capsys):

@@ -7,13 +7,10 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
-import torch
 
-from benchmarks import machine
-from benchmarks.harness import environment, source
+from benchmarks.harness import environment, machine, scoring, source
 from benchmarks.harness import measure as measuring
 from benchmarks.harness.measure import Result, measure
 from benchmarks.harness.store import RunStore
@@ -92,7 +89,7 @@ def test_methods_that_train_differently_are_known_to_be_scored_on_the_same_rows(
 
 
 def test_a_curve_is_scored_on_some_of_the_rows(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "CURVE_SAMPLES", 5)
+    monkeypatch.setattr(scoring, "CURVE_SAMPLES", 5)
     result, _ = measure(spec(), tmp_path, None)
     assert result["curve_samples"] == 5 and len(result["correct"]) == 17
     assert {point["score"] * 5 % 1 for point in result["curve"]} == {0.0}
@@ -136,16 +133,13 @@ def test_a_head_on_a_frozen_encoder(spec, tmp_path):
 
 
 def test_a_transfer_trains_its_source_first(spec, tmp_path):
-    source = {"task": "plot_or_review", "data": None}
-    result, _ = measure(spec(init="TRANSFER", source=source), tmp_path, None)
-    assert 0 < result["source_time_s"] < 10
+    measure(spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}), tmp_path, None)
     record = json.loads((tmp_path / "source" / "recipe.json").read_text())
     assert record["task"]["name"] == "plot_or_review"
     assert (tmp_path / "source" / "adapter_model.safetensors").is_file()
-    assert result["source_rows"] == 12
 
 
-def test_a_source_has_the_steps_alone_for_its_time_and_as_many_as_its_seconds_buy(spec, tmp_path, monkeypatch):
+def test_a_source_has_the_steps_alone_for_its_time(spec, tmp_path, monkeypatch):
     from recipes import train as recipe
 
     train = recipe.train
@@ -155,11 +149,15 @@ def test_a_source_has_the_steps_alone_for_its_time_and_as_many_as_its_seconds_bu
         time.sleep(2.0)  # saving, say
 
     monkeypatch.setattr(recipe, "train", slow)
-    budget = {"seconds": 9, "steps": 3, "source_steps": 2}
-    transfer = spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}, budget=budget)
-    result, _ = measure(transfer, tmp_path, None)
-    assert (result["steps"], result["source_rows"]) == (3, 2 * 3)
+    result, _ = measure(spec(init="TRANSFER", source={"task": "plot_or_review", "data": None}), tmp_path, None)
+    assert (result["steps"], result["source_rows"]) == (4, 12)
     assert 0 < result["source_time_s"] < 2.0
+
+
+@pytest.mark.parametrize("method", ["prompt_tuning", "lora"])
+def test_an_adapter_is_scored_over_another_precision_too(spec, tmp_path, method):
+    result, _ = measure(spec(method, scored_over="bfloat16"), tmp_path, None)
+    assert 0 < result["score_over_other"] <= 1 and result["score_over_other"] * 17 % 1 == pytest.approx(0, abs=1e-6)
 
 
 def test_what_a_run_ran_on_is_known_before_it_trains(spec, tmp_path, monkeypatch):
@@ -171,25 +169,12 @@ def test_what_a_run_ran_on_is_known_before_it_trains(spec, tmp_path, monkeypatch
     def crash(job):
         raise RuntimeError("made up")
 
-    monkeypatch.setattr(measuring, "_score", crash)
+    monkeypatch.setattr(scoring, "score", crash)
     with pytest.raises(RuntimeError, match="made up"):
         measure(spec(), tmp_path, None)
     assert order == ["code", "source"]
     told = json.loads((tmp_path / environment.FILE).read_text())
     assert told["commit"] == "c" and told["device"] == "cpu" and len(told["weights_sha256"]) == 64
-
-
-def test_energy_is_of_the_gpu_that_the_run_was_given(monkeypatch):
-    """NVML counts the machine's GPUs, CUDA those that the program may see."""
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID=lambda name: name,
-        nvmlDeviceGetTotalEnergyConsumption={"GPU-second": 7000}.get,
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="second"))
-    assert machine.energy_j() == 7.0
 
 
 def test_the_weights_of_a_hub_model_are_known_by_their_commit(movie_reviews):
@@ -202,7 +187,7 @@ def test_a_transfer_has_not_seen_what_it_is_scored_on(spec, tmp_path, monkeypatc
     from recipes import train as recipe
 
     transfer = spec(init="TRANSFER", source={"task": "sst2", "data": "glue/sst2"})
-    _, scored = source._rows_to_score(transfer, tmp_path, None)
+    _, scored = source.rows_to_score(transfer, tmp_path, None)
     assert len(scored) == 17
     whole, part = [row["text"] for row in scored if len(row["text"].split()) > 9][:2]
     new = [f"sentence {name} of the source" for name in "abcd"]
@@ -229,7 +214,7 @@ def test_a_transfer_whose_source_has_only_scored_rows_is_said(spec, tmp_path, mo
 
 
 def test_a_number_that_is_not_finite_is_a_failure_with_a_hint(spec, tmp_path, monkeypatch):
-    monkeypatch.setattr(measuring, "_unrelated_loss", lambda job, bare: math.nan)
+    monkeypatch.setattr(scoring, "unrelated_loss", lambda job, bare: math.nan)
     with pytest.raises(ValueError, match=r"unrelated_loss.*not finite.*lower learning_rate"):
         measure(spec("full"), tmp_path, None)
 
@@ -238,7 +223,7 @@ def test_a_run_from_the_command_line_is_an_event_and_its_failure_too(spec, tmp_p
     import yaml
 
     suite = {
-        "budgets": [{"examples": 6}],
+        "examples": 6,
         "arguments": spec()["arguments"] | {"max_eval_samples": 5},
         "tasks": {"movie_reviews": None},
         "runs": [{"method": "zero_shot"}, {"method": "lora", "dataloader_num_workers": -1}],
@@ -246,7 +231,7 @@ def test_a_run_from_the_command_line_is_an_event_and_its_failure_too(spec, tmp_p
     (tmp_path / "grid.yaml").write_text(yaml.safe_dump(suite))
     command = [sys.executable, "-m", "benchmarks", "run", str(tmp_path / "grid.yaml")]
     command += ["--results", str(tmp_path / "runs.jsonl")]
-    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert ran.returncode == 0, ran.stderr
     ok, failed = RunStore(tmp_path / "runs.jsonl").latest().values()
     assert ok["status"] == "ok" and ok["result"]["eval_samples"] == 5

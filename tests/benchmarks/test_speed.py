@@ -2,12 +2,13 @@ import json
 import subprocess
 import sys
 
+import pandas as pd
 import pytest
-import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+import yaml
 
-from benchmarks import random_llama
-from benchmarks.speed import table_lines
+from benchmarks.harness import step_times
+from benchmarks.harness.suite import load_suite
+from benchmarks.report.tables import step_table
 
 
 def row(method, virtual, times, peak, **more):
@@ -22,18 +23,13 @@ def test_the_table_holds_medians_over_turns_and_ratios_at_the_same_prompt_length
         row("packed", 50, [3.0], 2**30),
         row("lora", 0, [8.0], 2**32),
     ]
-    assert table_lines(rows) == [
-        ["stock", "20", "5.00 s", "1.00", "0.62", "-", "2.00 GiB", "1.00", "0.50"],
-        ["packed", "20", "2.00 s", "0.40", "0.25", "-", "1.00 GiB", "0.50", "0.25"],
-        ["packed", "50", "3.00 s", "-", "0.38", "-", "1.00 GiB", "-", "0.25"],
-        ["lora", "", "8.00 s", "-", "1.00", "-", "4.00 GiB", "-", "1.00"],
+    lines = [line.strip("| ").split(" | ")[1:] for line in step_table(pd.DataFrame(rows)).splitlines()[2:]]
+    assert lines == [
+        ["20", "5.00 s", "1.00", "0.62", "-", "2.00 GiB", "1.00"],
+        ["20", "2.00 s", "0.40", "0.25", "-", "1.00 GiB", "0.50"],
+        ["50", "3.00 s", "-", "0.38", "-", "1.00 GiB", "-"],
+        ["", "8.00 s", "-", "1.00", "-", "4.00 GiB", "-"],
     ]
-
-
-def test_a_failed_row_is_not_in_the_table_and_does_not_hide_others():
-    failed = {"method": "stock", "num_virtual_tokens": 20, "error": "exit 1: out of memory"}
-    assert table_lines([failed]) == []
-    assert [line[0] for line in table_lines([failed, row("stock", 20, [1.0], 1)])] == ["stock"]
 
 
 @pytest.mark.real
@@ -62,28 +58,35 @@ def test_each_method_is_measured_in_its_own_process_and_a_failure_is_a_row(
     assert "ALiBi" in rows[-1]["error"]
 
 
-@pytest.mark.parametrize(("name", "billions"), [("random-llama-1b", 1.24), ("random-llama-8b", 8.03)])
-def test_the_random_models_are_as_large_as_their_models(name, billions):
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**random_llama.SHAPES[name]))
-
-    assert model.num_parameters() / 1e9 == pytest.approx(billions, abs=0.01)
+@pytest.mark.real
+def test_mixed_tasks_are_an_option(saved_model, movie_reviews, tmp_path, pytestconfig):
+    command = [sys.executable, "-m", "benchmarks", "speed", "--model_name_or_path", saved_model("llama")]
+    command += ["--mixed_tasks", "3", "--num_virtual_tokens", "2", "--steps", "2", "--turns", "1"]
+    command += ["--output", str(tmp_path / "mixed.jsonl")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert ran.returncode == 0 and "| 3 x 1 rows | last | PEFT's path |" in ran.stdout, ran.stderr
+    (line,) = map(json.loads, (tmp_path / "mixed.jsonl").read_text().splitlines())
+    assert len(line["mixed_time_s"]) == len(line["single_time_s"]) == 2 and line["largest_difference"] < 1e-4
 
 
 @pytest.mark.real
-def test_a_random_model_is_made_once_and_loads_with_its_tokenizer(monkeypatch, tmp_path):
-    shape = {"hidden_size": 24, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 3}
-    monkeypatch.setitem(random_llama.SHAPES, "tiny", {**shape, "vocab_size": 50000, "num_key_value_heads": 1})
-    monkeypatch.chdir(tmp_path)
-
-    folder = random_llama.model_folder("tiny")
-    model, ids = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)("a joy")
-    weights = tmp_path / folder / "model.safetensors"
-    made = weights.stat().st_mtime_ns
-
-    assert (model.dtype, model.config.hidden_size) == (torch.bfloat16, 24)
-    assert max(ids["input_ids"]) < model.config.vocab_size
-    assert random_llama.model_folder("tiny") == folder
-    assert weights.stat().st_mtime_ns == made
-    assert [path.name for path in (tmp_path / "outputs").iterdir()] == ["tiny"]
-    assert random_llama.model_folder(str(tmp_path)) == str(tmp_path)
+def test_a_step_of_every_kind_of_run_is_timed_interleaved_and_a_failure_is_a_row(saved_model, movie_reviews, tmp_path):
+    source = {"task": "plot_or_review", "num_virtual_tokens": 9}
+    lora = {"method": "lora", "learning_rate": [0.1, 0.2], "lr_scheduler_type": ["linear", "none"]}
+    suite = {
+        "seeds": [0, 1],
+        "examples": 8,
+        "arguments": {"per_device_train_batch_size": 4, "model_name_or_path": saved_model("llama")},
+        "tasks": {"movie_reviews": {"source": source, "max_seq_length": 32, "max_eval_samples": 3}},
+        "runs": [{"method": "prompt_tuning", "init": ["RANDOM", "TRANSFER"]}, {"method": "zero_shot"}, lora],
+    }
+    (tmp_path / "grid.yaml").write_text(yaml.safe_dump(suite))
+    rows = list(step_times.time_suite(load_suite(tmp_path / "grid.yaml"), None))
+    kinds = [(row["kind"]["task"], row["kind"]["method"], row["error"] is None) for row in rows]
+    reviews = [("prompt_tuning", True), ("lora", True), ("lora", False)]  # no init, seed or learning rate makes a kind
+    assert kinds == [*(("movie_reviews", *kind) for kind in reviews), ("plot_or_review", "prompt_tuning", True)]
+    for row in rows:
+        assert len(row["steps_s"]) == (0 if row["error"] else step_times.TIMED_STEPS)
+        assert row["error"] or row["step_s"] == pytest.approx(sum(row["steps_s"]) / step_times.TIMED_STEPS)
+    transfer = next(spec for spec in load_suite(tmp_path / "grid.yaml") if spec["source"])
+    assert json.loads(step_times.key_of(transfer)) == rows[0]["kind"]

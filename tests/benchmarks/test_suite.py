@@ -7,16 +7,16 @@ import yaml
 from benchmarks.harness.suite import SuiteError, load_suite, load_suites, run_id, source_spec, train_arguments
 
 
-SUITES = sorted(Path(__file__).parents[1].glob("benchmarks/suites/*.yaml"))
+SUITES = sorted(Path(__file__).parents[2].glob("benchmarks/suites/*.yaml"))
 SMALL = {
     "seeds": [0, 1],
-    "budgets": [{"examples": 16}, {"seconds": 2.5}],
+    "examples": [16, 32],
     "arguments": {"per_device_train_batch_size": 4, "model_name_or_path": "some-model"},
     "tasks": {"movie_reviews": None, "sst2": {"data": "glue/sst2", "source": {"task": "movie_reviews"}}},
     "runs": [
         {"method": "zero_shot"},
         {"method": "prompt_tuning", "init": ["RANDOM", "CLASS_LABELS"], "quantization": [None, "nf4"]},
-        {"method": "full", "budgets": [{"examples": 8}], "learning_rate": 0.001},
+        {"method": "full", "examples": 8, "learning_rate": 0.001},
     ],
 }
 
@@ -48,7 +48,7 @@ def test_a_flag_that_is_null_is_not_given(write):
 
 def test_the_grid_is_the_product_with_seeds_changing_slowest(write):
     specs = load_suite(write(SMALL))
-    # each task: zero-shot once in all; 4 prompts at 2 budgets and full at one for each seed
+    # each task: zero-shot once in all; 4 prompts at 2 numbers of examples and full at one for each seed
     assert len(specs) == 2 * (1 + 2 * (4 * 2 + 1))
     assert [spec["seed"] for spec in specs] == [0] * 20 + [1] * 18
     assert len({run_id(spec) for spec in specs}) == len(specs)
@@ -63,7 +63,7 @@ def test_a_runs_id_depends_on_everything_that_decides_its_result(write):
         assert run_id({**spec, name: "another"}) != run_id(spec)
 
 
-def test_the_command_of_a_run_trains_for_its_budget(write):
+def test_the_command_of_a_run_trains_on_its_examples(write):
     path = write(changed(arguments={**SMALL["arguments"], "gradient_accumulation_steps": 2}))
     spec = next(s for s in load_suite(path) if s["task"] == "sst2" and s["quantization"] and s["init"] == "RANDOM")
     line = train_arguments(spec, "rows")
@@ -80,6 +80,13 @@ def test_the_command_of_a_run_trains_for_its_budget(write):
         "--model_name_or_path": "some-model",
         "--gradient_accumulation_steps": "2",
     }
+
+
+def test_a_score_over_another_precision_is_another_run_and_no_flag(write):
+    runs = [{"method": "lora"}, {"method": "lora", "scored_over": "nf4"}]
+    alone, moved = load_suite(write(changed(runs=runs, examples=16, seeds=[0])))[:2]
+    assert run_id(alone) != run_id(moved) and "scored_over" not in alone
+    assert train_arguments(alone, "rows") == train_arguments(moved, "rows")
 
 
 def test_a_transfer_names_the_run_of_its_source(write):
@@ -102,9 +109,11 @@ def test_a_transfer_names_the_run_of_its_source(write):
         (changed(runs=[{"method": "prompt_tuning", "init": "CLASSLABELS"}]), "did you mean 'CLASS_LABELS'"),
         (changed(runs=[{"method": "lora", "quantization": "nf5"}]), "did you mean 'nf4'"),
         (changed(runs=[{"method": "prompt_tuning", "init": "TRANSFER"}]), "movie_reviews needs `source"),
-        (changed(budgets=[{"examples": 18}]), "no whole number of steps of 4"),
-        (changed(budgets=[{"minutes": 1}]), "minutes"),
-        (changed(budgets=[{"seconds": 0}]), "seconds"),
+        (changed(examples=18), "no whole number of steps of 4"),
+        (changed(examples=[16, -4]), "examples: -4 is no whole number"),
+        (changed(budgets=[{"seconds": 90}]), "key of a suite.*'budgets'"),
+        (changed(runs=[{"method": "full", "scored_over": "nf4"}]), "full has no adapter"),
+        (changed(runs=[{"method": "lora", "scored_over": "nf5"}]), "did you mean 'nf4'"),
         (changed(arguments={}), "per_device_train_batch_size"),
         (changed(seeds=["a"]), "seed.*'a'"),
         (changed(seeds=3), "seeds: wanted a list, got 3"),
@@ -114,17 +123,12 @@ def test_a_transfer_names_the_run_of_its_source(write):
         (transfer(num_virtual_token=4), "flag of a source.*did you mean 'num_virtual_tokens'"),
         (transfer(max_steps=1), "flag of a source.*'max_steps'"),
         (transfer(per_device_train_batch_size=3), "no whole number of steps of 3"),
-        (changed(tasks={"sst2": {"source": "rte"}}), "the source of sst2: wanted a mapping, got 'rte'"),
+        (changed(tasks={"sst2": {"source": "rte"}}), "the source of the task sst2: wanted a mapping, got 'rte'"),
         (changed(runs=["lora"]), "a run: wanted a mapping, got 'lora'"),
-        (changed(runs=[{"method": "lora", "budgets": ["90 s"]}]), "a budget: wanted a mapping, got '90 s'"),
         (changed(time_limit_s="1h"), "time_limit_s: wanted a number of seconds, got '1h'"),
         (changed(time_limit_s=float("nan")), "time_limit_s: wanted a number of seconds, got nan"),
-        (
-            changed(budgets=[{"seconds": float("inf")}]),
-            "a budget is {examples: N} or {seconds: S}, got {'seconds': inf}",
-        ),
         (changed(time_limit_s=None), "time_limit_s: wanted a number of seconds, got None"),
-        (changed(runs=[]), "wanted a mapping with tasks, budgets and runs"),
+        (changed(runs=[]), "wanted a mapping with tasks, examples and runs"),
         ("runs: [", "not YAML"),
         ("- 1", "wanted a mapping"),
     ],
