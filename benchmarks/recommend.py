@@ -12,6 +12,8 @@ import argparse
 import logging
 import os
 import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,19 +47,14 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bool]:
-    """The lines of the answer, the pick first, and whether anything fits.
-
-    Raises:
-        ValueError: A task that no run has.
-    """
+    """The lines of the answer, the pick first, and whether anything fits; a task that no run has is a ValueError."""
     from .report.tables import COSTS, difference_text, names, on_what, percent, size
 
     tasks = sorted(set(options.task or summary.common))
-    if not set(tasks) <= set(summary.tasks):
+    if unknown := sorted(set(tasks) - set(summary.tasks)):
         from peft_prompt_ext._choices import check_choice  # takes its time, for a good message
 
-        for task in tasks:
-            check_choice("--task", task, summary.tasks)
+        check_choice("--task", unknown[0], summary.tasks)
     scores = {variant: summary.score(variant, tasks) for variant in summary.variants()}
     reasons = {variant: _obstacle(summary, variant, scores[variant], tasks, options) for variant in scores}
     left = [variant for variant, reason in reasons.items() if not reason]
@@ -69,8 +66,9 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
     tied = [variant for variant in left if not reasons[variant]]
     pick, dearer = _cheapest(summary, tied, tasks, options.prefer) if tied else (None, {})
     where = f"Speaks of {on_what(summary, tasks)}"
+    others = [f"{variant}: {reason}." for variant, reason in reasons.items() if reason]
     if pick is None:
-        return ["Nothing fits.", where, *(f"{variant}: {reason}." for variant, reason in reasons.items())], False
+        return ["Nothing fits.", where, *others], False
 
     def costs(variant: str) -> str:
         texts = [f"{form(summary.cost(variant, tasks, column))} {what}" for column, form, what in COSTS[:3]]
@@ -79,10 +77,10 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
 
     first = "the best mean" if pick == best else f"tied with {best}, the best mean"
     lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
-    if summary.at_majority and set(tasks) & set(summary.at_majority):
+    if set(tasks) & set(summary.at_majority):
         lines.append(f"On {names(summary.at_majority)} no method clearly beats the majority class.")
     lines += [f"{variant}: tied; not picked because {dearer[variant]}: {costs(variant)}." for variant in dearer]
-    return [*lines, *(f"{variant}: {reason}." for variant, reason in reasons.items() if reason)], True
+    return [*lines, *others], True
 
 
 def _obstacle(summary: Summary, variant: str, score: Any, tasks: list[str], options: argparse.Namespace) -> str:
@@ -90,18 +88,13 @@ def _obstacle(summary: Summary, variant: str, score: Any, tasks: list[str], opti
     from .report.statistics import MIN_SEEDS
     from .report.tables import percent, size
 
-    if score is None:
-        return "not run on all tasks"
-    if score.count < min(MIN_SEEDS, len(summary.seeds)):
-        return f"only {score.count} seeds"
+    if score is None or score.count < min(MIN_SEEDS, len(summary.seeds)):
+        return "not run on all tasks" if score is None else f"only {score.count} seeds"
     memory, storage = summary.cost(variant, tasks, "memory_bytes"), _storage(summary, variant, tasks, options.tasks)
-    if options.memory is not None and memory > options.memory:
-        return f"needs {size(memory)} of memory"
-    if options.storage is not None and storage > options.storage:
-        return f"needs {size(storage)} of storage"
-    if options.least_score is not None and score.mean < options.least_score:
-        return f"scores {percent(score)}"
-    return ""
+    for count, limit, what in ((memory, options.memory, "memory"), (storage, options.storage, "storage")):
+        if limit is not None and count > limit:
+            return f"needs {size(count)} of {what}"
+    return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
 
 
 def _storage(summary: Summary, variant: str, tasks: list[str], count: int) -> float:
@@ -150,16 +143,15 @@ def _size(text: str) -> int:
 
 
 def _count(text: str) -> int:
-    if not (text.isdecimal() and int(text)):
-        raise argparse.ArgumentTypeError(f"wanted a number of tasks, 1 or more; got {text!r}")
-    return int(text)
+    return int(_number(text, "a number of tasks, 1 or more", lambda value: value >= 1 and value == int(value)))
 
 
 def _score(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 <= value <= 1:
-        raise argparse.ArgumentTypeError(f"wanted a score from 0 to 1, such as 0.8; got {text!r}")
-    return value
+    return _number(text, "a score from 0 to 1, such as 0.8", lambda value: 0 <= value <= 1)
+
+
+def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
+    with suppress(ValueError, OverflowError):
+        if allowed(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")

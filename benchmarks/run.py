@@ -89,7 +89,7 @@ def check_data(specs: list[Any], data_dir: str | None) -> None:
 
 def _executor(options: argparse.Namespace) -> Any:
     if options.executor == "local":
-        from .harness.local import run_local
+        from .harness.execute import run_local
 
         return run_local
     from .harness.on_ray import run_on_ray

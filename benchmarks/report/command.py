@@ -21,15 +21,20 @@ from .summary import Summary, summarise
 
 def main(arguments: list[str]) -> None:
     """Write the page; without a usable run nothing is written."""
-    options = _options(arguments)
+    parser = argparse.ArgumentParser(
+        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--results", nargs="+", type=Path, help="stores; by default the project's own")
+    parser.add_argument("--step_times", nargs="+", type=Path, help="lines of `benchmarks speed --suite`")
+    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "report", help="the folder of the HTML")
+    options = parser.parse_args(arguments)
     try:
         summary = read(options.results, options.step_times)
     except StoreError as error:
         raise SystemExit(f"error: {error}") from None
     folder = options.output if options.results else RESULTS.parent
     files = pages(summary, folder, is_own=not options.results)
-    files |= {} if options.results else old_readmes(summary)
-    for path, text in files.items():
+    for path, text in (files | ({} if options.results else old_readmes(summary))).items():
         _write(path, text)
     _write(options.output / "RESULTS.html", html(files[folder / "RESULTS.md"], folder))
 
@@ -42,8 +47,7 @@ def _write(path: Path, text: str) -> None:
 
 def read(results: list[Path] | None = None, step_times: list[Path] | None = None) -> Summary:
     """What the stores hold, the project's own ones by default."""
-    own = sorted(RESULTS.glob("step_times*.jsonl"))
-    return summarise(load_runs(results or stores(), step_times or own))
+    return summarise(load_runs(results or stores(), step_times or sorted(RESULTS.glob("step_times*.jsonl"))))
 
 
 def pages(summary: Summary, folder: Path, is_own: bool) -> dict[Path, str]:
@@ -52,13 +56,3 @@ def pages(summary: Summary, folder: Path, is_own: bool) -> dict[Path, str]:
 
     pictures = {folder / "results" / f"{name}.svg": getattr(plots, name)(summary) for name in ("scores", "curves")}
     return pictures | {folder / "RESULTS.md": markdown(summary, is_own)}
-
-
-def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        "python -m benchmarks report", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--results", nargs="+", type=Path, help="stores; by default the project's own")
-    parser.add_argument("--step_times", nargs="+", type=Path, help="lines of `benchmarks speed --suite`")
-    parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "report", help="the folder of the HTML")
-    return parser.parse_args(arguments)

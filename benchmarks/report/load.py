@@ -39,19 +39,13 @@ def read_lines(name: str) -> pd.DataFrame:
 
 
 def load_runs(paths: Iterable[Path], step_times: Iterable[Path] = ()) -> pd.DataFrame:
-    """Read stores.
-
-    Args:
-        paths: The stores; a run that is in several counts once.
-        step_times: Files of steps that were measured interleaved, see `harness.step_times`.
+    """Read stores, a run that is in several once, and files of interleaved steps (see `harness.step_times`).
 
     Raises:
         StoreError: A file is missing or no store.
     """
-    step_s = {}
-    for path in step_times:
-        rows = map(json.loads, path.read_text(encoding="utf-8").splitlines())
-        step_s |= {key_of(row["kind"]): row["step_s"] for row in rows}
+    rows = [json.loads(line) for path in step_times for line in path.read_text(encoding="utf-8").splitlines()]
+    step_s = {key_of(row["kind"]): row["step_s"] for row in rows}
     events = []
     for path in paths:
         if not path.is_file():
@@ -61,10 +55,9 @@ def load_runs(paths: Iterable[Path], step_times: Iterable[Path] = ()) -> pd.Data
     if not events:
         raise StoreError("There is no run to report.")
     frame = pd.DataFrame([_row(event, step_s) for event in events])
-    rank = frame["status"].map({"started": 0, "ok": 2}).fillna(1)  # a rerun that fails loses no result
-    order = frame.assign(rank=rank).sort_values(["rank", "started_at"], kind="stable").index
-    runs = frame.loc[order].drop_duplicates("run_id", keep="last").sort_index()
-    return _with_variants(runs.reset_index(drop=True))
+    frame["rank"] = frame["status"].map({"started": 0, "ok": 2}).fillna(1)  # a rerun that fails loses no result
+    newest = frame.sort_values(["rank", "started_at"], kind="stable").drop_duplicates("run_id", keep="last")
+    return _with_variants(newest.sort_index().reset_index(drop=True))
 
 
 def _row(event: dict[str, Any], step_s: dict[str, float]) -> dict[str, Any]:
@@ -121,9 +114,8 @@ def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
     """Add `variant`: method, init and precision, and the flags in which variants differ that have all three alike."""
     parts = [runs["method"].map(NAMES), runs["init"], runs["quantization"]]
     name = pd.concat(parts, axis=1).apply(lambda row: ", ".join(row.dropna()), axis=1)
-    for (_, _, _), same in runs.groupby([name, "task", "is_search"]):
-        flags = sorted({flag for extras in same["extras"] for flag in extras})
-        differing = [flag for flag in flags if len({str(extras.get(flag)) for extras in same["extras"]}) > 1]
-        for flag in differing:
-            name.loc[same.index] += same["extras"].map(lambda extras, flag=flag: f", {flag} {extras.get(flag)}")
+    for _, same in runs.groupby([name, "task", "is_search"]):
+        for flag in sorted({flag for extras in same["extras"] for flag in extras}):
+            values = same["extras"].map(lambda extras, flag=flag: f", {flag} {extras.get(flag)}")
+            name.loc[same.index] += values if values.nunique() > 1 else ""
     return runs.assign(variant=name)

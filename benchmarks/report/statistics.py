@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -14,13 +14,12 @@ ALPHA = 0.05
 MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
 
 
-@dataclass(frozen=True)
-class Mean:
+class Mean(NamedTuple):
     """A mean over seeds and half the width of its 95 % interval (Student's t), None for one seed."""
 
     mean: float
     half: float | None
-    count: int
+    count: int  # type: ignore[assignment]
 
     @property
     def excludes_zero(self) -> bool:
@@ -28,8 +27,7 @@ class Mean:
         return self.half is not None and abs(self.mean) > self.half > 1e-12
 
 
-@dataclass(frozen=True)
-class Difference:
+class Difference(NamedTuple):
     """One variant minus another: of the scores, over the seeds that both have; and how sure its sign is."""
 
     mean: Mean
@@ -53,14 +51,8 @@ def row_test(first: np.ndarray, second: np.ndarray) -> float:
     differ = first != second  # other rows change nothing
     if not differ.any():
         return 1.0
-    result = stats.permutation_test(
-        (first[differ], second[differ]),
-        lambda a, b, axis: np.sum(a - b, axis=axis),
-        permutation_type="samples",
-        vectorized=True,
-        rng=0,
-    )
-    return float(result.pvalue)
+    rows, how = (first[differ], second[differ]), {"permutation_type": "samples", "vectorized": True, "rng": 0}
+    return float(stats.permutation_test(rows, lambda a, b, axis: np.sum(a - b, axis=axis), **how).pvalue)
 
 
 def scores_by_seed(runs: pd.DataFrame) -> pd.Series:

@@ -2,7 +2,7 @@
 
 import pytest
 
-from benchmarks.harness.overlap import without_overlap
+from benchmarks.harness.source import without_overlap
 
 
 SCORED = [{"premise": "The quick, brown fox jumps over the lazy dog.", "hypothesis": "A fox jumps."}]
