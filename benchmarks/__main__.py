@@ -1,7 +1,5 @@
 """Command line: `python -m benchmarks speed --help`."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 
@@ -20,8 +18,8 @@ def main() -> None:
     """Run a command; what it needs is imported by it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
-        print("usage: python -m benchmarks COMMAND [--help]\n")
-        print("\n".join(f"  {command}  {text}" for command, text in COMMANDS.items()))
+        lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
+        print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
         raise SystemExit(0 if name in {"-h", "--help"} else 2)
     import_module(f"benchmarks.{MODULES.get(name, name)}").main(sys.argv[2:])
 

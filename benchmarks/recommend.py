@@ -6,8 +6,6 @@ Left out is what was not measured, what does not fit, and what is clearly or pro
 rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os
@@ -15,13 +13,10 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .harness.store import StoreError
 
-
-if TYPE_CHECKING:
-    from .report.summary import Summary
 
 SAME_COST = 1.1  # less is within what a machine differs from day to day
 COLUMNS = {"time": "seconds", "memory": "memory_bytes", "storage": "adapter_bytes"}
@@ -46,9 +41,9 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(1)
 
 
-def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bool]:
+def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
     """The lines of the answer, the pick first, and whether anything fits; a task that no run has is a ValueError."""
-    from .report.tables import COSTS, difference_text, names, on_what, percent, size
+    from .report.tables import COSTS, difference_text, names, on_what, percent
 
     tasks = sorted(set(options.task or summary.common))
     if unknown := sorted(set(tasks) - set(summary.tasks)):
@@ -72,8 +67,7 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
 
     def costs(variant: str) -> str:
         texts = [f"{form(summary.cost(variant, tasks, column))} {what}" for column, form, what in COSTS[:3]]
-        total = size(_storage(summary, variant, tasks, options.tasks))
-        return f"{percent(scores[variant])}, {', '.join(texts)}; {total} stored with the model"
+        return f"{percent(scores[variant])}, {', '.join(texts)}"
 
     first = "the best mean" if pick == best else f"tied with {best}, the best mean"
     lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
@@ -83,27 +77,24 @@ def answer(summary: Summary, options: argparse.Namespace) -> tuple[list[str], bo
     return [*lines, *others], True
 
 
-def _obstacle(summary: Summary, variant: str, score: Any, tasks: list[str], options: argparse.Namespace) -> str:
+def _obstacle(summary: Any, variant: str, score: Any, tasks: list[str], options: argparse.Namespace) -> str:
     """Which need a variant does not meet."""
     from .report.statistics import MIN_SEEDS
     from .report.tables import percent, size
 
     if score is None or score.count < min(MIN_SEEDS, len(summary.seeds)):
         return "not run on all tasks" if score is None else f"only {score.count} seeds"
-    memory, storage = summary.cost(variant, tasks, "memory_bytes"), _storage(summary, variant, tasks, options.tasks)
+    memory, once, each = (summary.cost(variant, tasks, f"{what}_bytes") for what in ("memory", "weights", "adapter"))
+    storage = options.tasks * each + (
+        0.0 if summary.method(variant) == "full" else once
+    )  # full keeps a model for each
     for count, limit, what in ((memory, options.memory, "memory"), (storage, options.storage, "storage")):
         if limit is not None and count > limit:
             return f"needs {size(count)} of {what}"
     return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
 
 
-def _storage(summary: Summary, variant: str, tasks: list[str], count: int) -> float:
-    """For `count` tasks; full fine-tuning keeps a whole model for each, the others one for all."""
-    once = 0.0 if summary.method(variant) == "full" else summary.cost(variant, tasks, "weights_bytes")
-    return once + count * summary.cost(variant, tasks, "adapter_bytes")
-
-
-def _cheapest(summary: Summary, variants: list[str], tasks: list[str], prefer: str) -> tuple[str, dict[str, str]]:
+def _cheapest(summary: Any, variants: list[str], tasks: list[str], prefer: str) -> tuple[str, dict[str, str]]:
     """By the costs that are known of all, then the most tasks, then the highest mean; and why not each other one."""
     dearer: dict[str, str] = {}
     for name in [] if prefer == "score" else [prefer, *(name for name in COLUMNS if name != prefer)]:

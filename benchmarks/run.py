@@ -6,11 +6,8 @@
 Stop it at any moment, and start it again to go on. Each run has its own process and one line in the results file.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
-from functools import partial
 from itertools import count
 from pathlib import Path
 from typing import Any
@@ -20,7 +17,7 @@ from .harness.store import RERUN, Event, RunStore, StoreError, wanted
 
 def main(arguments: list[str]) -> None:
     """Run what the arguments ask for, and print how each run ended."""
-    from .harness.execute import Grid
+    from .harness.execute import Grid, run_local
     from .harness.suite import SuiteError, load_suites, run_id
 
     options = _options(arguments)
@@ -40,7 +37,13 @@ def main(arguments: list[str]) -> None:
 
     if not options.dry_run:
         try:
-            _executor(options)(Grid(left, store, options.data_dir, time_limit_s, options.rerun, report))
+            grid = Grid(left, store, options.data_dir, time_limit_s, options.rerun, report)
+            if options.executor == "ray":
+                from .harness.on_ray import run_on_ray
+
+                run_on_ray(grid, options.ray_address, options.cpus_per_run, options.gpus_per_run)
+            else:
+                run_local(grid)
         except (ImportError, SuiteError) as error:  # Ray is an extra, and a cluster may be too small
             raise SystemExit(f"error: {error}") from None
     events = store.latest()
@@ -72,11 +75,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 
 def check_data(specs: list[Any], data_dir: str | None) -> None:
-    """Refuse a grid whose rows are not there.
-
-    Raises:
-        SuiteError: A folder of `data` is missing, or the folder above it is not named.
-    """
+    """Raise SuiteError if a folder of `data` is missing, or the folder above it is not named."""
     from .harness.suite import SuiteError
 
     folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
@@ -85,17 +84,6 @@ def check_data(specs: list[Any], data_dir: str | None) -> None:
             raise SuiteError(f"the suite reads rows of {folder}: give --data_dir, the folder above it")
         if not Path(data_dir, folder).is_dir():
             raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
-
-
-def _executor(options: argparse.Namespace) -> Any:
-    if options.executor == "local":
-        from .harness.execute import run_local
-
-        return run_local
-    from .harness.on_ray import run_on_ray
-
-    resources = {"num_cpus": options.cpus_per_run, "num_gpus": options.gpus_per_run}
-    return partial(run_on_ray, address=options.ray_address, **resources)
 
 
 def describe(spec: Any) -> str:

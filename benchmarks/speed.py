@@ -9,8 +9,6 @@ machines are not equally fast all day. Each line goes to the results file as soo
 printed from the lines of this command.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import subprocess
@@ -20,7 +18,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .harness.steps import LENGTHS, PROMPTED
+from .harness.steps import LENGTHS, PROMPTED, measure
 
 
 WHAT = {
@@ -40,10 +38,7 @@ def main(arguments: list[str]) -> None:
     """Measure the grid that the arguments ask for."""
     options = _options(arguments)
     if options.worker:
-        from .harness import mixed, steps
-
-        spec = json.loads(options.worker)
-        print(json.dumps((mixed if spec["method"] == "mixed" else steps).measure(spec)))
+        print(json.dumps(measure(json.loads(options.worker))))
         return
     rows = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
@@ -91,14 +86,20 @@ def _suite_rows(options: argparse.Namespace) -> Iterator[Row]:
         check_data(specs, options.data_dir)
     except SuiteError as error:
         raise SystemExit(f"error: {error}") from None
-    yield from time_suite(specs, options.data_dir)
+    return time_suite(specs, options.data_dir)
 
 
 def _grid(options: argparse.Namespace) -> Iterator[Row]:
     common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
     if options.mixed_tasks:
         mixed = {"method": "mixed", "tasks": options.mixed_tasks, "rows_per_task": options.rows_per_task}
-        mixed |= {"logits": options.logits, "single_path": options.single_path}
+        mixed |= {
+            "logits": options.logits,
+            "single_path": options.single_path,
+            "text": "short",
+            "precision": "float32",
+        }
+        mixed |= {"precision": "float32", "batch_size": options.mixed_tasks * options.rows_per_task}
         kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in options.num_virtual_tokens]
     else:
         kinds = [

@@ -1,7 +1,5 @@
 """Runs in processes of their own, one at a time so that none disturbs another's timings, and their events."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,10 +7,11 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .environment import FILE, ROOT
+from .machine import FILE, ROOT
 from .store import SCHEMA_VERSION, Event, RunStore, now, wanted
 from .suite import Spec, run_id
 
@@ -118,10 +117,9 @@ def run_local(grid: Grid) -> None:
 
 def _environment(folder: Path) -> dict[str, Any] | None:
     """What a run that came to no result had said it ran on; None if it did not come so far."""
-    try:
+    with suppress(OSError, ValueError):
         return json.loads((folder / FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
+    return None
 
 
 def _wait(command: list[str], log: Path, time_limit_s: float) -> dict[str, str]:

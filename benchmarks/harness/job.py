@@ -1,21 +1,11 @@
 """A run as `recipes/train.py`'s own job: all that the harness takes from the recipe."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .suite import Spec, train_arguments
 
 
-if TYPE_CHECKING:
-    from collections.abc import Iterable
-    from pathlib import Path
-
-    from peft_prompt_ext.tasks.base import Task
-    from recipes.train import Job
-
-
-def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str] = ()) -> Job:
+def prepare(spec: Spec, folder: Any, data_dir: str | None, extra: tuple[str, ...] = ()) -> Any:
     """The job of a run with its model loaded, writing to a folder; `extra` are more flags of `recipes/train.py`."""
     from recipes import train as recipe
 
@@ -25,14 +15,14 @@ def prepare(spec: Spec, folder: Path, data_dir: str | None, extra: Iterable[str]
     return recipe.prepare(*recipe.parse([*train_arguments(spec, data_dir), *fixed, *extra]))
 
 
-def train(job: Job) -> None:
+def train(job: Any) -> None:
     """Train and save."""
     from recipes import train as recipe
 
     recipe.train(job.trainer, None)
 
 
-def rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task, Any]:
+def rows_to_score(spec: Spec, folder: Any, data_dir: str | None) -> tuple[Any, Any]:
     """The task of a run, and the rows that it will be scored on."""
     from recipes import train as recipe
 
@@ -42,7 +32,7 @@ def rows_to_score(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Task,
     return task, recipe.load_splits(task, data_args, args)[task.validation[0]]
 
 
-def load_over(job: Job, precision: str) -> None:
+def load_over(job: Any, precision: str) -> None:
     """Put the saved adapter over the base model in another precision, in place of the job's model."""
     from peft_prompt_ext.recipe.methods import trained_model
 

@@ -1,17 +1,22 @@
-"""Memory in use, the machine's name, and what other programs take of it."""
-
-from __future__ import annotations
+"""What a run ran on: machine, versions, code, rows and weights; and the memory in use."""
 
 import ctypes
 import gc
+import hashlib
+import json
 import os
 import platform
+import subprocess
 import sys
-import time
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
 
+FILE = "environment.json"  # in a run's folder, for one that comes to no result
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGES = ("peft-prompt-ext", "peft", "transformers", "torch", "datasets", "accelerate", "bitsandbytes")
+CODE = ("*.py", "*.toml")  # not the store, which grows while runs go on and may be a file of the repository
 THREAD_VARIABLES = ("OMP_", "GOMP_", "KMP_", "MKL_")  # OMP_WAIT_POLICY=passive made small operations a third slower
 
 
@@ -77,30 +82,49 @@ def _cpu_name() -> str:
     return f"{os.cpu_count()} cores of {kind}" + (f" ({numbers})" if numbers else "")
 
 
-class OtherPrograms:
-    """What programs besides this one use of the machine's CPU time, from `start` to `stop`, and again."""
-
-    def __init__(self) -> None:
-        self._used_s = self._elapsed_s = 0.0
-
-    def start(self) -> None:
-        """Begin a stretch."""
-        self._busy, self._own, self._since = _busy_s(), time.process_time(), time.perf_counter()
-
-    def stop(self) -> None:
-        """End it."""
-        own = time.process_time() - self._own
-        self._used_s += max(0.0, _busy_s() - self._busy - own) / (os.cpu_count() or 1)
-        self._elapsed_s += time.perf_counter() - self._since
-
-    @property
-    def share(self) -> float:
-        """From 0 to 1, of all stretches so far."""
-        return self._used_s / self._elapsed_s if self._elapsed_s else 0.0
+def code() -> dict[str, Any]:
+    """The commit, and whether the code is another than there."""
+    commit = _git("rev-parse", "HEAD")
+    changes = _git("status", "--porcelain", "--untracked-files=no", "--", *CODE)
+    return {"commit": commit, "dirty": bool(changes) if commit else None}
 
 
-def _busy_s() -> float:
-    """CPU seconds that all programs of this machine have used since it started, over all cores."""
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:]
-    user, nice, system, _idle, _wait, irq, softirq = map(int, fields[:7])
-    return (user + nice + system + irq + softirq) / os.sysconf("SC_CLK_TCK")
+def environment(
+    model: str, revision: str | None, device: str, dtype: str, scored: Any, train: Any | None
+) -> dict[str, Any]:
+    """Machine, versions, and hashes of the scored and trained rows and of the weights (of a Hub model: its commit)."""
+    return {
+        **machine(device),
+        "device": device,
+        "dtype": dtype,
+        "python": sys.version.split()[0],
+        "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
+        "scored_rows_sha256": _rows_hash(scored),
+        "train_rows_sha256": None if train is None else _rows_hash(train),
+        "weights_sha256": _weights_hash(model) or revision,
+    }
+
+
+def _rows_hash(rows: Any) -> str:
+    """Of rows in any order."""
+    lines = sorted(json.dumps(row, sort_keys=True, default=str) for row in rows)
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def _weights_hash(name: str) -> str | None:
+    """Of the files of a local model."""
+    from peft_prompt_ext.assets import resolve
+
+    digest, files = hashlib.sha256(), sorted(Path(resolve(name)).glob("*.safetensors"))
+    for file in files:
+        with file.open("rb") as opened:
+            digest.update(hashlib.file_digest(opened, "sha256").digest())
+    return digest.hexdigest() if files else None
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        ran = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True)
+    except OSError:
+        return None
+    return ran.stdout.strip() if ran.returncode == 0 else None

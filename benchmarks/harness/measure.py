@@ -5,8 +5,6 @@
 FOLDER/outcome.json says how it ended: `status`, `error`, `result` and `env` of the run's event.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import json
@@ -15,7 +13,7 @@ import os
 import signal
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import Any, TypedDict
 
 from . import scoring
 from .job import load_over, prepare, train
@@ -23,12 +21,7 @@ from .source import train_source
 from .suite import Spec
 
 
-if TYPE_CHECKING:
-    from recipes.train import Job
-
-    from .watch import Watch
-
-
+NO_METRICS = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_loss", "eval_model_prep")
 CURVE_POINTS = 3  # scores taken while a run trains
 
 
@@ -53,17 +46,14 @@ class Result(TypedDict):
     source_rows_left_out: int | None  # of its train split, for they share text with the scored rows
     steps: int
     step_time_s: float  # median
-    tokens_per_s: float
     peak_memory_bytes: int  # of training, above the loaded model
     weights_bytes: int  # of the loaded model
-    memory_kind: str  # rss or cuda
     trainable_parameters: int
     adapter_bytes: int  # what has to be kept for one task
     inference_time_s: float  # one scored batch, median
     bare_inference_time_s: float  # the same with the adapter off
     inference_batch_size: int
     score_over_other: float | None  # over the base model in the precision `scored_over`
-    other_cpu_share: float  # of the machine's CPU time in training and inference, used by other programs
 
 
 def main() -> None:
@@ -93,48 +83,46 @@ def write_outcome(folder: Path, outcome: dict[str, Any]) -> None:
 
 
 def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dict[str, Any]]:
-    """Train, score and measure what a spec asks for; what it trains is written below the folder.
-
-    Raises:
-        ValueError: A measured number is not finite: the training diverged.
-    """
+    """Train, score and measure what a spec asks for; what it trains is written below the folder."""
     from transformers import set_seed
 
-    from .environment import FILE, code, environment
-    from .machine import touch
+    from .machine import FILE, code, environment, touch
     from .watch import Watch
 
     now = code()  # as it was when the run began, whatever is checked out meanwhile
     source = train_source(spec, folder, data_dir)
-    extra = [] if source is None else ["--prompt_tuning_init_kwargs", json.dumps({"source": source.folder})]
+    extra = () if source is None else ("--prompt_tuning_init_kwargs", json.dumps({"source": source.folder}))
     job = prepare(spec, folder / "run", data_dir, extra)
     trainer = job.trainer
     trainer.args.include_num_input_tokens_seen = "non_padding"
     touch(trainer.model)
-    dtype, revision = str(_base_model(trainer.model).dtype), getattr(trainer.model.config, "_commit_hash", None)
+    base = getattr(trainer.model, "get_base_model", lambda: trainer.model)()
+    dtype, revision = str(base.dtype), getattr(trainer.model.config, "_commit_hash", None)
     kind = revision, trainer.args.device.type, dtype.removeprefix("torch.")
     rows = scoring.scored_rows(job)[1], job.splits.get("train")
     env = now | environment(job.record["model_name_or_path"], *kind, *rows)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / FILE).write_text(json.dumps(env), encoding="utf-8")
-    weights, before = _base_model(trainer.model).get_memory_footprint(), scoring.score(job)
+    weights, before = base.get_memory_footprint(), scoring.score(job)
     after = before
     set_seed(spec["seed"])
-    watch = Watch(job, before.on_curve, source and source.watch)
+    watch = Watch(job, before.on_curve)
     if trainer.args.do_train:
-        _train(job, watch)
+        trainer.args.eval_strategy = "steps"
+        trainer.args.eval_steps = max(1, -(-trainer.args.max_steps // (CURVE_POINTS + 1)))
+        scoring.score_on_the_way(job)
+        trainer.add_callback(watch)
+        train(job)
+        trainer.remove_callback(watch)
         after = scoring.score(job)
         watch.point(after.on_curve)
-    watch.others.start()
-    with_adapter, bare = scoring.inference_times(job)
-    watch.others.stop()
     main_key, scored = f"eval_{trainer.family.task.main_metric}", len(scoring.scored_rows(job)[1])
     trainable = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad) if trainer.args.do_train else 0
     result: Result = {
         "main_metric": trainer.family.task.main_metric,
         "score": after.metrics[main_key],
         "score_before": before.metrics[main_key],
-        "metrics_all": _metrics(after.metrics),
+        "metrics_all": {k.removeprefix("eval_"): v for k, v in after.metrics.items() if not k.startswith(NO_METRICS)},
         "loss": after.metrics["eval_loss"],
         "correct": after.correct,
         "eval_samples": scored,
@@ -148,9 +136,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
         "weights_bytes": weights,
         "trainable_parameters": trainable,
         "adapter_bytes": _stored_bytes(job, spec["method"]),
-        "inference_time_s": with_adapter,
-        "bare_inference_time_s": bare,
-        "inference_batch_size": scoring.INFERENCE_BATCH_SIZE,
+        **scoring.inference_times(job),
         "score_over_other": None,
     }
     if "scored_over" in spec:
@@ -164,28 +150,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
     return result, env
 
 
-def _train(job: Job, watch: Watch) -> None:
-    """Train, with scores on the curve's rows on the way."""
-    trainer = job.trainer
-    trainer.args.eval_strategy = "steps"
-    trainer.args.eval_steps = max(1, -(-trainer.args.max_steps // (CURVE_POINTS + 1)))
-    encoded, shown = (split.select(scoring.curve_rows(len(split))) for split in scoring.scored_rows(job))
-    trainer.eval_dataset, trainer.compute_metrics = encoded, scoring.metrics_on(job, shown)
-    trainer.add_callback(watch)
-    train(job)
-    trainer.remove_callback(watch)
-
-
-def _metrics(scores: dict[str, float]) -> dict[str, float]:
-    timing = ("eval_runtime", "eval_samples_per_second", "eval_steps_per_second", "eval_loss", "eval_model_prep")
-    return {key.removeprefix("eval_"): value for key, value in scores.items() if not key.startswith(timing)}
-
-
-def _base_model(model: Any) -> Any:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _stored_bytes(job: Job, method: str) -> int:
+def _stored_bytes(job: Any, method: str) -> int:
     """What one task has to keep: the adapter's file, the whole model, or the head."""
     if method == "zero_shot":
         return 0

@@ -3,48 +3,17 @@
 Forward passes without gradients, as in serving; the two are interleaved in one process.
 """
 
-from __future__ import annotations
-
 import time
 from typing import Any
-
-
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Time both ways on real, left-padded rows, and compare their logits of the next token.
-
-    Returns:
-        The spec with what `compare` returns, and the machine.
-    """
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    from peft_prompt_ext.assets import resolve
-
-    from .machine import machine
-    from .steps import review_batch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(spec["model"])
-    batch = review_batch(folder, "short", spec["tasks"] * spec["rows_per_task"], spec["seed"]).to(device)
-    base = AutoModelForCausalLM.from_pretrained(folder).to(device)
-    row = compare(
-        *(base, batch, spec["tasks"], spec["num_virtual_tokens"], spec["steps"]),
-        packed=spec["single_path"] == "packed",
-        last=spec["logits"] == "last",
-    )
-    return {**spec, **row, **machine(device)}
 
 
 def compare(
     base: Any, batch: Any, tasks: int, num_virtual_tokens: int, repeats: int, packed: bool = False, last: bool = True
 ) -> dict[str, Any]:
-    """Time one batch of all tasks, and a batch for each, interleaved.
+    """Time one batch of all tasks, and a batch for each, interleaved, and compare their logits of the next token.
 
     The batch, right-padded, has as many rows for each task. `packed`: the batch of one task is packed as well, else it
     takes PEFT's path. `last`: logits of the next token alone.
-
-    Returns:
-        `mixed_time_s`, `single_time_s` and the `largest_difference` of the logits of the next token.
     """
     import torch
     from peft import get_peft_model

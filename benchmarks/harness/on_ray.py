@@ -3,8 +3,6 @@
 The project and its packages have to be installed on every node at the same path, and the rows of --data_dir be there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -12,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from . import execute as execution
-from .environment import ROOT
 from .execute import Grid
+from .machine import ROOT
 from .store import wanted
 from .suite import SuiteError, run_id
 

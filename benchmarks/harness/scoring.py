@@ -1,17 +1,11 @@
 """What is measured of a model that stands still: scores, and the time of a batch."""
 
-from __future__ import annotations
-
 import json
 import statistics
 import time
 from collections import Counter
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple
-
-
-if TYPE_CHECKING:
-    from recipes.train import Job
+from contextlib import nullcontext
+from typing import Any, NamedTuple
 
 
 CURVE_SAMPLES = 128  # rows of a score on the way: on all of them the scoring would take longer than the training
@@ -26,7 +20,7 @@ class Scores(NamedTuple):
     correct: str | None  # see `measure.Result`
 
 
-def scored_rows(job: Job) -> tuple[Any, Any]:
+def scored_rows(job: Any) -> tuple[Any, Any]:
     """Encoded rows and rows of the first validation split."""
     split = job.trainer.family.task.validation[0]
     return job.encoded[split], job.splits[split]
@@ -38,26 +32,28 @@ def curve_rows(count: int) -> list[int]:
     return [number * count // some for number in range(some)]
 
 
-def metrics_on(job: Job, rows: Any) -> Any:
-    """A function that computes the task's metrics on rows."""
+def score_on_the_way(job: Any) -> None:
+    """Let evaluations while it trains score the curve's rows."""
     from peft_prompt_ext.recipe.trainer import task_metrics
 
-    return task_metrics(job.trainer.family, rows)
+    encoded, shown = (split.select(curve_rows(len(split))) for split in scored_rows(job))
+    job.trainer.eval_dataset, job.trainer.compute_metrics = encoded, task_metrics(job.trainer.family, shown)
 
 
-def score(job: Job) -> Scores:
+def score(job: Any) -> Scores:
     """Score the model as it is."""
     from transformers.trainer_utils import EvalPrediction
 
+    from peft_prompt_ext.recipe.trainer import task_metrics
     from peft_prompt_ext.tasks.scoring import predictions
 
     trainer, task = job.trainer, job.trainer.family.task
     encoded, rows = scored_rows(job)
-    trainer.compute_metrics = metrics_on(job, rows)
+    trainer.compute_metrics = task_metrics(trainer.family, rows)
     output = trainer.predict(encoded, metric_key_prefix="eval")
     some = curve_rows(len(rows))
     of_some = EvalPrediction(output.predictions[some], output.label_ids[some])
-    on_curve = metrics_on(job, rows.select(some))(of_some)[task.main_metric]
+    on_curve = task_metrics(trainer.family, rows.select(some))(of_some)[task.main_metric]
     if task.is_regression:
         return Scores(output.metrics, on_curve, None)
     counts = [len(task.choices_of(task.prepared(row))) for row in rows]
@@ -66,7 +62,7 @@ def score(job: Job) -> Scores:
     return Scores(output.metrics, on_curve, "".join("1" if right[i] else "0" for i in order))
 
 
-def majority(job: Job) -> float | None:
+def majority(job: Any) -> float | None:
     """Share of the scored rows that have the most common label; None for a regression."""
     if job.trainer.family.task.is_regression:
         return None
@@ -74,8 +70,8 @@ def majority(job: Job) -> float | None:
     return max(labels.values()) / labels.total()
 
 
-def inference_times(job: Job) -> tuple[float, float]:
-    """Seconds of scoring one batch with the adapter and without, medians, interleaved."""
+def inference_times(job: Any) -> dict[str, float]:
+    """The entries of a `Result` about scoring one batch with the adapter and without: medians, interleaved."""
     import torch
 
     trainer, family = job.trainer, job.trainer.family
@@ -83,23 +79,17 @@ def inference_times(job: Job) -> tuple[float, float]:
     middle = max(0, (len(encoded) - INFERENCE_BATCH_SIZE) // 2)  # rows are sorted by length
     rows = encoded.select(range(middle, min(middle + INFERENCE_BATCH_SIZE, len(encoded))))
     batch = trainer._prepare_inputs(family.collate_choices(list(rows)))
-    times: list[list[float]] = [[], []]
+    config, bare = getattr(model, "active_peft_config", None), (model, nullcontext)
+    if config is not None:
+        bare = (model.get_base_model(), nullcontext) if config.is_prompt_learning else (model, model.disable_adapter)
+    times: dict[str, list[float]] = {"inference_time_s": [], "bare_inference_time_s": []}
     with torch.no_grad():
-        for _ in range(4):
-            for number, (candidate, context) in enumerate([(model, nullcontext()), _without_adapter(model)]):
-                with context:
-                    start = time.perf_counter()
-                    family.score(candidate, batch)
-                    if torch.cuda.is_available():
-                        torch.cuda.synchronize()
-                    times[number].append(time.perf_counter() - start)
-    with_adapter, bare = (statistics.median(values[1:]) for values in times)
-    return with_adapter, bare
-
-
-def _without_adapter(model: Any) -> tuple[Any, AbstractContextManager[Any]]:
-    """A model, and the context in which it runs without its adapter."""
-    config = getattr(model, "active_peft_config", None)
-    if config is None:
-        return model, nullcontext()
-    return (model.get_base_model(), nullcontext()) if config.is_prompt_learning else (model, model.disable_adapter())
+        for name, (candidate, context) in list(zip(times, ((model, nullcontext), bare), strict=True)) * 4:
+            with context():
+                start = time.perf_counter()
+                family.score(candidate, batch)
+                if torch.cuda.is_available():
+                    torch.cuda.synchronize()
+                times[name].append(time.perf_counter() - start)
+    medians = {name: statistics.median(values[1:]) for name, values in times.items()}
+    return {**medians, "inference_batch_size": INFERENCE_BATCH_SIZE}

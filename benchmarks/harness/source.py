@@ -1,21 +1,15 @@
 """The prompt that a TRANSFER starts from: trained on rows of the source task that hold nothing of the scored rows.
 
-Two data sets may be drawn from one collection: three in four of the scored sentences of SST-2 are in the movie reviews.
+Two data sets may be drawn from one collection: three in four scored sentences of SST-2 are in the movie reviews.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from .job import prepare, rows_to_score, train
 from .suite import Spec, source_spec
-
-
-if TYPE_CHECKING:
-    from .watch import Watch
 
 
 SHARED_WORDS = 5  # what is shorter ("a good movie") is in many texts by chance
@@ -26,16 +20,12 @@ class Source(NamedTuple):
     """A trained prompt, and what it took."""
 
     folder: str
-    watch: Watch  # of its training
+    watch: Any  # of its training
     left_out: int  # rows of its train split that share text with the scored ones
 
 
 def train_source(spec: Spec, folder: Path, data_dir: str | None) -> Source | None:
-    """Train the prompt that a run starts from, if any, on rows that have nothing of what the target is scored on.
-
-    Raises:
-        ValueError: No row of the source is left.
-    """
+    """Train the prompt that a run starts from, if any, on rows that have nothing of what the target is scored on."""
     source = source_spec(spec)
     if source is None:
         return None

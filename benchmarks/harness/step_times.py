@@ -4,8 +4,6 @@ A virtual machine is faster at one hour and slower at another, so runs that trai
 compared by their own seconds. `python -m benchmarks speed --suite SUITE.yaml` writes one line for each kind.
 """
 
-from __future__ import annotations
-
 import json
 import statistics
 import time
@@ -13,15 +11,11 @@ from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from .environment import code
 from .job import prepare
+from .machine import code, machine
 from .suite import Spec, source_spec
-
-
-if TYPE_CHECKING:
-    from recipes.train import Job
 
 
 TIMED_STEPS = 36  # of each kind: one step differs from the next by a quarter
@@ -47,12 +41,7 @@ def kinds_of(specs: Iterable[Spec]) -> list[Spec]:
 
 
 def time_suite(specs: Iterable[Spec], data_dir: str | None) -> Iterator[dict[str, Any]]:
-    """Time the kinds of a grid, task by task.
-
-    Yields:
-        For each kind: itself, the mean seconds of a step (None with an `error` if it failed), each step's, the share
-        of the machine's CPU time that other programs used meanwhile, and on what they were taken.
-    """
+    """Time the kinds of a grid, task by task: a line for each, `step_s` is None with an `error` if it failed."""
     kinds = kinds_of(specs)
     for task in dict.fromkeys(kind["task"] for kind in kinds):
         with TemporaryDirectory() as folder:
@@ -60,10 +49,8 @@ def time_suite(specs: Iterable[Spec], data_dir: str | None) -> Iterator[dict[str
 
 
 def _time_steps(kinds: list[Spec], folder: Path, data_dir: str | None) -> list[dict[str, Any]]:
-    from .machine import OtherPrograms, machine
-
     rows: list[dict[str, Any]] = [{"kind": kind, "step_s": None, "steps_s": [], "error": None} for kind in kinds]
-    now, clocks, others, device = code(), [], OtherPrograms(), "cpu"
+    now, clocks, device = code(), [], "cpu"
     for number, row in enumerate(rows):
         try:
             job = prepare(row["kind"], folder / str(number), data_dir)
@@ -72,18 +59,16 @@ def _time_steps(kinds: list[Spec], folder: Path, data_dir: str | None) -> list[d
             device = job.trainer.args.device.type
         except (Exception, SystemExit) as error:  # a wrong flag exits
             row["error"] = f"{type(error).__name__}: {error}"
-    others.start()
     for row, clock in clocks * TIMED_STEPS:
         if row["error"] is None:
             row["steps_s"].append(next(clock))
-    others.stop()
     for row in rows:
         row["step_s"] = statistics.fmean(row["steps_s"]) if row["steps_s"] else None
-        row |= {"other_cpu_share": others.share, **now, "device": device, **machine(device)}
+        row |= {**now, "device": device, **machine(device)}
     return rows
 
 
-def _steps(job: Job) -> Iterator[float]:
+def _steps(job: Any) -> Iterator[float]:
     """Seconds of one step of the optimizer after the other, over batches that are spread over those of the run."""
     import torch
 

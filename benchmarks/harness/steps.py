@@ -3,8 +3,6 @@
 Shapes: B rows, P virtual tokens.
 """
 
-from __future__ import annotations
-
 import random
 import time
 from typing import Any
@@ -16,18 +14,14 @@ LENGTHS = {"short": (8, 54), "long": (256, 512)}
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run the steps of one method in this process.
-
-    Returns:
-        The spec with `step_time_s` (one for each step), `weights_bytes`, `peak_memory_bytes` above the loaded model,
-        `real_tokens` of the batch, `trainable_parameters`, versions and machine.
-    """
+    """Run the steps of one method in this process, or compare a mixed-task batch with single ones: a line."""
     import torch
     import transformers
 
     from peft_prompt_ext.assets import resolve
 
     from .machine import machine, peak, reset_peak, touch
+    from .mixed import compare
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -36,6 +30,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     folder = resolve(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
     model = load(folder, spec["precision"]).to(device)
+    if spec["method"] == "mixed":
+        how = {"packed": spec["single_path"] == "packed", "last": spec["logits"] == "last"}
+        row = compare(model, batch, spec["tasks"], spec["num_virtual_tokens"], spec["steps"], **how)
+        return {**spec, **row, **machine(device)}
     weights = model.get_memory_footprint()
     model, step = method_step(model, spec, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -47,13 +45,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
         if device == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
-        for parameter in parameters:
-            parameter.grad = None
+        model.zero_grad()
     return {
         **spec,
         "step_time_s": times[1:],  # the first step allocates its buffers
         "weights_bytes": weights,
-        "peak_memory_bytes": peak(device) - before,
+        "peak_memory_bytes": peak(device) - before,  # above the loaded model
         "real_tokens": int(batch["attention_mask"].sum()),
         "trainable_parameters": sum(parameter.numel() for parameter in parameters),
         **machine(device),
@@ -66,9 +63,9 @@ def load(folder: str, precision: str) -> Any:
 
     from peft_prompt_ext import load_frozen_backbone
 
-    if precision in {"int8", "nf4"}:
-        return load_frozen_backbone(folder, quantization=precision)
-    return load_frozen_backbone(folder, dtype=getattr(torch, precision))
+    quantised = precision in {"int8", "nf4"}
+    how = {"quantization": precision} if quantised else {"dtype": getattr(torch, precision)}
+    return load_frozen_backbone(folder, **how)
 
 
 def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
@@ -109,11 +106,11 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
     if method == "stock":
         model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **virtual))
     elif method in PROMPTED:
-        logits = "all" if method == "packed_all" else "supervised"
-        config = PromptTuningExtConfig(
-            task_type="CAUSAL_LM", prompt_tuning_init="RANDOM_UNIFORM", train_logits=logits, **virtual
-        )
-        model = get_peft_model(model, config)
+        flags = {
+            "prompt_tuning_init": "RANDOM_UNIFORM",
+            "train_logits": "all" if method == "packed_all" else "supervised",
+        }
+        model = get_peft_model(model, PromptTuningExtConfig(task_type="CAUSAL_LM", **flags, **virtual))
         status = engine_status(model)
         if not status.packed:
             raise RuntimeError(f"the engine does not take this model: {status.reason}")

@@ -15,8 +15,6 @@ An event says that a run started, or how it ended. Times of the clock are UTC in
 The state of a run is its newest event; the report takes the one with a result, which no failed rerun replaces.
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 import logging
@@ -33,18 +31,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 STATUSES = ("started", "ok", "failed", "out_of_memory", "timeout")
 RERUN = ("never", "failed", "always")
-_KEYS = (
-    "schema_version",
-    "run_id",
-    "attempt",
-    "status",
-    "spec",
-    "started_at",
-    "finished_at",
-    "error",
-    "result",
-    "env",
-)
+_KEYS = ("schema_version", "run_id", "attempt", "status", "spec", "started_at", "finished_at")
+_KEYS += ("error", "result", "env")
 
 Event = dict[str, Any]
 
@@ -61,11 +49,7 @@ class RunStore:
         self._named: set[int] = set()  # torn lines
 
     def append(self, event: Event) -> None:
-        """Write one event whole, behind all others, and onto the disk.
-
-        Raises:
-            ValueError: A key is missing or unknown, or a number is not finite (JSON has no NaN).
-        """
+        """Write one event whole, behind all others, and onto the disk; a wrong key and NaN are a ValueError."""
         if set(event) != set(_KEYS):
             raise ValueError(f"an event has the keys {sorted(_KEYS)}, got {sorted(event)}")
         line = json.dumps(event, allow_nan=False).encode() + b"\n"
@@ -82,21 +66,14 @@ class RunStore:
             os.close(handle)
 
     def events(self) -> list[Event]:
-        """Read every whole line; a torn one is left out and said.
-
-        Raises:
-            StoreError: It is no file, or from a newer version, or a line is no event.
-        """
+        """Read every whole line; a torn one is left out with a warning, and what is no event is a StoreError."""
         if self.path.is_dir():
             raise StoreError(f"{self.path} is a folder: name a file, it need not exist.")
         if not self.path.is_file():
             return []
-        events = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                event = self._event(line, number)
-                events += [event] if event is not None else []
-        return events
+        lines = enumerate(self.path.read_bytes().split(b"\n"), start=1)
+        events = (self._event(line, number) for number, line in lines if line.strip())
+        return [event for event in events if event is not None]
 
     def latest(self) -> dict[str, Event]:
         """The newest event of each run, by run id, in the order of their first."""
@@ -155,9 +132,8 @@ def now() -> str:
 def _write_whole(handle: int, line: bytes, size: int) -> None:
     """Write, or leave the file as it was: a full disk must not leave half a line."""
     try:
-        written = 0
-        while written < len(line):
-            written += os.write(handle, line[written:])
+        while line:
+            line = line[os.write(handle, line) :]
     except OSError:
         os.ftruncate(handle, size)
         raise

@@ -15,8 +15,6 @@
 Seeds change slowest, so that a grid that is half done has whole seeds.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import math
@@ -33,17 +31,8 @@ QUANTIZATIONS = PRECISIONS[2:]
 TIME_LIMIT_S = 3600.0
 _SUITE_KEYS = ("seeds", "examples", "time_limit_s", "arguments", "tasks", "runs")
 _SPEC_FLAGS = {"init": "prompt_tuning_init", "quantization": "quantization", "task_type": "task_type"}
-# what the harness sets itself
-_TAKEN = {
-    "task_name",
-    "data_dir",
-    "method",
-    "seed",
-    "max_steps",
-    "num_train_epochs",
-    "output_dir",
-    *_SPEC_FLAGS.values(),
-}
+_TAKEN = {"task_name", "data_dir", "method", "seed", "max_steps", "num_train_epochs", "output_dir"}  # the harness sets
+_TAKEN |= {*_SPEC_FLAGS.values()}
 
 
 class Spec(TypedDict):
@@ -72,16 +61,8 @@ def run_id(spec: Mapping[str, Any]) -> str:
 
 
 def load_suites(paths: Iterable[str | Path]) -> tuple[list[Spec], float]:
-    """Read suites: the runs, each once, and the longest time limit in seconds.
-
-    Raises:
-        SuiteError: A suite is wrong, or two have one name.
-    """
+    """Read suites: the runs, each once, and the longest time limit in seconds."""
     paths = [Path(path) for path in paths]
-    names = [path.stem for path in paths]
-    double = sorted({name for name in names if names.count(name) > 1})
-    if double:
-        raise SuiteError(f"Two suites have the name {double[0]!r} ({', '.join(map(str, paths))}): rename one file.")
     specs = {run_id(spec): spec for path in paths for spec in load_suite(path)}
     return list(specs.values()), max(float(_read(path).get("time_limit_s", TIME_LIMIT_S)) for path in paths)
 
@@ -163,11 +144,8 @@ def _expand(suite: Mapping[str, Any]) -> Iterator[Spec]:
 
 def _spec(task: str, flags: dict[str, Any], seed: int) -> Spec:
     method, examples, scored_over = (flags.pop(name, None) for name in ("method", "examples", "scored_over"))
-    data, source, named = (
-        flags.pop("data", None),
-        flags.pop("source", None),
-        {n: flags.pop(n, None) for n in _SPEC_FLAGS},
-    )
+    data, source = flags.pop("data", None), flags.pop("source", None)
+    named = {name: flags.pop(name, None) for name in _SPEC_FLAGS}
     is_prompt, is_trained = method == "prompt_tuning", method != "zero_shot"
     spec: Spec = {
         "task": task,
@@ -205,10 +183,15 @@ def _check_kinds(suite: Mapping[str, Any]) -> None:
 
 
 def _check(spec: Spec) -> None:
+    from transformers import TrainingArguments
+
     from peft_prompt_ext._choices import check_choice
     from peft_prompt_ext.inits import available_inits
     from peft_prompt_ext.tasks import available_tasks
+    from recipes.train import DataArguments, MethodArguments, ModelArguments
 
+    kinds: tuple[Any, ...] = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
+    known = {field.name for kind in kinds for field in fields(kind)} - _TAKEN
     check_choice("method", spec["method"], METHODS)
     for name, choices in (("init", available_inits()), ("quantization", QUANTIZATIONS), ("scored_over", PRECISIONS)):
         if spec.get(name) is not None:
@@ -216,13 +199,13 @@ def _check(spec: Spec) -> None:
     if "scored_over" in spec and spec["method"] not in {"prompt_tuning", "lora"}:
         raise ValueError(f"scored_over: {spec['method']} has no adapter that another base model takes")
     for name in spec["arguments"]:
-        check_choice("flag", name, _flags() - _TAKEN)
+        check_choice("flag", name, known)
     if (spec["init"] == "TRANSFER") != (spec["source"] is not None):
         raise ValueError(f"the init TRANSFER of {spec['task']} needs `source: {{task: ..., data: ...}}`")
     if spec["source"] is not None:
         check_choice("task of a source", spec["source"].get("task"), available_tasks())
         for name in set(spec["source"]) - {"task", "data"}:
-            check_choice("flag of a source", name, _flags() - _TAKEN)
+            check_choice("flag of a source", name, known)
     if not isinstance(spec["seed"], int):
         raise ValueError(f"a seed is a whole number, got {spec['seed']!r}")
     for trained in filter(None, (spec, source_spec(spec))) if spec["method"] != "zero_shot" else ():
@@ -233,12 +216,3 @@ def _check(spec: Spec) -> None:
             raise ValueError(f"a step has one row or more, got {rows}")
         if type(count) is not int or count < 1 or count % rows:
             raise ValueError(f"examples: {count!r} is no whole number of steps of {rows} rows")
-
-
-def _flags() -> set[str]:
-    from transformers import TrainingArguments
-
-    from recipes.train import DataArguments, MethodArguments, ModelArguments
-
-    kinds: tuple[Any, ...] = (ModelArguments, DataArguments, MethodArguments, TrainingArguments)
-    return {field.name for kind in kinds for field in fields(kind)}

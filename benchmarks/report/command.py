@@ -8,8 +8,6 @@ the tables between `<!-- results: NAME -->` and `<!-- /results -->` in the READM
 The same results give the same bytes. The HTML opens from the disk; nothing is fetched.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 
@@ -34,15 +32,11 @@ def main(arguments: list[str]) -> None:
         raise SystemExit(f"error: {error}") from None
     folder = options.output if options.results else RESULTS.parent
     files = pages(summary, folder, is_own=not options.results)
-    for path, text in (files | ({} if options.results else old_readmes(summary))).items():
-        _write(path, text)
-    _write(options.output / "RESULTS.html", html(files[folder / "RESULTS.md"], folder))
-
-
-def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(text, encoding="utf-8")
-    print(path)
+    files |= {} if options.results else old_readmes(summary)
+    for path, text in [*files.items(), (options.output / "RESULTS.html", None)]:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(html(files[folder / "RESULTS.md"], folder) if text is None else text, encoding="utf-8")
+        print(path)
 
 
 def read(results: list[Path] | None = None, step_times: list[Path] | None = None) -> Summary:

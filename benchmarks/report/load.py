@@ -1,7 +1,5 @@
 """The store as one table: a row for each run, its newest event that has a result."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterable
@@ -21,9 +19,8 @@ NAMES["zero_shot"] = "zero-shot"
 GROUPS = {"movie_reviews": "sentiment", "sst2": "sentiment"}  # share text: three in four of SST-2's scored sentences
 # main metric of always giving the most common label, of rows that were scored before runs measured it
 MAJORITY = {"wic": 0.5, "cb": 0.3611}
-NOISY = 0.1  # of the CPU time, used by other programs: more, and a timing says little about the method
 _NUMBERS = ("score", "score_before", "eval_samples", "steps", "train_time_s", "peak_memory_bytes", "weights_bytes")
-_NUMBERS += ("adapter_bytes", "inference_time_s", "bare_inference_time_s", "other_cpu_share")
+_NUMBERS += ("adapter_bytes", "inference_time_s", "bare_inference_time_s")
 _NOT_OF_A_VARIANT = {"model_name_or_path", "per_device_train_batch_size", "train_sampling_strategy", "max_seq_length"}
 _NOT_OF_A_VARIANT |= {"max_eval_samples", "held_out_samples", "num_virtual_tokens", "gradient_checkpointing"}
 
@@ -39,11 +36,7 @@ def read_lines(name: str) -> pd.DataFrame:
 
 
 def load_runs(paths: Iterable[Path], step_times: Iterable[Path] = ()) -> pd.DataFrame:
-    """Read stores, a run that is in several once, and files of interleaved steps (see `harness.step_times`).
-
-    Raises:
-        StoreError: A file is missing or no store.
-    """
+    """Read stores, a run that is in several once, and files of interleaved steps (see `harness.step_times`)."""
     rows = [json.loads(line) for path in step_times for line in path.read_text(encoding="utf-8").splitlines()]
     step_s = {key_of(row["kind"]): row["step_s"] for row in rows}
     events = []
@@ -71,6 +64,7 @@ def _row(event: dict[str, Any], step_s: dict[str, float]) -> dict[str, Any]:
         result = {}
     row |= {name: result.get(name) for name in (*_NUMBERS, "correct", "curve", "score_over_other")}
     majority = result.get("majority") if result.get("main_metric") == "accuracy" else None
+    memory = [result.get(name) for name in ("weights_bytes", *(["peak_memory_bytes"] if result.get("steps") else []))]
     return row | {
         "model": arguments.get("model_name_or_path", "the recipe's default"),
         "examples": None if spec["method"] == "zero_shot" else spec["budget"]["examples"],
@@ -81,9 +75,7 @@ def _row(event: dict[str, Any], step_s: dict[str, float]) -> dict[str, Any]:
         "machine": f"{env.get('machine')} {env.get('capability')}",
         "scored_rows": f"{env.get('scored_rows_sha256')} {env.get('weights_sha256')}",
         "majority": MAJORITY.get(spec["task"]) if majority is None else majority,
-        "memory_bytes": (result.get("peak_memory_bytes") or math.nan) + (result.get("weights_bytes") or math.nan)
-        if result.get("steps")
-        else result.get("weights_bytes"),
+        "memory_bytes": sum(memory) if result else None,
         "latency": _latency(spec["method"], result),
         "seconds": _seconds(spec, step_s),
     }
@@ -93,8 +85,7 @@ def _latency(method: str, result: dict[str, Any]) -> float | None:
     """Scoring a batch with the adapter over scoring it without, both measured interleaved."""
     if method not in {"prompt_tuning", "lora"}:
         return 1.0
-    noisy = (result.get("other_cpu_share") or 0.0) > NOISY
-    return None if noisy or not result else result["inference_time_s"] / result["bare_inference_time_s"]
+    return result["inference_time_s"] / result["bare_inference_time_s"] if result else None
 
 
 def _is_number(value: Any) -> bool:

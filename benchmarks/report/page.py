@@ -1,12 +1,11 @@
 """The page: RESULTS.md from the tables, HTML from RESULTS.md, and the tables between markers in the READMEs."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 
 from . import tables
 from .load import NAMES
+from .statistics import FOUND
 from .summary import Summary
 
 
@@ -21,11 +20,7 @@ WORDS = (
 
 
 def filled(text: str, summary: Summary) -> str:
-    """A README with the tables that the results give now.
-
-    Raises:
-        ValueError: A marker names a table that does not exist.
-    """
+    """A README with the tables that the results give now; a marker of an unknown table is a ValueError."""
 
     def fill(found: re.Match[str]) -> str:
         if found[2] not in tables.FOR_READMES:
@@ -84,7 +79,7 @@ def headline(summary: Summary) -> str:
             sentences.append(f"On {place} prompt tuning and LoRA are tied, so costs decide: {_costs(summary, tasks)}.")
         else:
             ahead, behind = ("prompt tuning", "LoRA") if difference.mean.mean > 0 else ("LoRA", "prompt tuning")
-            how = difference.verdict if difference.is_found else "in the mean"
+            how = difference.verdict if difference.verdict in FOUND else "in the mean"
             points = f"{100 * abs(difference.mean.mean):.1f} points"
             sentences.append(f"On {place} {ahead} is {how} ahead of {behind}, by {points}.")
     sentences[0] = f"**{sentences[0]}**"
@@ -107,35 +102,30 @@ def _costs(summary: Summary, tasks: list[str]) -> str:
 
 def _when(summary: Summary) -> list[str]:
     """When to take prompt tuning and when not."""
-    prompt, lora, common = summary.best("prompt_tuning"), summary.best("lora"), summary.common
-    if prompt is None or lora is None:
+    pair, common = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method))], summary.common
+    if len(pair) < 2:
         return []
-    columns = ("adapter_bytes", "memory_bytes")
-    stored, memory = ([summary.cost(v, common, column) for v in (prompt, lora)] for column in columns)
+    stored, memory = ([summary.cost(v, common, f"{what}_bytes") for v in pair] for what in ("adapter", "memory"))
     take = [f"many tasks share one model: a task takes {tables.size(stored[0])}, with LoRA {tables.size(stored[1])}"]
     leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
     if memory[0] < memory[1]:
         take.append(f"memory is short: {tables.size(memory[0])} with the model, with LoRA {tables.size(memory[1])}")
     for task in summary.others:
-        difference = summary.difference(prompt, lora, [task])
-        if difference is not None and difference.is_found:
-            is_ahead = difference.mean.mean > 0
-            points = f"by {100 * abs(difference.mean.mean):.1f} points"
-            text = f"the task is like {task}: {'prompt tuning' if is_ahead else 'LoRA'} is ahead {points}"
-            (take if is_ahead else leave).append(text)
+        difference = summary.difference(*pair, [task])
+        if difference is not None and difference.verdict in FOUND:
+            name, side = ("prompt tuning", take) if difference.mean.mean > 0 else ("LoRA", leave)
+            side.append(f"the task is like {task}: {name} is ahead by {100 * abs(difference.mean.mean):.1f} points")
     lists = {"Take prompt tuning when": take, "Do not take it when": leave}
     return [f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons) for title, reasons in lists.items()]
 
 
 def _not_measured(summary: Summary) -> str:
-    lines, missing = ["## What was not measured", ""], []
-    for variant in summary.compared:
-        left = [task for task in summary.tasks if task not in summary.tasks_of(variant)]
-        missing += [f"{variant} on {tables.names(left)}"] if left else []
-    lines += [f"- {'; '.join(missing)}."] if missing else []
+    left = {v: [task for task in summary.tasks if task not in summary.tasks_of(v)] for v in summary.compared}
+    missing = "; ".join(f"{variant} on {tables.names(tasks)}" for variant, tasks in left.items() if tasks)
     elsewhere = f"; the store has {summary.elsewhere} runs of other settings or of a search for learning rates"
-    lines.append(f"- Other models, devices and numbers of examples{elsewhere if summary.elsewhere else ''}.")
-    return "\n".join([*lines, "- Prompts on encoders: `recipes/README.md` has single runs."])
+    others = f"Other models, devices and numbers of examples{elsewhere if summary.elsewhere else ''}"
+    lines = [*filter(None, [missing]), others, "Prompts on encoders: `recipes/README.md` has single runs"]
+    return "## What was not measured\n\n" + "\n".join(f"- {line}." for line in lines)
 
 
 def _diverged(summary: Summary) -> str:
@@ -152,7 +142,14 @@ def _engine(summary: Summary) -> str:
     cpu = "SmolLM2-135M in fp32, 16 reviews, two AVX2 cores; the floor is the frozen model over the real tokens:"
     gpu = "One NVIDIA H200, Llamas with random weights, 16 rows (long: 256 to 512 tokens), 100 virtual tokens:"
     mixed = "One batch of many tasks beside a batch for each task, forward only:"
-    parts = [cpu, tables.engine_cpu(summary), gpu, tables.engine_gpu(summary), mixed, tables.mixed(summary)]
+    parts = [
+        cpu,
+        tables.engine_cpu(summary),
+        gpu,
+        tables.engine_gpu(summary),
+        mixed,
+        tables.FOR_READMES["mixed"](summary),
+    ]
     return _fold("The engine: training steps and mixed-task batches", *parts)
 
 

@@ -4,8 +4,6 @@ Each method has a marker of its own. What matplotlib draws in `TEXT` and `GRID` 
 a variable of the picture.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from typing import Any
@@ -25,17 +23,9 @@ STYLES = {"prompt_tuning": ("#1f86cc", "o"), "lora": ("#D55E00", "D"), "full": (
 STYLES["zero_shot"] = (TEXT, "x")
 WIDTH = 5.2  # inches at 72 units: about as wide as a telephone, so that 10 units stay legible there
 THEME = "svg{--ink:#1b1b1b;--line:#d5d5d5}@media(prefers-color-scheme:dark){svg{--ink:#e8e6e3;--line:#4a4f57}}"
-RC = {
-    "svg.fonttype": "none",
-    "font.family": "sans-serif",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "legend.frameon": False,
-    **{f"{name}color": TEXT for name in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")},
-    "grid.color": GRID,
-    "axes.titlesize": 10,
-}
+RC = {"svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, "axes.titlesize": 10, "grid.color": GRID}
+RC |= dict.fromkeys(("axes.spines.top", "axes.spines.right", "legend.frameon"), False)
+RC |= {f"{name}color": TEXT for name in ("text.", "axes.edge", "axes.label", "xtick.", "ytick.")}
 
 
 @matplotlib.rc_context(RC)
@@ -91,15 +81,13 @@ def curves(summary: Summary) -> str:
 
 def _curve(runs: pd.DataFrame) -> pd.Series | None:
     """Mean score at each point; None where the steps were not measured interleaved."""
-    points = [
-        {"part": round(point["seconds"] / run.train_time_s, 9), "point": number, "score": point["score"]}
-        for run in runs.itertuples()
-        for number, point in enumerate(run.curve or [])
-        if run.train_time_s
-    ]
-    if not points or runs["seconds"].isna().any():
+    runs = runs[runs["train_time_s"] > 0]
+    if runs.empty or runs["seconds"].isna().any():
         return None
-    means = pd.DataFrame(points).groupby("point").mean()
+    curves = runs.explode("curve").dropna(subset="curve")
+    points = pd.json_normalize(curves["curve"]).set_index(curves.index)
+    points = points.assign(part=points["seconds"] / curves["train_time_s"], number=points.groupby(level=0).cumcount())
+    means = points.groupby("number")[["part", "score"]].mean()
     return means.set_index(means["part"] * runs["seconds"].mean())["score"]
 
 

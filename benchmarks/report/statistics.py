@@ -1,7 +1,5 @@
 """How sure a number is: intervals over seeds, and whether two methods can be told apart."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -11,6 +9,7 @@ from scipy import stats
 
 
 ALPHA = 0.05
+FOUND = ("probably", "clearly")  # verdicts of which one test, or both, find the difference
 MIN_SEEDS = 3  # with fewer, an interval over seeds says next to nothing
 
 
@@ -21,22 +20,12 @@ class Mean(NamedTuple):
     half: float | None
     count: int  # type: ignore[assignment]
 
-    @property
-    def excludes_zero(self) -> bool:
-        """Whether the interval lies on one side of 0."""
-        return self.half is not None and abs(self.mean) > self.half > 1e-12
-
 
 class Difference(NamedTuple):
     """One variant minus another: of the scores, over the seeds that both have; and how sure its sign is."""
 
     mean: Mean
     verdict: str  # "clearly", "probably", "tied" or why it cannot be said
-
-    @property
-    def is_found(self) -> bool:
-        """Whether a test finds the difference; then the two are not tied."""
-        return self.verdict in {"clearly", "probably"}
 
 
 def interval(values: Sequence[float]) -> Mean:
@@ -79,8 +68,8 @@ def compare(first: pd.DataFrame, second: pd.DataFrame) -> Difference | None:
     p_rows = 1.0
     if rows[0] is not None and rows[1] is not None and (rows[0].sum() - rows[1].sum()) * mean.mean > 0:
         p_rows = row_test(*rows)  # where the metric is not accuracy, rows may say the opposite of it
-    found = (p_rows < ALPHA) + mean.excludes_zero
-    return Difference(mean, ("tied", "probably", "clearly")[found])
+    over_seeds = mean.half is not None and abs(mean.mean) > mean.half > 1e-12
+    return Difference(mean, ("tied", *FOUND)[over_seeds + (p_rows < ALPHA)])
 
 
 def _right(runs: pd.DataFrame) -> np.ndarray | None:

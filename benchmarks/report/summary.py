@@ -1,7 +1,5 @@
 """What the page speaks of: one model on one device, and the methods that are compared there."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,33 +16,16 @@ DIVERGED = 0.02  # a run that ends further below its untrained score is named
 
 @dataclass(frozen=True)
 class Summary:
-    """The runs of one model on one device at one number of examples.
-
-    Attributes:
-        runs: All of them, see `load.load_runs`; zero-shot has nothing random and stands for every seed.
-        elsewhere: How many runs the store has of other models, devices, numbers of examples and searches.
-    """
+    """The runs of one model on one device at one number of examples, and how many others the store has."""
 
     runs: pd.DataFrame
+    usable: pd.DataFrame  # the runs that have a result
+    seeds: list[int]
+    tasks: list[str]
     model: str
     device: str
     examples: int
     elsewhere: int
-
-    @cached_property
-    def usable(self) -> pd.DataFrame:
-        """The runs that have a result."""
-        return self.runs[self.runs["status"] == "ok"]
-
-    @cached_property
-    def seeds(self) -> list[int]:
-        """All seeds."""
-        return sorted(self.usable["seed"].unique().tolist())
-
-    @cached_property
-    def tasks(self) -> list[str]:
-        """All tasks with a result."""
-        return sorted(self.usable["task"].unique())
 
     def of(self, variant: str, tasks: Sequence[str]) -> pd.DataFrame:
         """The usable runs of a variant on some tasks."""
@@ -132,11 +113,7 @@ class Summary:
 
 
 def summarise(runs: pd.DataFrame) -> Summary:
-    """The model, device and number of examples that most runs have.
-
-    Raises:
-        StoreError: No run has a result, or all are of a search for hyper-parameters.
-    """
+    """The model, device and number of examples that most runs have; a store without any is a StoreError."""
     trained = runs[(runs["status"] == "ok") & ~runs["is_search"] & runs["examples"].notna()]
     if trained.empty:
         raise StoreError("There is no run to compare: none has ended well outside of a search for hyper-parameters.")
@@ -145,4 +122,6 @@ def summarise(runs: pd.DataFrame) -> Summary:
     here = runs[is_here & (runs["examples"].isna() | (runs["examples"] == examples))]
     bare, seeds = here[here["method"] == "zero_shot"], here.loc[here["method"] != "zero_shot", "seed"].unique()
     here = pd.concat([here.drop(bare.index), *(bare.assign(seed=seed) for seed in seeds)], ignore_index=True)
-    return Summary(here, model, device, int(examples), len(runs) - int(here["run_id"].nunique()))
+    good = here[here["status"] == "ok"]
+    found = sorted(good["seed"].unique().tolist()), sorted(good["task"].unique())
+    return Summary(here, good, *found, model, device, int(examples), len(runs) - int(here["run_id"].nunique()))

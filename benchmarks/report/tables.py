@@ -1,13 +1,11 @@
 """Tables of results in Markdown, for the page and for the READMEs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
 from .load import NAMES, read_lines
-from .statistics import Difference, Mean
+from .statistics import FOUND, Difference, Mean
 from .summary import Summary
 
 
@@ -32,9 +30,8 @@ def percent(mean: Mean | None) -> str:
     """A score with its interval."""
     if mean is None:
         return "not run"
-    return f"{100 * mean.mean:.1f}{f' ± {100 * mean.half:.1f}' if mean.half else ''} %" + " (one seed)" * (
-        mean.count == 1
-    )
+    half = f" ± {100 * mean.half:.1f}" if mean.half else ""
+    return f"{100 * mean.mean:.1f}{half} %{' (one seed)' if mean.count == 1 else ''}"
 
 
 def difference_text(difference: Difference | None) -> str:
@@ -43,7 +40,7 @@ def difference_text(difference: Difference | None) -> str:
         return "not run"
     mean, half = 100 * difference.mean.mean, 100 * (difference.mean.half or 0.0)
     verdict = difference.verdict if difference.verdict == "tied" else f"not decided: {difference.verdict}"
-    if difference.is_found:
+    if difference.verdict in FOUND:
         verdict = f"{difference.verdict} {'ahead' if mean > 0 else 'behind'}"
     return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}), {verdict}"
 
@@ -107,9 +104,9 @@ def headline(summary: Summary) -> str:
     """Prompt tuning, LoRA, full fine-tuning and zero-shot: score and costs."""
     rows = []
     for variant in summary.compared:
-        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[:3]]
+        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2::-1]]
         rows.append([variant, percent(summary.score(variant, summary.common)), *costs])
-    return f"{table(['method', 'score', *(what for _, _, what in COSTS[:3])], rows)}\n\n{on_what(summary)}"
+    return f"{table(['method', 'score', *(what for _, _, what in COSTS[2::-1])], rows)}\n\n{on_what(summary)}"
 
 
 def tasks(summary: Summary) -> str:
@@ -195,11 +192,6 @@ def _gpu_cell(lines: pd.DataFrame) -> str:
     return "" if lines.empty else f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
 
 
-def mixed(summary: Summary) -> str:
-    """One batch of many tasks beside a batch for each."""
-    return mixed_table(read_lines("mixed_cpu.jsonl"))
-
-
 def mixed_table(lines: pd.DataFrame) -> str:
     """Medians of both ways."""
     rows = []
@@ -224,5 +216,6 @@ def _cell(runs: pd.DataFrame) -> str:
 
 
 FOR_READMES: dict[str, Callable[[Summary], str]] = {
-    table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu, mixed)
+    "mixed": lambda summary: mixed_table(read_lines("mixed_cpu.jsonl")),
+    **{table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu)},
 }

@@ -51,7 +51,6 @@ def event(of, status="ok", right=None, result=None, attempt=1, started_at="2026-
         "adapter_bytes": stored * 1000,
         "inference_time_s": 1.2,
         "bare_inference_time_s": 1.0,
-        "other_cpu_share": 0.0,
     }
     env = {"device": "cpu", "machine": "2 cores", "capability": "AVX2"}
     env |= {"scored_rows_sha256": of["task"], "weights_sha256": "w"}

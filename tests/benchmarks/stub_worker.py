@@ -6,7 +6,7 @@ import sys
 import time
 from pathlib import Path
 
-from benchmarks.harness.environment import FILE
+from benchmarks.harness.machine import FILE
 from benchmarks.harness.measure import die_with, write_outcome
 
 
