@@ -194,6 +194,12 @@ def test_an_outcome_that_the_store_has_is_not_taken_again(suite, stub, tmp_path,
     assert len(stub()) == 4 and [event["status"] for event in store.latest().values()] == ["failed"] * 2
 
 
+def test_a_dry_run_runs_nothing_and_shows_the_grid(suite, stub, tmp_path, capsys):
+    run.main([str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--dry_run"])
+    assert stub() == [] and not (tmp_path / "runs.jsonl").exists()
+    assert "\n6 not run\n" in capsys.readouterr().out
+
+
 def test_ray_that_is_not_installed_is_one_clear_error(suite, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"error: --executor ray needs Ray: pip install"):
@@ -229,10 +235,3 @@ def test_what_cannot_be_run_is_said_before_anything_runs(suite, stub, tmp_path, 
     with pytest.raises(SystemExit, match=said):
         run.main([argument.format(**names) for argument in arguments])
     assert stub() == []
-
-
-def test_a_dry_run_runs_nothing_and_shows_the_grid(suite, stub, tmp_path, capsys):
-    run.main([str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--dry_run"])
-    assert stub() == []
-    assert "\n6 not run\n" in capsys.readouterr().out
-    assert not (tmp_path / "runs.jsonl").exists()

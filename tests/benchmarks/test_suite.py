@@ -150,21 +150,14 @@ def test_two_suites_share_runs(write, tmp_path):
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_the_projects_suites_are_right_and_open_with_their_command(path):
-    assert load_suite(path)
-    first = path.read_text().splitlines()[0]
-    assert first.startswith(f"# python -m benchmarks run benchmarks/suites/{path.name}")
-
-
-@pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)
-def test_the_recipe_takes_every_command_of_the_projects_suites(path, tmp_path):
+def test_the_projects_suites_open_with_their_command_and_the_recipe_takes_each_of_their_runs(path, tmp_path):
     from recipes.train import parse
 
-    seen = set()
-    for spec in load_suite(path):
-        kind = spec["method"], spec["task"], spec["init"], spec["quantization"]
-        if kind not in seen:
-            seen.add(kind)
-            _, data_args, method_args, args = parse(train_arguments(spec, tmp_path))
-            assert (data_args.task_name, method_args.method) == (spec["task"], spec["method"])
-            assert args.seed == spec["seed"]
+    first = path.read_text().splitlines()[0]
+    assert first.startswith(f"# python -m benchmarks run benchmarks/suites/{path.name}")
+    kinds = {(s["method"], s["task"], s["init"], s["quantization"]): s for s in load_suite(path)}
+    assert kinds
+    for spec in kinds.values():
+        _, data_args, method_args, args = parse(train_arguments(spec, tmp_path))
+        assert (data_args.task_name, method_args.method) == (spec["task"], spec["method"])
+        assert args.seed == spec["seed"]
