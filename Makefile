@@ -10,8 +10,8 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 quickstart: $(VENV)/recipes.ready ## a real model on real reviews; SENTENCES='"one" "two"' to classify your own
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
 
-quickstart-4bit: $(VENV)/recipes.ready $(VENV)/quantization.ready ## the same prompt over a full-precision and a 4-bit backbone
-	$(BIN)/python -m benchmarks backbones --output outputs/quickstart-4bit/backbones.jsonl
+quickstart-4bit: $(VENV)/benchmarks.ready ## the same prompt over a base model in full precision and in 4 bits, and a report
+	$(BIN)/python -m benchmarks run benchmarks/suites/quickstart_4bit.yaml --report outputs/quickstart-4bit
 
 benchmark-smoke: $(VENV)/benchmarks.ready ## every method for a moment, and the report of it
 	$(BIN)/python -m benchmarks run benchmarks/suites/smoke.yaml --report outputs/benchmarks/smoke
@@ -20,11 +20,11 @@ test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # these are about tasks, reports and grids of runs, not about what other libraries do
-APART := $(patsubst %,tests/test_%.py,assets cli harness measure metrics on_ray overlap readme recipe_train recommend \
-	report store task_data tasks wheel)
+APART := $(patsubst %,tests/test_%.py,assets cli metrics readme recipe_train task_data tasks wheel)
+BOTH := $(wildcard tests/test_*.py) $(patsubst %,tests/benchmarks/test_%.py,gpu speed)
 
 test-oldest test-newest: test-%: ## the package's tests on the first and on the last versions, in .venv-oldest, .venv-newest
-	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(filter-out $(APART),$(wildcard tests/test_*.py))'
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(filter-out $(APART),$(BOTH))'
 
 lint: $(VENV)/dev.ready
 	$(BIN)/ruff check .

@@ -1,30 +1,27 @@
 """Command line: `python -m benchmarks speed --help`."""
 
-from __future__ import annotations
-
 import sys
 from importlib import import_module
 
 
 COMMANDS = {
     "run": "the grids of suites: methods, inits, tasks, precisions, seeds; goes on where it was stopped",
-    "report": "one HTML file and Markdown from the results of runs",
-    "recommend": "which method to pick, given memory, storage and the least score",
-    "speed": "time and memory of a training step: this plugin, stock PEFT, LoRA, full fine-tuning, the floor",
-    "backbones": "the same training over full-precision, 8-bit and 4-bit backbones: bytes and accuracy",
+    "report": "the results as one page, RESULTS.md and HTML, and the tables of the READMEs",
+    "recommend": "which method to take, given memory, storage and the least score",
+    "speed": "time and memory of a training step: PEFT, this plugin, LoRA, full fine-tuning; mixed-task batches",
     "gpu": "what only a GPU can show, in minutes: the engine's tests, attention, steps on 1B and 8B Llamas",
-    "mixed": "one batch of many tasks beside one batch for each task",
 }
+MODULES = {"report": "report.command", "gpu": "gpu.command"}
 
 
 def main() -> None:
     """Run a command; what it needs is imported by it."""
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name not in COMMANDS:
-        print("usage: python -m benchmarks COMMAND [--help]\n")
-        print("\n".join(f"  {command}  {text}" for command, text in COMMANDS.items()))
+        lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
+        print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
         raise SystemExit(0 if name in {"-h", "--help"} else 2)
-    import_module(f"benchmarks.{name}").main(sys.argv[2:])
+    import_module(f"benchmarks.{MODULES.get(name, name)}").main(sys.argv[2:])
 
 
 if __name__ == "__main__":

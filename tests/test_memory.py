@@ -14,8 +14,8 @@ from tests.zoo import tiny_config
 
 MEASURE = """
 import sys, torch
-from benchmarks.machine import peak, reset_peak
-from benchmarks.speed import method_step
+from benchmarks.harness.machine import peak, reset_peak
+from benchmarks.harness.steps import method_step
 from peft_prompt_ext import load_frozen_backbone
 
 model, method, quantization, batch, tokens, virtual, checkpointing = sys.argv[1:]

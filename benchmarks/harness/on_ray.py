@@ -3,8 +3,6 @@
 The project and its packages have to be installed on every node at the same path, and the rows of --data_dir be there.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
@@ -12,42 +10,20 @@ from pathlib import Path
 from typing import Any
 
 from . import execute as execution
-from .environment import ROOT
-from .local import Report, begin, end, ended_since
-from .store import RunStore, wanted
-from .suite import Spec, SuiteError, run_id
+from .execute import Grid
+from .machine import ROOT
+from .store import wanted
+from .suite import SuiteError, run_id
 
 
 TRIES = 3  # more than one node may die
 
 
-def run_on_ray(
-    specs: Iterable[Spec],
-    store: RunStore,
-    runs: Path,
-    data_dir: str | None,
-    time_limit_s: float,
-    rerun: str,
-    report: Report,
-    address: str | None = None,
-    num_cpus: float = 2,
-    num_gpus: float = 0,
-) -> None:
-    """Do every run that is wanted and that no other process holds.
+def run_on_ray(grid: Grid, address: str | None = None, num_cpus: float = 2, num_gpus: float = 0) -> None:
+    """Do every run that is wanted and that no other process holds; each holds some cores and GPUs.
 
-    A run starts, for the store, when Ray has it; it may wait for room on the cluster.
-
-    Args:
-        specs: The grid.
-        store: Where events go; only this process writes them.
-        runs: Folder of all runs, on each node its own.
-        data_dir: Where the folders of `spec["data"]` lie, on every node.
-        time_limit_s: A run that takes longer is ended.
-        rerun: See `store.wanted`.
-        report: Called with each run and its last event.
-        address: Of the cluster; None: the one that `ray start` has made here, or a new one on this machine.
-        num_cpus: Cores that a run holds.
-        num_gpus: GPUs that a run holds.
+    A run starts, for the store, when Ray has it; it may wait for room on the cluster. Without an address the cluster
+    is the one that `ray start` has made here, or a new one on this machine.
 
     Raises:
         ImportError: Ray is not installed.
@@ -62,20 +38,19 @@ def run_on_ray(
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})
     _check_nodes(ray.nodes(), {"CPU": num_cpus, "GPU": num_gpus})
     remote = ray.remote(num_cpus=num_cpus, num_gpus=num_gpus, max_retries=TRIES)(execution.execute)
-    before, data_dir = store.latest(), data_dir and str(Path(data_dir).resolve())  # a worker has its own folder
+    store, before = grid.store, grid.store.latest()
+    data_dir = grid.data_dir and str(Path(grid.data_dir).resolve())  # a worker has its own folder
     with ExitStack() as claims:
         under_way = {}
-        for spec in specs:
-            known = before.get(run_id(spec))
-            if wanted(known, rerun) and claims.enter_context(store.claim(run_id(spec))):
-                event = store.latest().get(run_id(spec))
-                if ended_since(event, known):
-                    report(spec, event)
+        for spec in grid.specs:
+            name = run_id(spec)
+            if wanted(before.get(name), grid.rerun) and claims.enter_context(store.claim(name)):
+                event = store.latest().get(name)
+                if execution.ended_since(event, before.get(name)):
+                    grid.report(spec, event)  # type: ignore[arg-type]
                     continue
-                started = begin(spec, event)
-                store.append(started)
-                is_known = store.has_ended(run_id(spec))
-                arguments = spec, runs.resolve(), data_dir, time_limit_s, execution.WORKER, is_known
+                started, is_known = execution.begin(grid, spec, event), store.has_ended(name)
+                arguments = spec, grid.runs, data_dir, grid.time_limit_s, execution.WORKER, is_known
                 under_way[remote.remote(*arguments)] = started
         while under_way:
             done, _ = ray.wait(list(under_way))
@@ -86,10 +61,7 @@ def run_on_ray(
                 is_memory = isinstance(error, ray.exceptions.OutOfMemoryError)
                 status = "out_of_memory" if is_memory else "failed"
                 outcome = {"status": status, "error": f"Ray: {error}", "result": None, "env": None}
-            event = end(started, outcome)
-            store.append(event)
-            execution.forget(started["spec"], runs)
-            report(started["spec"], event)
+            grid.report(started["spec"], execution.end(grid, started, outcome))
 
 
 def _check_nodes(nodes: Iterable[Mapping[str, Any]], wanted: Mapping[str, float]) -> None:

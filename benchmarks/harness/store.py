@@ -1,4 +1,4 @@
-"""The run store: append-only JSON lines, one event a line; nobody edits or deletes a line.
+"""The run store: append-only JSON lines, one event a line.
 
 An event says that a run started, or how it ended. Times of the clock are UTC in ISO form; units are in the key.
 
@@ -14,8 +14,6 @@ An event says that a run started, or how it ended. Times of the clock are UTC in
 
 The state of a run is its newest event; the report takes the one with a result, which no failed rerun replaces.
 """
-
-from __future__ import annotations
 
 import fcntl
 import json
@@ -33,18 +31,8 @@ logger = logging.getLogger(__name__)
 SCHEMA_VERSION = 1
 STATUSES = ("started", "ok", "failed", "out_of_memory", "timeout")
 RERUN = ("never", "failed", "always")
-_KEYS = (
-    "schema_version",
-    "run_id",
-    "attempt",
-    "status",
-    "spec",
-    "started_at",
-    "finished_at",
-    "error",
-    "result",
-    "env",
-)
+_KEYS = ("schema_version", "run_id", "attempt", "status", "spec", "started_at", "finished_at")
+_KEYS += ("error", "result", "env")
 
 Event = dict[str, Any]
 
@@ -54,22 +42,14 @@ class StoreError(ValueError):
 
 
 class RunStore:
-    """Events in one file.
-
-    Args:
-        path: The file; it need not exist.
-    """
+    """Events in one file, which need not exist."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
-        self._told: set[int] = set()  # torn lines
+        self._named: set[int] = set()  # torn lines
 
     def append(self, event: Event) -> None:
-        """Write one event whole, behind all others, and see it onto the disk.
-
-        Raises:
-            ValueError: A key is missing or unknown, or a number is not finite (JSON has no NaN).
-        """
+        """Write one event whole, behind all others, and onto the disk; a wrong key and NaN are a ValueError."""
         if set(event) != set(_KEYS):
             raise ValueError(f"an event has the keys {sorted(_KEYS)}, got {sorted(event)}")
         line = json.dumps(event, allow_nan=False).encode() + b"\n"
@@ -86,21 +66,14 @@ class RunStore:
             os.close(handle)
 
     def events(self) -> list[Event]:
-        """Read every whole line; a torn one is left out and said.
-
-        Raises:
-            StoreError: It is no file, or from a newer version, or a line is no event.
-        """
+        """Read every whole line; a torn one is left out with a warning, and what is no event is a StoreError."""
         if self.path.is_dir():
             raise StoreError(f"{self.path} is a folder: name a file, it need not exist.")
         if not self.path.is_file():
             return []
-        events = []
-        for number, line in enumerate(self.path.read_bytes().split(b"\n"), start=1):
-            if line.strip():
-                event = self._event(line, number)
-                events += [event] if event is not None else []
-        return events
+        lines = enumerate(self.path.read_bytes().split(b"\n"), start=1)
+        events = (self._event(line, number) for number, line in lines if line.strip())
+        return [event for event in events if event is not None]
 
     def latest(self) -> dict[str, Event]:
         """The newest event of each run, by run id, in the order of their first."""
@@ -111,21 +84,13 @@ class RunStore:
         return any(event["run_id"] == run_id and event["status"] != "started" for event in self.events())
 
     @contextmanager
-    def claim(self, run_id: str, wait: bool = False) -> Iterator[bool]:
-        """Hold one run against every other process on this store; the kernel lets go of it if this process dies.
-
-        Args:
-            run_id: The run.
-            wait: Whether to wait until nobody else holds it.
-
-        Yields:
-            Whether this process holds it.
-        """
+    def claim(self, run_id: str) -> Iterator[bool]:
+        """Hold a run against every other process on this store, until this process dies; yields whether it is held."""
         folder = self.path.with_suffix(".locks")
         folder.mkdir(parents=True, exist_ok=True)
         with (folder / run_id).open("w") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 yield False
             else:
@@ -136,17 +101,16 @@ class RunStore:
         try:
             event = json.loads(line)
         except ValueError:
-            if number not in self._told:  # a store is read before and after every run
+            if number not in self._named:  # a store is read before and after every run
                 logger.warning("%s is not whole (a kill or a full disk tore it) and is left out.", where)
-            self._told.add(number)
+            self._named.add(number)
             return None
         version = event.get("schema_version") if isinstance(event, dict) else None
         if not isinstance(version, int):
             raise StoreError(f"{where}: wanted an event with a schema_version, got {line[:80]!r}.")
         if version > SCHEMA_VERSION:
-            raise StoreError(
-                f"{where} is of schema version {version}, and this program reads up to {SCHEMA_VERSION}: update it."
-            )
+            known = f"this program reads up to {SCHEMA_VERSION}: update it."
+            raise StoreError(f"{where} is of schema version {version}, and {known}")
         missing = [key for key in _KEYS if key not in event]
         if missing or event["status"] not in STATUSES:
             raise StoreError(f"{where}: an event without {missing or 'a known status'}: {event.get('status')!r}.")
@@ -154,12 +118,7 @@ class RunStore:
 
 
 def wanted(event: Event | None, rerun: str) -> bool:
-    """Whether a run is still to be done.
-
-    Args:
-        event: Its newest event, or None.
-        rerun: "never": only runs that have not ended; "failed": those that ended badly as well; "always": every one.
-    """
+    """Whether a run, by its newest event, is to be done: one that has not ended, one that "failed", or "always"."""
     if event is None or event["status"] == "started" or rerun == "always":
         return True
     return rerun == "failed" and event["status"] != "ok"
@@ -173,9 +132,8 @@ def now() -> str:
 def _write_whole(handle: int, line: bytes, size: int) -> None:
     """Write, or leave the file as it was: a full disk must not leave half a line."""
     try:
-        written = 0
-        while written < len(line):
-            written += os.write(handle, line[written:])
+        while line:
+            line = line[os.write(handle, line) :]
     except OSError:
         os.ftruncate(handle, size)
         raise

@@ -1,19 +1,13 @@
-"""What is measured while a run trains: time, memory and energy of the steps alone, and scores on the way."""
-
-from __future__ import annotations
+"""What is measured while a run trains: time and memory of the steps alone, and scores on the way."""
 
 import statistics
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
-from ..machine import OtherPrograms, energy_j, peak, reset_peak
-
-
-if TYPE_CHECKING:
-    from peft_prompt_ext.training.run import Job
+from .machine import peak, reset_peak
 
 
 class Watch(TrainerCallback):
@@ -22,11 +16,9 @@ class Watch(TrainerCallback):
     Args:
         job: The run.
         score_before: Its main metric before training; None: not scored.
-        source: Of the training before, of the prompt that a TRANSFER starts from: what other programs took is told of
-            both.
     """
 
-    def __init__(self, job: Job, score_before: float | None, source: Watch | None = None) -> None:
+    def __init__(self, job: Any, score_before: float | None) -> None:
         args = job.trainer.args
         self.batch_size = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         self.rows = len(job.trainer.train_dataset) if args.do_train else 0
@@ -34,10 +26,7 @@ class Watch(TrainerCallback):
         self.device = args.device.type
         self.curve: list[dict[str, float]] = []
         self.step_times: list[float] = []
-        self.steps = self.tokens = 0
-        self.energy: float | None = 0.0
-        self.others = OtherPrograms() if source is None else source.others
-        self.most_memory = self.before = 0
+        self.steps = self.tokens = self.most_memory = self.before = 0
         if score_before is not None:
             self.point(score_before)
 
@@ -55,7 +44,7 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first stretch."""
         self.before = reset_peak(self.device)
-        self._start()
+        self.mark = time.perf_counter()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """One step, its batch's collation included."""
@@ -67,7 +56,7 @@ class Watch(TrainerCallback):
         self.steps, self.tokens = state.global_step, int(state.num_input_tokens_seen)
         last = self.steps >= state.max_steps
         if control.should_evaluate or last:
-            self._stop()
+            self.most_memory = max(self.most_memory, peak(self.device))
         if last:
             control.should_evaluate = False  # the end is scored once, after training
         return control
@@ -76,7 +65,7 @@ class Watch(TrainerCallback):
         """Keep the score, and start the next stretch."""
         self.point((metrics or {})[self.main_key])
         reset_peak(self.device)
-        self._start()
+        self.mark = time.perf_counter()
 
     def point(self, score: float) -> None:
         """One point of the learning curve."""
@@ -84,30 +73,11 @@ class Watch(TrainerCallback):
 
     def totals(self) -> dict[str, Any]:
         """The entries of a `Result` that training decides."""
-        seconds = self.train_time_s
         return {
             "examples_seen": self.examples,
             "tokens_seen": self.tokens,
-            "train_time_s": seconds,
+            "train_time_s": self.train_time_s,
             "steps": self.steps,
             "step_time_s": statistics.median(self.step_times) if self.step_times else 0.0,
-            "tokens_per_s": self.tokens / seconds if seconds else 0.0,
             "peak_memory_bytes": max(0, self.most_memory - self.before),
-            "memory_kind": "cuda" if self.device == "cuda" else "rss",
-            "energy_j": self.energy if self.steps else 0.0,
-            "other_cpu_share": self.others.share,
         }
-
-    def _start(self) -> None:
-        self.energy_mark = energy_j()
-        self.others.start()
-        self.mark = time.perf_counter()
-
-    def _stop(self) -> None:
-        self.most_memory = max(self.most_memory, peak(self.device))
-        self.others.stop()
-        used = energy_j()
-        if used is None or self.energy_mark is None or self.energy is None or used < self.energy_mark:
-            self.energy = None  # nobody tells, or the counter began again
-        else:
-            self.energy += used - self.energy_mark

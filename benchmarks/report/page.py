@@ -1,0 +1,171 @@
+"""The page: RESULTS.md from the tables, HTML from RESULTS.md, and the tables between markers in the READMEs."""
+
+import re
+from pathlib import Path
+
+from . import tables
+from .load import NAMES
+from .statistics import FOUND
+from .summary import Summary
+
+
+ROOT = Path(__file__).parents[2]
+READMES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_prompt_ext/shared_prefix/README.md")
+_MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+WORDS = (
+    "Clearly: the interval over the seeds excludes 0, and so does a permutation test over the scored rows (p < 0.05). "
+    "Probably: one of the two. Tied: neither. Nothing is corrected for the number of comparisons. Every run, with its "
+    "settings, versions and machine, is a line in `benchmarks/results`."
+)
+
+
+def filled(text: str, summary: Summary) -> str:
+    """A README with the tables that the results give now; a marker of an unknown table is a ValueError."""
+
+    def fill(found: re.Match[str]) -> str:
+        if found[2] not in tables.FOR_READMES:
+            raise ValueError(f"There is no table of results {found[2]!r}; there are {', '.join(tables.FOR_READMES)}.")
+        return f"{found[1]}{tables.FOR_READMES[found[2]](summary)}\n{found[3]}"
+
+    return _MARKED.sub(fill, text)
+
+
+def old_readmes(summary: Summary) -> dict[Path, str]:
+    """The READMEs whose tables are old, each with its new text."""
+    texts = {path: path.read_text(encoding="utf-8") for name in READMES if (path := ROOT / name).is_file()}
+    return {path: new for path, text in texts.items() if (new := filled(text, summary)) != text}
+
+
+def markdown(summary: Summary, is_own: bool) -> str:
+    """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
+    prompt = summary.best("prompt_tuning")
+    inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
+    curves = "![Score over seconds of training](results/curves.svg)"
+    parts = [
+        "# Prompt tuning, LoRA or full fine-tuning?",
+        headline(summary),
+        "![Score by task and method with 95 % intervals](results/scores.svg)",
+        tables.overview(summary),
+        f"{tables.on_what(summary)} A score is the task's main metric; ± and brackets are 95 % intervals over the "
+        "seeds. Training is the time of the steps, measured interleaved: compare times within this table only. "
+        + (f"The prompt is the one that was run on the most tasks: {prompt}." if prompt else ""),
+        *_when(summary),
+        _not_measured(summary),
+        _fold("Task by task", tables.tasks(summary)),
+        _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
+        _fold("The base model in 4 bits", tables.bits(summary)),
+        _fold("Score over seconds of training", curves),
+        _engine(summary) if is_own else "",
+        _fold("Runs by method", tables.runs_by_task(summary), WORDS),
+    ]
+    return "\n\n".join(filter(None, parts)) + "\n"
+
+
+def _fold(title: str, *parts: str) -> str:
+    return "\n\n".join([f"<details>\n<summary>{title}</summary>", *filter(None, parts), "</details>"])
+
+
+def headline(summary: Summary) -> str:
+    """What was found, and on what."""
+    prompt, lora, common = summary.best("prompt_tuning"), summary.best("lora"), summary.common
+    sentences = []
+    where = tables.names(sorted(summary.usable.loc[summary.usable["task"].isin(common), "group"].unique()))
+    for place, tasks in [(where, common), *((task, [task]) for task in summary.others)]:
+        difference = prompt and lora and summary.difference(prompt, lora, tasks)
+        if not difference:
+            means = [f"{NAMES[summary.method(v)]} {tables.percent(summary.score(v, tasks))}" for v in summary.compared]
+            sentences.append(f"On {place}: {', '.join(means)}.")
+        elif difference.verdict == "tied":
+            sentences.append(f"On {place} prompt tuning and LoRA are tied, so costs decide: {_costs(summary, tasks)}.")
+        else:
+            ahead, behind = ("prompt tuning", "LoRA") if difference.mean.mean > 0 else ("LoRA", "prompt tuning")
+            how = difference.verdict if difference.verdict in FOUND else "in the mean"
+            points = f"{100 * abs(difference.mean.mean):.1f} points"
+            sentences.append(f"On {place} {ahead} is {how} ahead of {behind}, by {points}.")
+    sentences[0] = f"**{sentences[0]}**"
+    if summary.at_majority:
+        sentences.append(f"On {tables.names(summary.at_majority)} no method clearly beats the majority class.")
+    rows = summary.usable.drop_duplicates(["task", "eval_samples"])["eval_samples"].sum()
+    return (
+        f"{' '.join(sentences)} ({summary.model}, {summary.examples} training examples, {rows:.0f} scored rows, "
+        f"{len(summary.seeds)} seeds, {summary.device.upper()}.)"
+    )
+
+
+def _costs(summary: Summary, tasks: list[str]) -> str:
+    """What prompt tuning and LoRA cost, in words."""
+    pair, texts = [variant for variant in map(summary.best, ("prompt_tuning", "lora")) if variant], []
+    for column, form, what in tables.COSTS[:3]:
+        texts.append(f"{' against '.join(form(summary.cost(variant, tasks, column)) for variant in pair)} {what}")
+    return ", ".join(texts)
+
+
+def _when(summary: Summary) -> list[str]:
+    """When to take prompt tuning and when not."""
+    pair, common = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method))], summary.common
+    if len(pair) < 2:
+        return []
+    stored, memory = ([summary.cost(v, common, f"{what}_bytes") for v in pair] for what in ("adapter", "memory"))
+    take = [f"many tasks share one model: a task takes {tables.size(stored[0])}, with LoRA {tables.size(stored[1])}"]
+    leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
+    if memory[0] < memory[1]:
+        take.append(f"memory is short: {tables.size(memory[0])} with the model, with LoRA {tables.size(memory[1])}")
+    for task in summary.others:
+        difference = summary.difference(*pair, [task])
+        if difference is not None and difference.verdict in FOUND:
+            name, side = ("prompt tuning", take) if difference.mean.mean > 0 else ("LoRA", leave)
+            side.append(f"the task is like {task}: {name} is ahead by {100 * abs(difference.mean.mean):.1f} points")
+    lists = {"Take prompt tuning when": take, "Do not take it when": leave}
+    return [f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons) for title, reasons in lists.items()]
+
+
+def _not_measured(summary: Summary) -> str:
+    left = {v: [task for task in summary.tasks if task not in summary.tasks_of(v)] for v in summary.compared}
+    missing = "; ".join(f"{variant} on {tables.names(tasks)}" for variant, tasks in left.items() if tasks)
+    elsewhere = f"; the store has {summary.elsewhere} runs of other settings or of a search for learning rates"
+    others = f"Other models, devices and numbers of examples{elsewhere if summary.elsewhere else ''}"
+    lines = [*filter(None, [missing]), others, "Prompts on encoders: `recipes/README.md` has single runs"]
+    return "## What was not measured\n\n" + "\n".join(f"- {line}." for line in lines)
+
+
+def _diverged(summary: Summary) -> str:
+    """Seeds that ended below their untrained score, by name."""
+    return " ".join(
+        f"Seed {row.seed} of {row.variant} diverged on {row.task}: {100 * row.score_before:.1f} % untrained, "
+        f"{100 * row.score:.1f} % trained; the median seed has {100 * row.median:.1f} %."
+        for row in summary.diverged.itertuples()
+    )
+
+
+def _engine(summary: Summary) -> str:
+    """The project's own measurements of the engine."""
+    cpu = "SmolLM2-135M in fp32, 16 reviews, two AVX2 cores; the floor is the frozen model over the real tokens:"
+    gpu = "One NVIDIA H200, Llamas with random weights, 16 rows (long: 256 to 512 tokens), 100 virtual tokens:"
+    mixed = "One batch of many tasks beside a batch for each task, forward only:"
+    parts = [
+        cpu,
+        tables.engine_cpu(summary),
+        gpu,
+        tables.engine_gpu(summary),
+        mixed,
+        tables.FOR_READMES["mixed"](summary),
+    ]
+    return _fold("The engine: training steps and mixed-task batches", *parts)
+
+
+def html(text: str, folder: Path) -> str:
+    """One file: the Markdown as HTML with its pictures, whose paths begin at a folder, in it."""
+    from markdown_it import MarkdownIt
+
+    def inline(found: re.Match[str]) -> str:
+        svg = (folder / found[1]).read_text(encoding="utf-8")
+        return "<figure>" + svg.replace("<svg ", f'<svg role="img" aria-label="{found[2]}" ', 1) + "</figure>"
+
+    body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" /></p>', inline, body)
+    body = re.sub(r"(<table>.*?</table>)", r'<div class="scroll" tabindex="0">\1</div>', body, flags=re.DOTALL)
+    title = re.sub(r"<.*?>", "", body.split("</h1>")[0])
+    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
+    meta = '<meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
+    head = f"<head>{meta}<title>{title}</title><style>\n{style}</style></head>"
+    return f'<!doctype html>\n<html lang="en">{head}\n<body><main>\n{body}</main></body></html>\n'

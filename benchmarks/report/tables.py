@@ -1,0 +1,221 @@
+"""Tables of results in Markdown, for the page and for the READMEs."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pandas as pd
+
+from .load import NAMES, read_lines
+from .statistics import FOUND, Difference, Mean
+from .summary import Summary
+
+
+ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
+ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
+ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
+GPU = {
+    ("stock", ""): "PEFT's prompt tuning",
+    ("packed", "varlen"): "this plugin",
+    ("packed", "sdpa"): "this plugin, SDPA",
+}
+GPU |= {("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels", ("full", ""): "full"}
+GPU |= {("floor", "varlen"): "frozen model alone"}
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(line)} |" for line in [head, ["---"] * len(head), *rows])
+
+
+def percent(mean: Mean | None) -> str:
+    """A score with its interval."""
+    if mean is None:
+        return "not run"
+    half = f" ± {100 * mean.half:.1f}" if mean.half else ""
+    return f"{100 * mean.mean:.1f}{half} %{' (one seed)' if mean.count == 1 else ''}"
+
+
+def difference_text(difference: Difference | None) -> str:
+    """A difference in points, its interval, and what it means."""
+    if difference is None:
+        return "not run"
+    mean, half = 100 * difference.mean.mean, 100 * (difference.mean.half or 0.0)
+    verdict = difference.verdict if difference.verdict == "tied" else f"not decided: {difference.verdict}"
+    if difference.verdict in FOUND:
+        verdict = f"{difference.verdict} {'ahead' if mean > 0 else 'behind'}"
+    return f"{mean:+.1f} ({mean - half:+.1f} to {mean + half:+.1f}), {verdict}"
+
+
+def size(count: float) -> str:
+    """Bytes for people."""
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if count >= factor:
+            return f"{count / factor:.{0 if count >= 10 * factor else 1}f} {unit}"
+    return "not measured" if pd.isna(count) else f"{count:.0f} B"
+
+
+def seconds(value: float) -> str:
+    """Seconds for people; 0 is no training."""
+    return "not measured" if pd.isna(value) else f"{value:.0f} s" if value else "none"
+
+
+def names(items: Sequence[str]) -> str:
+    """a, b and c."""
+    return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
+
+
+COSTS: list[tuple[str, Callable[[float], str], str]] = [
+    ("adapter_bytes", size, "stored for a task"),
+    ("memory_bytes", size, "memory with the model"),
+    ("seconds", seconds, "training"),
+    ("latency", "{:.1f} x".format, "scoring, against the bare model"),
+]
+
+
+def on_what(summary: Summary, tasks: Sequence[str] = ()) -> str:
+    """The model, the tasks (by default those of the means), their rows, the seeds and the device."""
+    runs = summary.usable[summary.usable["task"].isin(tasks or summary.common)]
+    which = names([f"{task} ({rows:.0f} rows)" for task, rows in runs.groupby("task")["eval_samples"].max().items()])
+    machines = names(sorted({machine.split(" (")[0] for machine in runs["machine"]}))
+    shared = " share text and count as one task" if runs.groupby("group")["task"].nunique().max() > 1 else ""
+    where = f"{summary.model} on a {summary.device.upper()} ({machines})"
+    seeds = ", ".join(map(str, summary.seeds))
+    return f"{where}, {summary.examples} training examples, seeds {seeds}; {which}{shared}."
+
+
+def overview(summary: Summary) -> str:
+    """The page's first table: a column for each compared method."""
+    columns, lora, rows = summary.compared, summary.best("lora"), []
+    groups = summary.usable.groupby("group")["task"].unique().map(sorted)
+    learnt = [(group, tasks) for group, tasks in groups.items() if not set(tasks) <= set(summary.at_majority)]
+    for group, tasks in sorted(learnt, key=lambda item: not set(item[1]) <= set(summary.common)):
+        rows.append([f"score, {group}", *(percent(summary.score(variant, tasks)) for variant in columns)])
+        if lora is not None:
+            rows.append(["against LoRA", *(_against(summary, variant, lora, tasks) for variant in columns)])
+    for column, form, what in COSTS:
+        rows.append([what, *(form(summary.cost(variant, summary.common, column)) for variant in columns)])
+    return table(["", *(f"**{NAMES[summary.method(variant)]}**" for variant in columns)], rows)
+
+
+def _against(summary: Summary, variant: str, base: str | None, tasks: Sequence[str]) -> str:
+    return "" if base in (None, variant) else difference_text(summary.difference(variant, str(base), tasks))
+
+
+def headline(summary: Summary) -> str:
+    """Prompt tuning, LoRA, full fine-tuning and zero-shot: score and costs."""
+    rows = []
+    for variant in summary.compared:
+        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2::-1]]
+        rows.append([variant, percent(summary.score(variant, summary.common)), *costs])
+    return f"{table(['method', 'score', *(what for _, _, what in COSTS[2::-1])], rows)}\n\n{on_what(summary)}"
+
+
+def tasks(summary: Summary) -> str:
+    """Prompt tuning beside LoRA, task by task."""
+    pair, rows = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method)) is not None], []
+    for task in summary.tasks if len(pair) == 2 else []:
+        runs = [summary.of(variant, [task]) for variant in pair]
+        means = [f"{_cell(of_one)}: {100 * of_one['score'].mean():.1f} %" if len(of_one) else "" for of_one in runs]
+        learnt = "no method clearly beats the majority class" if task in summary.at_majority else ""
+        count = f"{summary.usable.loc[summary.usable['task'] == task, 'eval_samples'].max():.0f}"
+        rows.append([task, count, *means, learnt or _against(summary, pair[0], pair[1], [task])])
+    return table(["task", "scored rows", *(f"{variant}, by seed" for variant in pair), "prompt - LoRA"], rows)
+
+
+def inits(summary: Summary, variants: Sequence[str]) -> str:
+    """Score and costs of prompts, and the difference to the best one."""
+    best, common, rows = summary.best("prompt_tuning"), summary.common, []
+    for variant in variants:
+        before = f"{100 * summary.of(variant, common)['score_before'].mean():.1f} %"
+        score, against = percent(summary.score(variant, common)), _against(summary, variant, best, common)
+        rows.append([variant, before, score, against, seconds(summary.cost(variant, common, "seconds"))])
+    return table(["method", "untrained", "score", f"against {best}", "training"], rows)
+
+
+def bits(summary: Summary) -> str:
+    """What a quantised base model costs and saves."""
+    older, common, rows = read_lines("backbones_cpu.jsonl"), summary.common, []  # the file: movie_reviews alone
+    for variant in (v for method in ("prompt_tuning", "lora") for v in summary.precisions(method)):
+        runs, best = summary.of(variant, common), summary.best(summary.method(variant))
+        precision = runs["quantization"].fillna("float32").iloc[0]
+        same = (older["method"] == runs["method"].iloc[0]) & (older["precision"] == precision)
+        over = [*runs["score_over_other"].dropna(), *older.loc[same, "accuracy_on_other"]]
+        weights, memory = runs["weights_bytes"].max(), summary.cost(variant, common, "memory_bytes")
+        costs = [size(weights), size(memory - weights), seconds(summary.cost(variant, common, "seconds"))]
+        scores = [percent(summary.score(variant, common)), _against(summary, variant, best, common)]
+        rows.append([variant, *costs, *scores, ", ".join(f"{100 * score:.1f}" for score in over) or "not run"])
+    head = ["method", "weights", "memory above", "training", "score", "against full precision"]
+    return table([*head, "over the other precision, by seed"], rows)
+
+
+def engine_cpu(summary: Summary) -> str:
+    """A training step on the CPU: medians over all turns of the machine with most lines."""
+    lines = read_lines("speed_cpu.jsonl")
+    lines = lines[~lines["gradient_checkpointing"] & (lines["precision"] == "float32")]
+    batch = lines[(lines["text"] == "short") & (lines["batch_size"] == 16)]
+    return step_table(batch[batch["machine"] == batch["machine"].mode()[0]])
+
+
+def step_table(lines: pd.DataFrame) -> str:
+    """Median step and greatest memory of each method on one batch, and ratios at the same number of virtual tokens."""
+    groups = ["method", "num_virtual_tokens"]
+    steps = lines.explode("step_time_s").groupby(groups)["step_time_s"].median()
+    peaks = lines.groupby(groups)["peak_memory_bytes"].max()
+
+    def ratio(values: pd.Series, key: tuple[str, int], other: tuple[str, int]) -> str:
+        return f"{values[key] / values[other]:.2f}" if other in values else "-"
+
+    rows = []
+    for key in sorted(steps.index, key=lambda key: (list(ENGINE).index(key[0]), key[1])):
+        stock = ("stock", key[1])
+        times = [ratio(steps, key, other) for other in (stock, ("lora", 0), ("floor", 0))]
+        memory = [f"{peaks[key] / 2**30:.2f} GiB", ratio(peaks, key, stock)]
+        rows.append([ENGINE[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
+    head = ["method", "virtual tokens", "step", "x PEFT's", "x LoRA's", "x floor"]
+    return table([*head, "peak memory above the model", "x PEFT's"], rows)
+
+
+def engine_gpu(summary: Summary) -> str:
+    """A training step on the GPU at 100 virtual tokens; the first of the runs had other code for attention."""
+    lines = read_lines("gpu.jsonl").dropna(subset=["peak_memory_bytes"]).fillna({"attention": ""})
+    lines = lines[lines["num_virtual_tokens"].isin([0, 100]) & lines["code"].str.startswith("attention in one call")]
+    rows = []
+    for (text, model, precision), same in lines.groupby(["text", "model", "precision"]):
+        cells = [_gpu_cell(same[(same["method"] == method) & (same["attention"] == how)]) for method, how in GPU]
+        rows.append([f"{model.rsplit('-', 1)[1].upper()}, {precision.replace('bfloat16', 'bf16')}, {text}", *cells])
+    return table(["model and rows", *GPU.values()], rows)
+
+
+def _gpu_cell(lines: pd.DataFrame) -> str:
+    """Of the last run that has the cell."""
+    lines = lines[lines["run"] == lines["run"].max()]
+    step, peak = lines.explode("step_time_s")["step_time_s"].median(), lines["peak_memory_bytes"].max()
+    return "" if lines.empty else f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
+
+
+def mixed_table(lines: pd.DataFrame) -> str:
+    """Medians of both ways."""
+    rows = []
+    for line in lines.to_dict("records"):
+        together, apart = (pd.Series(line[f"{name}_time_s"]).median() for name in ("mixed", "single"))
+        path = {"stock": "PEFT's path", "packed": "this plugin"}[line["single_path"]]
+        kinds = [f"{line['tasks']} x {line['rows_per_task']} rows", line["logits"], path, line["machine"]]
+        rows.append([*kinds, f"{together:.2f} s", f"{apart:.2f} s", f"{apart / together:.1f} x"])
+    return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
+
+
+def runs_by_task(summary: Summary) -> str:
+    """The scores by seed, and the runs that did not end well."""
+    cells = summary.runs.drop_duplicates("run_id").groupby(["variant", "task"]).apply(_cell).unstack(fill_value="")
+    return table(["method", *cells.columns], ([variant, *row] for variant, row in cells.iterrows()))
+
+
+def _cell(runs: pd.DataFrame) -> str:
+    bad = [f"seed {row.seed}: {row.status}, {row.error}" for row in runs[runs["status"] != "ok"].itertuples()]
+    good = [f"{100 * score:.1f}" for score in runs.sort_values("seed")["score"].dropna()]
+    return "; ".join(filter(None, [", ".join(good), *bad]))
+
+
+FOR_READMES: dict[str, Callable[[Summary], str]] = {
+    "mixed": lambda summary: mixed_table(read_lines("mixed_cpu.jsonl")),
+    **{table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu)},
+}

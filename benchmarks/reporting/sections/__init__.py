@@ -1,1 +1,0 @@
-"""The parts of the report, each one function from the evidence to a section."""
