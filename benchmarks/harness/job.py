@@ -40,6 +40,6 @@ def load_over(job: Any, precision: str) -> None:
     other = {"quantization": None, "dtype": precision} if whole else {"quantization": precision}
     trainer = job.trainer
     model = trained_model(trainer.family, {**job.settings, **other}, trainer.args.output_dir)
-    if whole or trainer.args.device.type == "cpu":
+    if whole:  # quantised weights are on their device
         model = model.to(trainer.args.device)
     trainer.model = trainer.model_wrapped = model

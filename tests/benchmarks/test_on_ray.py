@@ -38,13 +38,8 @@ def cluster(tmp_path, monkeypatch):
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::FutureWarning")
 def test_a_grid_finishes_whole_though_a_node_dies(cluster, tmp_path, monkeypatch):
     path, store = tmp_path / "grid.yaml", RunStore(tmp_path / "runs.jsonl")
-    grid = {
-        "seeds": [0, 1, 2],
-        "examples": 8,
-        "arguments": {"per_device_train_batch_size": 4},
-        "tasks": {"movie_reviews": None, "plot_or_review": None},
-        "runs": [{"method": "lora"}],
-    }
+    tasks, arguments = {"movie_reviews": None, "plot_or_review": None}, {"per_device_train_batch_size": 4}
+    grid = {"seeds": [0, 1, 2], "examples": 8, "arguments": arguments, "tasks": tasks, "runs": [{"method": "lora"}]}
     path.write_text(yaml.safe_dump(grid))
     monkeypatch.setattr(execution, "WORKER", [sys.executable, str(STUB)])
     specs, killed = load_suite(path), []

@@ -9,7 +9,6 @@ import statistics
 import numpy as np
 import pytest
 
-from benchmarks.harness.store import StoreError
 from benchmarks.report import command, page, tables
 from benchmarks.report.load import load_runs
 from benchmarks.report.statistics import compare, interval, row_test
@@ -238,15 +237,5 @@ def test_the_projects_page_and_readmes_are_what_its_results_give(own):
     for path, text in command.pages(own, command.RESULTS.parent, is_own=True).items():
         if path.suffix == ".md":
             assert path.read_text(encoding="utf-8") == text, "python -m benchmarks report writes it"
+            assert text.count("\n") <= 150 and len(page.html(text, path.parent).encode()) <= 150_000
     assert all(table(own).count("\n") > 3 for table in tables.FOR_READMES.values())
-
-
-def test_the_projects_page_is_short(own):
-    text = (command.RESULTS.parent / "RESULTS.md").read_text(encoding="utf-8")
-    assert text.count("\n") <= 150
-    assert len(page.html(text, command.RESULTS.parent).encode()) <= 150_000
-
-
-def test_a_stores_and_a_step_times_error_names_the_file(tmp_path):
-    with pytest.raises(StoreError, match=r"none\.jsonl"):
-        load_runs([tmp_path / "none.jsonl"])
