@@ -221,7 +221,7 @@ def register_init(name: str, *, check: Check | None = None) -> Callable[[Scheme]
 
 
 def available_inits() -> list[str]:
-    """Names that `prompt_tuning_init` accepts, sorted."""
+    """List the names that `prompt_tuning_init` accepts, sorted."""
     return sorted(SCHEMES)
 
 
