@@ -10,7 +10,7 @@ import torch
 
 
 def device_of(module: Any) -> torch.device:
-    """Device that a module computes on: its weight's, or the one that accelerate's hook loads the weight to.
+    """Get the device that a module computes on: its weight's, or the one that accelerate's hook loads the weight to.
 
     It is meta for a weight without data and without a hook.
     """

@@ -10,7 +10,7 @@ from .config import PromptTuningExtConfig
 
 
 def token_dim(config: PromptTuningExtConfig, word_embeddings: torch.nn.Module) -> int:
-    """Width H of the word embeddings; narrower than the hidden states in some models (ALBERT, ELECTRA).
+    """Get the width H of the word embeddings; narrower than the hidden states in some models (ALBERT, ELECTRA).
 
     Raises:
         ValueError: See [`~peft_prompt_ext.encoder.PromptEmbedding`].
@@ -61,7 +61,7 @@ _TABLES = ("position_embeddings", "position_embedding", "embed_positions", "wpe"
 
 
 def max_positions(base_model: Any) -> int | None:
-    """The number of positions of the base model; None if there is no limit."""
+    """Get the number of positions of the base model; None: no limit."""
     config = base_model.config.get_text_config()
     limit = getattr(config, "max_position_embeddings", None)
     # XLNet and DeBERTa v3 mark relative positions in this way

@@ -28,7 +28,7 @@ THRESHOLD = 24
 LAYERS = 4
 HIDDEN = 32
 
-# the first pattern that a field's name matches decides its size
+# the first pattern that matches a field's name sets its size
 _SIZES = [
     (r"max_window_layers", 2),
     (r"(window|chunk_size|floor_scale|n_floor|index_topk$|original_max_position)", THRESHOLD),
@@ -59,7 +59,7 @@ _SIZES = [
 
 
 def tiny_model(model_type):
-    """A random model on the CPU, in evaluation.
+    """Make a random model on the CPU, in evaluation mode.
 
     Raises:
         Exception: Whatever its config or its class raises: some cannot be made of numbers alone.
@@ -89,13 +89,13 @@ def _tiny_config(default, model_class, specific):
     kinds = _kinds_of_layers(default, model_class)
     every = {"layer_types": (kinds * LAYERS)[:LAYERS]} if len(kinds) > 1 else {}
     for wished in ({**windows, **every}, every, windows):
-        with contextlib.suppress(Exception):  # not every model type has every mixture
+        with contextlib.suppress(Exception):  # some model types do not support some mixtures
             return type(default)(**{**small, **wished, **specific})
     return type(default)(**{**small, **specific})
 
 
 def _kinds_of_layers(default, model_class):
-    """Every kind of attention that the config or the model's source names, where there is a kind for each layer."""
+    """List the kinds of attention in the config or the model's source, if each layer has a kind."""
     if not isinstance(getattr(default, "layer_types", None), list):
         return []
     source = "".join(Path(inspect.getfile(part)).read_text() for part in (type(default), model_class))
@@ -128,7 +128,7 @@ def _shrunk(key, value, layers):
 
 
 def _first_layers(values):
-    """Of a list with a value for each layer: every kind there is, in order, then from the front again."""
+    """Fill a list with a value per layer with every kind, in order and repeated."""
     kinds = []
     for value in values:
         if value not in kinds:
@@ -157,7 +157,7 @@ _INDEXED = {
     "indexer_compress_ratio": 4,
 }
 _HYBRID = ["mamba", "attention"] * 2
-# what has to fit together in a way that names do not tell
+# sizes that depend on each other
 SPECIFIC = {
     "bamba": {**_MAMBA, "attn_layer_indices": [1, 3]},
     "granitemoehybrid": {**_MAMBA, "layer_types": _HYBRID},
@@ -169,7 +169,7 @@ SPECIFIC = {
             kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")
         }
     },
-    "gemma4_text": {"hidden_size_per_layer_input": 0},  # else the tokens' ids count beside their embeddings
+    "gemma4_text": {"hidden_size_per_layer_input": 0},  # so that ids are used only for word embeddings
     "qwen4_exp": _INDEXED,
     "qwen4_exp_text": _INDEXED,
     "xmod": {"default_language": "en_XX"},
@@ -184,14 +184,14 @@ SPECIFIC = {
 }
 
 
-# rows longer than every threshold; rows shorter than every threshold, the pack of them longer; all shorter
+# rows longer than every threshold; only the pack longer; all shorter
 BATCHES = {"long rows": (23, 31, 5, 1, 19), "long pack": (5, 7, 3, 7, 1, 6), "short": (7, 1, 5)}
 VIRTUAL = 5
 
 
 @dataclass
 class Outcome:
-    """What became of a model type.
+    """The outcome of a model type.
 
     Attributes:
         packed: The batches that ran packed.
@@ -226,7 +226,7 @@ def outcome(model_type):
             stock(input_ids=row[real][None], use_cache=False).logits[0]
             for row, real in zip(ids, mask.bool(), strict=True)
         ]
-        for gradients in (True, False):  # without gradients the prompt runs once and is kept
+        for gradients in (True, False):  # without gradients, the prefix is kept
             with torch.set_grad_enabled(gradients):
                 got = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             status = engine_status(model)
@@ -244,7 +244,7 @@ def outcome(model_type):
 
 
 def _is_attention_alone(model):
-    """Without layers that carry a state or mix neighbours, and without an encoder beside it."""
+    """Whether the model has no layers with states or convolutions, and no encoder."""
     others = "mamba|recurrent|rwkv|delta|lightning|lstm|shortconv|linearattention|kda"
     parts = ((name, part) for name, part in model.named_modules())
     return not any(
@@ -278,13 +278,13 @@ def write_table():
     for model_type in MODEL_TYPES:
         try:
             lines.append(outcome(model_type))
-        except Exception as error:  # some cannot be made of numbers alone, or not run with a prompt at all
+        except Exception as error:  # some cannot be built tiny, or not run with a prompt
             lines.append(f"{type(error).__name__}: {error}")
     TABLE.write_text(table(dict(zip(MODEL_TYPES, lines, strict=True))))
 
 
 def table(outcomes):
-    """The outcomes as Markdown: what runs packed and what does not; an outcome is an Outcome or an error's text."""
+    """Write the outcomes as a Markdown table; an outcome is an Outcome or an error's text."""
     ran = [found for found in outcomes.values() if isinstance(found, Outcome)]
     alone = [found for found in ran if found.attention_alone]
     packed = [found for found in alone if found.packed]

@@ -1,4 +1,4 @@
-"""Tiny models of real architectures, a tokenizer trained in the process, and real assets where a test asks for them.
+"""Tiny models of real architectures, a tokenizer trained in the process, and real assets.
 
 Axes are distinct primes where the architecture allows it, so that a swapped axis cannot pass.
 """
@@ -11,7 +11,7 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
-    os.environ["OMP_NUM_THREADS"] = "1"  # workers that each use every core wait for one another
+    os.environ["OMP_NUM_THREADS"] = "1"  # several workers on all cores slow each other down
 
 import torch
 from peft import get_peft_model
@@ -66,14 +66,14 @@ def saved_model(tmp_path_factory, tokenizer_folder):
     saved = {}
 
     def save(architecture, task_type="CAUSAL_LM"):
-        task_type = "FEATURE_EXTRACTION" if task_type == "SEQ_CLS" else task_type  # a head is new
+        task_type = "FEATURE_EXTRACTION" if task_type == "SEQ_CLS" else task_type  # without the head
         key = architecture, task_type
         if key not in saved:
             torch.manual_seed(0)
             sizes = {} if architecture == "t5" else {POSITIONS_OF.get(architecture, "max_position_embeddings"): 997}
             model = AUTO_CLASSES[task_type].from_config(tiny_config(architecture, **sizes))
             for parameter in model.parameters():
-                torch.nn.init.normal_(parameter, std=0.2)  # else all answers are about as likely
+                torch.nn.init.normal_(parameter, std=0.2)  # so that answers differ
             folder = tmp_path_factory.mktemp(f"{architecture}-{task_type}")
             model.save_pretrained(folder)
             tokenizer = PreTrainedTokenizerFast.from_pretrained(tokenizer_folder)
@@ -111,7 +111,7 @@ def make(tokenizer_folder, tmp_path, build_model):
 
 @pytest.fixture
 def seam():
-    """The seam module, put back active whatever the test does with it."""
+    """The seam module, active again after the test."""
     from peft_prompt_ext import _seam, peft_models
 
     yield _seam

@@ -16,7 +16,7 @@ VIRTUAL = 5  # P
 
 @pytest.fixture(autouse=True, scope="module")
 def one_thread():
-    """For modules that import it: on tiny models more threads only wait, and that is most of the time."""
+    """Use one thread in modules that import it, because threads slow tiny models down."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -24,7 +24,7 @@ def one_thread():
 
 
 def make_batch(task_type, rows=ROWS, text=TEXT, seed=1):
-    """An unpadded batch with labels, as the Trainer would pass it."""
+    """Make an unpadded batch with labels, as the Trainer passes it."""
     generator = torch.Generator().manual_seed(seed)
     ids = torch.randint(3, 300, (rows, text), generator=generator)
     targets = {
@@ -39,7 +39,7 @@ def make_batch(task_type, rows=ROWS, text=TEXT, seed=1):
 
 
 def prompted(model, task_type, **changes):
-    """Plain get_peft_model with the plugin's config."""
+    """Call get_peft_model with the plugin's config."""
     values = {"num_virtual_tokens": VIRTUAL, "prompt_tuning_init": "RANDOM_UNIFORM", **changes}
     return get_peft_model(model, PromptTuningExtConfig(task_type=task_type, **values))
 
@@ -76,7 +76,7 @@ def losses_of(trainer, key="loss"):
 
 
 def weights_hash(base_model):
-    """Over the weights that the base model came with, under the names that they came with."""
+    """Hash the base model's original weights, by their original names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(base_model.state_dict().items()):
         if ".modules_to_save." not in name:

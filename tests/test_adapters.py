@@ -1,4 +1,4 @@
-"""Several prompts in one model: the active one is in training, and what prompts cannot do is said."""
+"""Several prompts in one model: training, deletion, and methods that prompts do not support."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ def config(task_type="CAUSAL_LM", **changes):
 
 
 def in_training(model):
-    """Adapters that get a gradient, in each place where they could."""
+    """List the adapters that get a gradient, for prompts and heads."""
     heads = [m for m in model.base_model.modules() if hasattr(m, "modules_to_save")]
     places = [model.prompt_encoder, *(head.modules_to_save for head in heads)]
     return [
@@ -44,7 +44,7 @@ def test_only_the_active_adapter_is_in_training(model):
 
 
 def test_every_parameter_in_training_gets_a_gradient(model):
-    """DistributedDataParallel waits for each of them."""
+    """DistributedDataParallel waits for each gradient."""
     model.set_adapter("b")
 
     model(**make_batch(model.task_type)).loss.backward()
@@ -69,7 +69,7 @@ def test_an_adapter_loaded_to_be_trained_is_in_training_once_it_is_active(model,
     assert model.peft_config["further"].inference_mode is False
 
 
-def test_several_adapters_are_in_training_when_asked_for(model):
+def test_several_adapters_can_be_in_training(model):
     model.set_requires_grad(["b", "c"])
     assert all(place == ["default", "b", "c"] for place in in_training(model))
 
@@ -106,7 +106,7 @@ def test_deleting_another_adapter_changes_no_result(model):
     model.set_adapter("c")
     for parameter in model.parameters():
         if parameter.requires_grad:
-            torch.nn.init.normal_(parameter)  # a head like no other one's
+            torch.nn.init.normal_(parameter)  # so that the heads differ
     wanted = model(**make_batch(model.task_type)).logits
 
     model.delete_adapter("b")
@@ -114,7 +114,7 @@ def test_deleting_another_adapter_changes_no_result(model):
     assert torch.equal(model(**make_batch(model.task_type)).logits, wanted)
 
 
-def test_a_model_whose_last_adapter_was_deleted_says_so_and_takes_a_new_one(build_model):
+def test_a_model_without_adapters_raises_and_takes_a_new_one(build_model):
     model, batch = prompted(build_model("llama"), "CAUSAL_LM"), make_batch("CAUSAL_LM")
     bare = build_model("llama")(**batch).logits
 
@@ -139,7 +139,7 @@ def test_deleting_an_unknown_adapter_is_refused(model):
 @pytest.mark.parametrize(
     "name", ["merge_and_unload", "merge_adapter", "unmerge_adapter", "unload", "add_weighted_adapter"]
 )
-def test_what_prompts_cannot_do_is_said_and_is_no_attribute_as_in_peft(model, name):
+def test_unsupported_methods_raise_and_are_no_attributes_as_in_peft(model, name):
     assert not hasattr(model, name)
 
     for error in (AttributeError, NotImplementedError):
@@ -147,7 +147,7 @@ def test_what_prompts_cannot_do_is_said_and_is_no_attribute_as_in_peft(model, na
             getattr(model, name)()
 
 
-def test_an_attribute_that_nobody_has_is_an_error_as_in_peft(model):
+def test_an_unknown_attribute_is_an_error_as_in_peft(model):
     with pytest.raises(AttributeError, match="no attribute 'made_up'"):
         model.made_up  # noqa: B018
 

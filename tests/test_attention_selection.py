@@ -1,4 +1,4 @@
-"""Which attention is used: proved before it is trusted, once for each device and precision, and told."""
+"""The selection of an attention: proved once for each device and precision, and reported."""
 
 import copy
 import logging
@@ -61,7 +61,7 @@ WRONG = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("wrong", WRONG)
-def test_a_wrong_attention_is_not_taken_and_its_reason_is_told(monkeypatch, wrong, dtype):
+def test_a_wrong_attention_is_not_taken_and_its_reason_is_given(monkeypatch, wrong, dtype):
     monkeypatch.setitem(select.ATTENTIONS, "flex", wrong)
     calls = [call_of(dtype), call_of(dtype, scaling=0.3, sliding_window=4096)]
 
@@ -80,7 +80,7 @@ def test_right_attentions_pass_the_proof(monkeypatch, name, dtype):
     state = torch.get_rng_state()
     for options in ({}, {"scaling": 0.3, "sliding_window": 7}, {"softcap": 2.0}):
         assert select.differs(select.ATTENTIONS[name], call_of(dtype, **options)) is None
-    with torch.inference_mode():  # whatever the user's batch runs in
+    with torch.inference_mode():  # as a user's batch may
         assert select.differs(select.ATTENTIONS[name], call_of(dtype)) is None
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -108,7 +108,7 @@ def test_an_unknown_attention_is_an_error(build_model, monkeypatch):
 
 @pytest.fixture
 def offered(monkeypatch):
-    """Offers an attention on the CPU; returns the query lengths that it is asked for after the proof."""
+    """Adds an attention to the CPU's candidates; returns the query lengths of its calls after the proof."""
 
     def offer(function):
         seen = []
@@ -124,12 +124,12 @@ def offered(monkeypatch):
     return offer
 
 
-def test_the_proved_attention_serves_every_layer_and_is_told(build_model, offered, caplog):
+def test_the_proved_attention_runs_in_every_layer_and_is_logged(build_model, offered, caplog):
     seen = offered(reference.packed_attention)
     model = prompted(build_model("gemma2"), "CAUSAL_LM", num_virtual_tokens=13)
     with caplog.at_level(logging.INFO, "peft_prompt_ext"):
         assert engine_status(model).attention == "flex"
-    assert "is used, with flex attention: relative error" in caplog.text
+    assert "run packed, with flex attention: relative error" in caplog.text
     seen.clear()
 
     compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
@@ -160,7 +160,7 @@ def test_a_refused_model_has_no_attention_and_an_unproved_one_sdpa(build_model, 
     assert engine_status(unproved).attention == "sdpa"
 
 
-def test_the_choice_is_made_once_for_each_precision_and_told_for_the_last_batch(build_model, offered, monkeypatch):
+def test_selection_runs_once_for_each_precision_and_the_status_is_of_the_last_batch(build_model, offered, monkeypatch):
     def exact_alone(query, *args, **options):
         if query.dtype == torch.bfloat16 or torch.is_autocast_enabled("cpu"):
             raise RuntimeError("not in bfloat16")

@@ -1,4 +1,4 @@
-"""Every causal language model that transformers can build tiny is right, or refused with a reason."""
+"""Every causal language model of transformers, built tiny, is right or refused with a reason."""
 
 import re
 from pathlib import Path
@@ -10,7 +10,7 @@ from tests.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome
 from tests.helpers import one_thread  # noqa: F401
 
 
-# of every kind: windows, chunks, places counted, sparse attention, sinks, other layers between, no interface
+# windows, chunks, counted places, sparse attention, sinks, other layers, no attention interface
 FEW = [
     "llama", "gemma3_text", "mixtral", "cohere2", "llama4_text", "qwen2_moe", "deepseek_v32", "minimax_m3_vl_text",
     "gpt_oss", "diffllama", "roberta", "bamba", "codegen", "bloom",
@@ -22,14 +22,15 @@ def table_rows():
     return {name: cells for name, *cells in rows[1:]}
 
 
-# another transformers has other models, and builds some of the same ones in another way
+# other versions of transformers have other models, and build some differently
 of_this_transformers = pytest.mark.skipif(
-    f"transformers {transformers.__version__};" not in TABLE.read_text(), reason="the table is of another transformers"
+    f"transformers {transformers.__version__};" not in TABLE.read_text(),
+    reason="the table has another transformers",
 )
 
 
 @of_this_transformers
-@pytest.mark.filterwarnings("ignore")  # of model types that warn of their own configs
+@pytest.mark.filterwarnings("ignore")  # some model types warn of their own configs
 @pytest.mark.parametrize(
     "model_type", [pytest.param(t, marks=() if t in FEW else pytest.mark.slow) for t in MODEL_TYPES]
 )

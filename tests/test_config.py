@@ -68,7 +68,7 @@ def test_labels_that_can_be_read_only_once_are_not_lost():
     ],
     ids=lambda built: built.prompt_tuning_init,
 )
-def test_stock_peft_takes_the_dict_whole(built):
+def test_stock_peft_accepts_the_dict(built):
     stock = PromptTuningConfig(**built.to_dict())
 
     assert set(built.to_dict()) == {f.name for f in fields(PromptTuningConfig)}
@@ -253,7 +253,7 @@ def test_remote_code_is_refused(init, value):
         PromptTuningExtConfig(task_type="CAUSAL_LM", prompt_tuning_init=init, tokenizer_kwargs=kwargs)
 
 
-def test_remote_code_may_be_ruled_out_in_so_many_words():
+def test_trust_remote_code_false_is_accepted():
     kwargs = {"trust_remote_code": False}
 
     assert PromptTuningExtConfig(task_type="CAUSAL_LM", tokenizer_kwargs=kwargs).tokenizer_kwargs == kwargs
@@ -274,7 +274,7 @@ def test_the_plugins_own_fields_come_back_from_the_record(tmp_path):
 
     read = PromptTuningExtConfig.from_pretrained(tmp_path)
 
-    stock = {"inference_mode", "peft_version"}  # PEFT sets these when it saves
+    stock = {"inference_mode", "peft_version"}  # set by PEFT when it saves
     assert {f.name for f in fields(read) if getattr(read, f.name) != getattr(built, f.name)} <= stock
     assert read.prompt_tuning_init_kwargs == {"labels": ["bad", "good"], "position": "last"}
     assert read.prompt_tuning_init_seed == 11
@@ -309,7 +309,7 @@ def test_a_config_that_is_saved_alone_comes_back_whole(tmp_path, init):
 
 
 @pytest.mark.parametrize("init", INITS)
-def test_a_config_that_is_saved_alone_is_read_by_stock_peft_without_a_word(tmp_path, init):
+def test_a_config_that_is_saved_alone_is_read_by_stock_peft_without_a_warning(tmp_path, init):
     built = PromptTuningExtConfig(task_type="SEQ_CLS", **EVERY_FIELD, **init)
 
     built.save_pretrained(tmp_path)

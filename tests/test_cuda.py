@@ -20,7 +20,7 @@ from tests.test_shared_prefix import alone, mixed_model, padded
 
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("default"),  # kernels and compilers warn as they like
+    pytest.mark.filterwarnings("default"),  # kernels and compilers warn
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
 ]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -28,7 +28,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @pytest.fixture(params=["float32", "tf32", "bfloat16", "float16"])
 def numbers(request):
-    """The dtype, and the relative error that the whole of a small model may have in it."""
+    """The dtype, and the largest relative error of a small model in it."""
     torch.set_float32_matmul_precision("high" if request.param == "tf32" else "highest")
     yield DTYPES.get(request.param, torch.float32), {"float32": 1e-5, "tf32": 1e-2}.get(request.param, 5e-2)
     torch.set_float32_matmul_precision("highest")
@@ -42,7 +42,7 @@ def call_of(dtype, heads=(8, 2), size=64, **options):
 OPTIONS = ({}, {"scaling": 0.3}, {"sliding_window": 50}, {"softcap": 20.0})
 CALLS = [
     *product(("sdpa", "varlen"), ((8, 8), (8, 2), (9, 3)), OPTIONS),
-    *(("flex", (8, 2), options) for options in OPTIONS),  # each is compiled
+    *(("flex", (8, 2), options) for options in OPTIONS),  # each compiles
     *(("flex", heads, {}) for heads in ((8, 8), (9, 3))),
 ]
 
@@ -102,7 +102,7 @@ def test_mixed_batches_and_kept_prompts(build_model, monkeypatch, attention):
     batch = {name: x.cuda() for name, x in padded("left", "CAUSAL_LM").items()}
     names = ["b", "__base__", "c"]
     results = []
-    for gradients in (True, False):  # without them the prompts are kept
+    for gradients in (True, False):  # without gradients, prefixes are kept
         with torch.set_grad_enabled(gradients):
             results.append(model(**batch, adapter_names=names).logits[:, 9:][batch["attention_mask"].bool()].float())
     wanted = []

@@ -1,4 +1,4 @@
-"""Base models whose weights accelerate keeps elsewhere: a prompt trains, generates and loads on them."""
+"""A prompt trains, generates and loads on a base model that accelerate offloads."""
 
 import pytest
 import torch
@@ -33,7 +33,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:U
 
 
 def mapped(base, first):
-    """The first part of a model there, the others on the CPU."""
+    """Put the first part of a model on a device, the others on the CPU."""
     return {name: first if number == 0 else "cpu" for number, (name, _) in enumerate(base.named_children())}
 
 
@@ -45,7 +45,7 @@ def outputs_of(model, task_type):
     return output.loss, output[1]
 
 
-@pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type")  # of transformers 5.17, whatever the inputs
+@pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type")  # transformers 5.17 warns for all inputs
 @models
 @offloads
 @pytest.mark.parametrize("when", ["before", "after"])
@@ -66,7 +66,7 @@ def test_an_offloaded_model_gives_and_trains_what_it_gives_in_memory(
 
     torch.testing.assert_close(logits, wanted_logits, rtol=0, atol=1e-5)
     torch.testing.assert_close(prompt_of(model).grad, prompt_of(wanted).grad, rtol=1e-4, atol=1e-7)
-    if when == "before":  # a head of a single pass would get no gradient
+    if when == "before":  # a head that is loaded for one pass gets no gradient
         assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
     if task_type == "CAUSAL_LM":
         assert engine_status(model).packed == engine_status(wanted).packed
@@ -96,7 +96,7 @@ def test_a_prompt_loads_on_a_model_that_transformers_dispatched(
 
 
 def test_weights_written_while_they_are_offloaded_are_seen(build_model):
-    """What a prompt left is kept only where somebody can tell that it is still right."""
+    """Prefixes are kept only if changes of the weights are detected."""
     base = build_model("llama")
     model = prompted(base, "CAUSAL_LM").eval()
     cpu_offload(base, execution_device="cpu")
@@ -111,7 +111,7 @@ def test_weights_written_while_they_are_offloaded_are_seen(build_model):
     torch.testing.assert_close(after, model(**batch).logits, rtol=0, atol=1e-5)
 
 
-def test_a_module_computes_where_its_hook_brings_its_weights():
+def test_a_module_computes_where_its_hook_loads_its_weights():
     layer = torch.nn.Linear(2, 3)
     assert device_of(layer) == torch.device("cpu")
 

@@ -1,4 +1,4 @@
-"""The width of a prompt is the word embeddings', and sizes that PEFT cannot read keep no model from being trained."""
+"""A prompt is as wide as the word embeddings, and trains on models whose sizes PEFT cannot read."""
 
 import copy
 
@@ -26,15 +26,15 @@ SIZES = {
         **{key: BERT[key] for key in ("hidden_size", "num_hidden_layers", "num_attention_heads")},
         **{"ffn_dim": 41, "word_embed_proj_dim": NARROW},
     },
-    # widths, layers and heads by names that PEFT does not know
+    # other names for width, layers and heads than PEFT's
     "distilbert": {"dim": WIDTH, "n_layers": 2, "n_heads": 2, "hidden_dim": 41},
     "flaubert": {"emb_dim": WIDTH, "n_layers": 2, "n_heads": 2},
     "xlm": {"emb_dim": WIDTH, "n_layers": 2, "n_heads": 2},
     "mpt": {"d_model": WIDTH, "n_layers": 2, "n_heads": 2},
     "fnet": {"hidden_size": WIDTH, "num_hidden_layers": 2, "intermediate_size": 41, "max_position_embeddings": 64},
-    # no end of positions, as its config says with -1
+    # no limit of positions: -1 in the config
     "xlnet": {"d_model": WIDTH, "n_layer": 2, "n_head": 2, "d_inner": 41},
-    # more than PEFT reads: encoder and decoder each have their own
+    # several sizes: encoder and decoder have their own
     "t5gemma": {
         side: {**BERT, "num_key_value_heads": 1, "head_dim": NARROW, "vocab_size": 331, "layer_types": None}
         for side in ("encoder", "decoder")
@@ -66,7 +66,7 @@ def build(architecture, task_type):
 
 def unpadded(architecture, task_type):
     batch = make_batch(task_type)
-    if architecture == "fnet":  # takes none
+    if architecture == "fnet":  # takes no mask
         del batch["attention_mask"]
     return batch
 
@@ -77,13 +77,13 @@ def loss_of(output):
 
 @cases
 @pytest.mark.filterwarnings("ignore:.*XLNet.*:UserWarning")
-def test_loss_and_gradient_are_those_of_stock_peft_that_was_told_the_sizes(architecture, task_type):
+def test_loss_and_gradient_are_those_of_stock_peft_with_given_sizes(architecture, task_type):
     base, batch = build(architecture, task_type), unpadded(architecture, task_type)
     model = prompted(copy.deepcopy(base), task_type)
     width = NARROW if architecture in NARROWER else WIDTH
-    told = {"token_dim": width, "num_layers": 2, "num_attention_heads": 2, "num_transformer_submodules": 1}
-    told["modules_to_save"] = model.peft_config["default"].modules_to_save
-    stock = get_peft_model(base, PromptTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL, **told))
+    sizes = {"token_dim": width, "num_layers": 2, "num_attention_heads": 2, "num_transformer_submodules": 1}
+    sizes["modules_to_save"] = model.peft_config["default"].modules_to_save
+    stock = get_peft_model(base, PromptTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL, **sizes))
     stock.load_state_dict(model.state_dict())
     stock_batch = dict(batch)
     if task_type == "TOKEN_CLS":

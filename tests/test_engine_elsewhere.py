@@ -34,7 +34,7 @@ def ragged(seed):
     return {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
 
 
-@pytest.mark.filterwarnings("ignore")  # tracing touches whatever the traced code could reach
+@pytest.mark.filterwarnings("ignore")  # tracing reads deprecated attributes
 @pytest.mark.parametrize("mode", ["train", pytest.param("eval", marks=pytest.mark.slow)])
 def test_a_compiled_model_is_not_compiled_again_for_other_shapes(mode):
     from torch._dynamo.testing import CompileCounter
@@ -47,7 +47,7 @@ def test_a_compiled_model_is_not_compiled_again_for_other_shapes(mode):
             torch.testing.assert_close(compiled(**ragged(seed)).loss, model(**ragged(seed)).loss)
         counts.append(counter.frame_count)
     assert engine_status(model).packed
-    assert 0 < counts[3] == counts[-1], counts  # torch 2.11 needs one batch more than torch 2.13 to settle
+    assert 0 < counts[3] == counts[-1], counts  # torch 2.11 compiles for one more batch than torch 2.13
 
 
 def in_one_of_two_processes(rank, folder):
@@ -60,7 +60,7 @@ def in_one_of_two_processes(rank, folder):
     assert engine_status(parallel).packed
     torch.save(prompt_of(model).grad, Path(folder, f"{rank}.pt"))
     dist.barrier()
-    del parallel  # its reducer, freed after the group is gone, once hung
+    del parallel  # its reducer may hang if it is freed after the group
     dist.destroy_process_group()
 
 
@@ -94,11 +94,11 @@ def in_one_of_two_sharded_processes(rank, folder, quantization):
     assert engine_status(model).packed
     torch.testing.assert_close(out.loss, expected.loss)
     torch.testing.assert_close(prompt_of(model).grad.full_tensor(), gradient)
-    with torch.no_grad():  # the prompt is not kept: each process has to make the same passes
+    with torch.no_grad():  # no kept prefix, because all processes run the same passes
         torch.testing.assert_close(model.eval()(**batch).loss, expected.loss)
     assert not model._engine.prefixes
     state = get_model_state_dict(model, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
-    if rank == 0:  # as the Trainer does; the other process makes no pass that could gather the prompt
+    if rank == 0:  # as the Trainer does; the other process runs no pass that could gather the prompt
         model.save_pretrained(f"{folder}/adapter", state_dict=state)
         saved = load_file(f"{folder}/adapter/adapter_model.safetensors")["prompt_embeddings"]
         torch.testing.assert_close(saved, state["prompt_encoder.default.embedding.weight"])
@@ -122,7 +122,7 @@ QUANTIZED = {
 
 @pytest.fixture(params=QUANTIZED)
 def quantized_base(request, tmp_path):
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # a line for each int8 product
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for each int8 product
     tiny_model(**SIZES).save_pretrained(tmp_path)
     config = BitsAndBytesConfig(**QUANTIZED[request.param], llm_int8_skip_modules=["lm_head"])
     return request.param, AUTO_CLASSES["CAUSAL_LM"].from_pretrained(
@@ -139,12 +139,12 @@ def test_quantised_backbones_give_what_pefts_path_gives(quantized_base):
         out.loss.backward()
         assert engine_status(model).packed == shared_prefix
         results.append((out.loss, prompt_of(model).grad))
-    # int8 rounds the activations as well, by the largest of each token
+    # int8 also rounds activations, scaled by each token's maximum
     torch.testing.assert_close(*results, rtol=1e-5 if kind == "nf4" else 2e-2, atol=1e-7 if kind == "nf4" else 1e-3)
 
 
 def replicate(module, copies):
-    """As torch.nn.parallel.replicate, which needs GPUs: modules of which the parameters are results, not leaves."""
+    """As torch.nn.parallel.replicate, which needs GPUs: the modules' parameters are non-leaf tensors."""
     if module not in copies:
         copy = copies[module] = module._replicate_for_data_parallel()
         for name, child in module._modules.items():

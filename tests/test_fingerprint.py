@@ -1,4 +1,4 @@
-"""Which base model a saved prompt belongs to: told where the prompt is loaded, not where it first runs."""
+"""A loaded prompt is compared with the base model that it was trained on."""
 
 import json
 import warnings
@@ -31,7 +31,7 @@ def saved(build_model, tmp_path):
 
 @pytest.fixture
 def stock(build_model, tmp_path):
-    """Saves a prompt of stock PEFT: real words of the model, as large as `scale` says."""
+    """Saves a prompt of stock PEFT: word embeddings times `scale`."""
 
     def save(architecture="gemma", scale=1.0, base=None):
         config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=5)
@@ -81,7 +81,7 @@ tasks = pytest.mark.parametrize(
 )
 
 
-# --- what the record holds
+# --- the record
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3_text"])
@@ -106,12 +106,12 @@ def test_a_prompt_that_is_trained_further_belongs_to_the_model_it_is_trained_on(
     PeftModel.from_pretrained(build_model("llama", seed=1), tmp_path / "further")  # warnings are errors
 
 
-# --- the same base model is never warned of
+# --- the same base model: no warning
 
 
 @tasks
 @every_load
-def test_the_same_base_model_is_loaded_without_a_word(saved, build_model, architecture, task_type, load):
+def test_the_same_base_model_is_loaded_without_a_warning(saved, build_model, architecture, task_type, load):
     load(build_model(architecture, task_type), saved(architecture, task_type), task_type)
 
 
@@ -131,7 +131,7 @@ def test_further_rows_for_added_tokens_are_the_same_base_model(saved, build_mode
     PeftModel.from_pretrained(base, saved())
 
 
-# --- another one is warned of, or refused
+# --- another base model: a warning or an error
 
 
 @tasks
@@ -163,7 +163,7 @@ def test_another_architecture_with_the_same_table_is_warned_of(saved, build_mode
 @every_load
 def test_the_same_model_at_another_scale_is_warned_of_with_the_factor(saved, build_model, load):
     base = build_model("llama")
-    base.get_input_embeddings().weight.data *= 6.0  # as if the module scaled
+    base.get_input_embeddings().weight.data *= 6.0  # as a module that scales
 
     with pytest.warns(UserWarning, match=r"another scale: here they are 6 times as large.*Multiply the prompt by 6"):
         load(base, saved(), "CAUSAL_LM")
@@ -199,7 +199,7 @@ def test_a_stock_prompt_of_another_width_is_an_error_too(stock, build_model):
     "broken",
     [{}, {"row_norms": [1.0]}, {"row_norms": [1.0], "vocab_size": 331}, {"row_norms": 3, "vocab_size": 3}, [1]],
 )
-def test_a_fingerprint_that_is_not_whole_does_not_lose_the_prompt(saved, build_model, broken):
+def test_an_incomplete_fingerprint_does_not_lose_the_prompt(saved, build_model, broken):
     folder = saved()
     write_record(folder, {**record_of(folder), "base_model": broken})
 

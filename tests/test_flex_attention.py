@@ -22,7 +22,7 @@ from tests.test_shared_prefix import compare, mixed_model, padded
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile:UserWarning"),
-    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # tracing looks at it
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning"),  # tracing reads it
 ]
 WINDOWS = st.sampled_from([None, 1, 2, 4, 100])
 
@@ -75,7 +75,7 @@ def test_dropout_is_not_lost():
 
 
 def dense(number, blocks):
-    """Lists of blocks as a bool matrix."""
+    """Convert lists of blocks to a bool matrix."""
     seen = torch.zeros(blocks.shape[2:], dtype=torch.bool)
     for row, (count, columns) in enumerate(zip(number[0, 0], blocks[0, 0], strict=True)):
         seen[row, columns[:count].long()] = True
@@ -99,7 +99,7 @@ def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, slidin
     assert not (part & whole).any()
     assert torch.equal(part | whole, tiles.flatten(2).any(-1))
     assert tiles[whole].all()
-    # one run that covers a block is enough, two halves are not looked for
+    # a block is whole if one span covers it
     if len(layout.prompt_lengths) == 1 and layout.num_prompt_tokens % 3 == 0:
         assert torch.equal(whole, tiles.flatten(2).all(-1))
 
@@ -109,17 +109,17 @@ def test_a_batch_of_short_rows_leaves_most_blocks_out():
 
     mask = flex.make_block_mask(layout, 256 + 64 * 32)
 
-    assert mask.full_kv_num_blocks.sum() == 1 + 16 * 2  # what is behind in the prompt; for each text the prompt
+    assert mask.full_kv_num_blocks.sum() == 1 + 16 * 2  # the prompt's earlier blocks; the prompt for each text
     assert mask.kv_num_blocks.sum() == 2 + 16  # the diagonal
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
-@pytest.mark.filterwarnings("ignore")  # of the compiler
+@pytest.mark.filterwarnings("ignore")  # the compiler warns
 def test_one_compiled_kernel_skips_blocks_for_all_lengths_windows_and_caps(monkeypatch):
     from torch._dynamo.utils import counters
 
-    compiled = flex._flex_attention.__wrapped__("cuda")
-    monkeypatch.setattr(flex, "_flex_attention", lambda device_type: compiled)
+    compiled = flex._get_flex_attention.__wrapped__("cuda")
+    monkeypatch.setattr(flex, "_get_flex_attention", lambda device_type: compiled)
     generator, compilations = torch.Generator().manual_seed(0), []
     for softcap in (None, 3.0, 50.0):
         for rows, sliding_window in (((300, 40, 1, 77), None), ((5, 1, 9), None), ((128,), 4), ((200, 150), 100)):
@@ -188,7 +188,7 @@ def test_mixed_batches_and_kept_prompts(build_model, flex_first):
         else:
             model.set_adapter(name)
             wanted.append(model(input_ids=text).logits[0, -text.shape[1] :])
-    for gradients in (True, False):  # without them the prompts are kept
+    for gradients in (True, False):  # without gradients, prefixes are kept
         with torch.set_grad_enabled(gradients):
             logits = model(**batch, adapter_names=["b", "__base__", "c"]).logits[:, 9:]
         torch.testing.assert_close(logits[batch["attention_mask"].bool()], torch.cat(wanted), rtol=0, atol=1e-4)

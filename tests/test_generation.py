@@ -1,4 +1,4 @@
-"""Decoding behind a prompt, held against the base model that reads words in the prompt's place."""
+"""Decoding with a prompt, compared with the base model that reads words in place of the prompt."""
 
 import copy
 import pickle
@@ -31,10 +31,10 @@ from tests.helpers import one_thread, prompt_of, prompted  # noqa: F401
 P, TEXT, NEW = 5, 7, 6
 WORDS = torch.tensor([11, 12, 13, 14, 15])
 OPTIONS = {"max_new_tokens": NEW, "min_new_tokens": NEW, "do_sample": False, "pad_token_id": 2, "eos_token_id": None}
-# gemma and mistral have windows of 16 tokens, bloom has alibi, opt counts in its mask
+# gemma and mistral have windows of 16 tokens, bloom has ALiBi, opt counts positions in its mask
 ARCHITECTURES = ["llama", "gpt2", "gemma3_text", "mistral", "bloom", "opt"]
 architectures = pytest.mark.parametrize("architecture", ARCHITECTURES)
-# the base model alone is given a cache as well; transformers 5.24 calls it `cache` and still takes the old name
+# the base model gets a cache too; transformers 5.24 names it `cache` and accepts the old name
 old_name = pytest.mark.filterwarnings("ignore:`past_key_values` is deprecated:FutureWarning")
 POSITIONS_OF = {"gpt2": "n_positions", "bloom": "seq_length"}
 LEFT = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * TEXT, [0, 1, 1, 1, 1, 1, 1]])
@@ -58,7 +58,7 @@ def pair(build_model):
         base = build_model(architecture, **sizes)
         torch.manual_seed(1)
         for parameter in base.parameters():
-            if parameter.dim() > 1:  # else one token is the likeliest everywhere
+            if parameter.dim() > 1:  # so that tokens vary
                 torch.nn.init.normal_(parameter, std=0.3)
         model = prompted(copy.deepcopy(base), "CAUSAL_LM", num_virtual_tokens=len(words)).eval()
         prompt_of(model).data = base.get_input_embeddings()(words).detach().clone()
@@ -87,7 +87,7 @@ def first_turn(model, ids, **options):
 
 
 def loop(model, ids, cache=None, mask=None, steps=NEW, **options):
-    """One's own greedy decoding: the new tokens [B, steps] and the cache."""
+    """Decode greedily in a loop: the new tokens [B, steps] and the cache."""
     taken = []
     with torch.no_grad():
         for _ in range(steps):
@@ -98,7 +98,7 @@ def loop(model, ids, cache=None, mask=None, steps=NEW, **options):
     return torch.cat(taken, dim=1).tolist(), cache
 
 
-# --- ways of decoding
+# --- decoding modes
 
 WAYS = {
     "greedy": {},
@@ -121,7 +121,7 @@ def test_a_prompt_decodes_as_its_words_do(pair, architecture, way):
     model, base = pair(architecture)
     ids, options = text(), {**OPTIONS, **WAYS[way]}
     wanted = {**options, "max_length": P + TEXT + NEW} if way == "max_length" else options
-    if way == "processors":  # they see the words, so the words must not matter
+    if way == "processors":  # processors see the words, so words must not matter
         wanted = {
             **options,
             "logits_processor": [WithoutWords()],
@@ -276,7 +276,7 @@ def test_a_streamer_gets_the_text_and_each_new_token(pair):
     ],
     ids=lambda value: value if isinstance(value, str) else None,
 )
-def test_ways_that_are_not_known_to_be_right_are_refused_by_name(pair, options, name):
+def test_unsupported_modes_are_refused_by_name(pair, options, name):
     model, _ = pair()
     with pytest.raises(NotImplementedError, match=name) as refused:
         model.generate(text(1), **(options if "generation_config" in options else {**OPTIONS, **options}))
@@ -343,7 +343,7 @@ def test_candidates_from_elsewhere_are_refused(pair, monkeypatch):
 
 @pytest.mark.parametrize(("architecture", "backend"), [("llama", "quanto"), ("llama", "hqq"), ("mistral", "fp8")])
 def test_a_cache_that_cannot_be_made_here_is_refused(pair, architecture, backend):
-    model, _ = pair(architecture)  # two packages are not here, and windows cannot be quantized
+    model, _ = pair(architecture)  # two packages are missing, and windows cannot be quantized
     options = {"cache_implementation": "quantized", "cache_config": {"backend": backend}}
     with pytest.raises(ValueError, match="cache_implementation='quantized' could not be created") as refused:
         model.generate(text(1), **options, **OPTIONS)
@@ -396,7 +396,7 @@ def test_a_model_of_another_task_does_not_generate_without_its_prompt(build_mode
 def test_a_second_turn_goes_on_with_the_first_ones_cache(pair, architecture, given):
     model, base = pair(architecture)
     ids, cache = first_turn(model, text())
-    new = ids[:, ids.shape[1] - 4 :]  # the last token that was made has not been read
+    new = ids[:, ids.shape[1] - 4 :]  # the last generated token has not been read
     mask = torch.ones(2, ids.shape[1], dtype=torch.long)
     wide = torch.cat([mask.new_ones(2, P), mask], dim=1)
     turn, options = {
@@ -531,7 +531,7 @@ def test_sampled_sequences_go_on_each_with_its_own_rows(pair):
     assert new_tokens(model, ids, past_key_values=cache) == new_tokens(model, ids)
 
 
-# --- one's own loop
+# --- the caller's own loop
 
 
 @architectures
@@ -562,7 +562,7 @@ def test_ones_own_loop_over_padded_rows(pair, architecture, side, wide):
     given = torch.cat([mask.new_ones(3, P), mask], dim=1) if wide else mask
 
     first = model(input_ids=ids, attention_mask=given, use_cache=True)
-    begin = first.logits[torch.arange(3), P + last].argmax(-1)[:, None]  # logits have the caller's columns
+    begin = first.logits[torch.arange(3), P + last].argmax(-1)[:, None]  # logits are in the caller's order
     rest, _ = loop(model, begin, first.past_key_values, torch.cat([given, given.new_ones(3, 1)], 1), NEW - 1)
 
     want = alone(model, ids, mask)
@@ -597,20 +597,20 @@ def test_a_loop_that_relies_on_the_base_models_default(pair, embeddings):
 
 @pytest.mark.parametrize("through", ["model", "base model"])
 @pytest.mark.parametrize("cached", ["none", "dynamic", "static", "padded"])
-@pytest.mark.parametrize("told", ["by the mask", "by the length", "by the text"])
-def test_prepared_inputs_have_the_prompt_once(pair, through, cached, told):
+@pytest.mark.parametrize("known", ["by the mask", "by the length", "by the text"])
+def test_prepared_inputs_have_the_prompt_once(pair, through, cached, known):
     model, base = pair()
     mask = LEFT if cached == "padded" else torch.ones(3, TEXT, dtype=torch.long)
     ids = text(3).masked_fill(mask == 0, 2)
     want = alone(model, ids, mask)
-    if cached == "padded" and told == "by the text":
-        pytest.skip("pads are told by the mask")
+    if cached == "padded" and known == "by the text":
+        pytest.skip("pads need the mask")
     cache = None
     if cached != "none":
         cache = StaticCache(base.config, P + TEXT + NEW) if cached == "static" else DynamicCache(config=base.config)
     for step in range(NEW):
-        options = {} if told == "by the text" else {"attention_mask": mask}
-        if told == "by the length" and step:
+        options = {} if known == "by the text" else {"attention_mask": mask}
+        if known == "by the length" and step:
             options["next_sequence_length"] = 1
         inputs = model.prepare_inputs_for_generation(
             ids, past_key_values=cache, is_first_iteration=step == 0, use_cache=True, **options
@@ -651,7 +651,7 @@ def test_padded_labels_have_the_loss_of_a_call_without_a_cache(pair, side):
     torch.testing.assert_close(kept, model(**batch, use_cache=True).logits[:, -3:])
 
 
-# --- what a cache is called
+# --- names of the cache
 
 
 def takes_cache(kind):
@@ -683,7 +683,7 @@ def test_two_caches_are_refused(pair):
 
 
 def test_a_base_model_gets_the_cache_under_the_name_of_its_own_forward(pair):
-    class Own(LlamaForCausalLM):  # as written for the transformers before 5.24
+    class Own(LlamaForCausalLM):  # written for transformers before 5.24
         def forward(self, input_ids=None, past_key_values=None, position_ids=None, inputs_embeds=None, **kwargs):
             assert kwargs.get("cache") is None
             kwargs["cache" if takes_cache(LlamaForCausalLM) else "past_key_values"] = past_key_values
@@ -696,17 +696,17 @@ def test_a_base_model_gets_the_cache_under_the_name_of_its_own_forward(pair):
     assert loop(model, text())[0] == want
 
 
-# --- what a cache holds
+# --- the content of a cache
 
 
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "crop", "select", "repeat", "reorder", "reset"])
-def test_what_is_done_to_a_cache_leaves_what_it_holds_known(pair, how):
+def test_a_changed_cache_keeps_its_content_known(pair, how):
     model, base = pair()
     rows, ids = torch.tensor([2, 0]), text(3)
     _, cache = loop(model, ids, steps=1)
     if how in {"deepcopy", "pickle"}:
         kept = copy.deepcopy(cache) if how == "deepcopy" else pickle.loads(pickle.dumps(cache))
-        loop(model, text(3, 2, seed=9), cache)  # the other one goes on alone
+        loop(model, text(3, 2, seed=9), cache)  # a copy continues alone
         cache = kept
     elif how == "crop":
         cache.crop(-2)
@@ -749,7 +749,7 @@ def test_padded_rows_of_a_cache_may_be_cropped_and_chosen(pair, how):
 
 
 def refuses(model, cache, match, ids=None, **options):
-    """Both ways to go on with a cache are refused by the project."""
+    """Assert that both ways to continue a cache are refused."""
     ids = text(2, 3) if ids is None else ids
     calls = [lambda: model(input_ids=ids, past_key_values=cache, use_cache=True, **options)]
     calls.append(lambda: model.generate(torch.cat([text(), ids], 1), past_key_values=cache, **OPTIONS, **options))
@@ -929,11 +929,11 @@ def test_a_window_that_is_shorter_than_the_models_is_no_room(pair, length):
 
 def test_a_step_of_continuous_batching_is_refused(pair):
     model, _ = pair()
-    with pytest.raises(ValueError, match=r"takes no cache|not a Cache"):  # from 5.24 on every cache has its name
+    with pytest.raises(ValueError, match=r"takes no cache|not a Cache"):  # from 5.24 on, every cache has this name
         model(input_ids=text(1), cache=object(), position_ids=torch.arange(TEXT)[None])
 
 
-def test_a_model_without_a_cache_is_told_in_ones_own_loop(pair, monkeypatch):
+def test_a_model_without_a_cache_raises_in_a_loop(pair, monkeypatch):
     from tests import zoo
 
     monkeypatch.setitem(zoo._SPECIFIC, "openai-gpt", zoo._GPT2)
@@ -984,7 +984,7 @@ def test_positions_are_the_texts_own(pair):
     model, _ = pair()
     mask = LEFT
     ids = text(3).masked_fill(mask == 0, 2)
-    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # what pads have does not matter
+    positions = (mask.cumsum(1) - 1).masked_fill(mask == 0, 1)  # positions of pads do not matter
     want = new_tokens(model, ids, attention_mask=mask)
     assert new_tokens(model, ids, attention_mask=mask, position_ids=positions) == want
     assert new_tokens(model, ids, attention_mask=mask, position_ids=positions + P) == want
@@ -995,7 +995,7 @@ def test_positions_are_the_texts_own(pair):
             model(input_ids=ids, attention_mask=mask, position_ids=wrong, use_cache=True)
 
 
-def test_values_of_each_token_that_the_prompt_has_none_of_are_refused(pair):
+def test_values_per_token_without_one_for_the_prompt_are_refused(pair):
     model, _ = pair()
     zeros = torch.zeros(2, TEXT, dtype=torch.long)
     assert new_tokens(model, text(), mm_token_type_ids=zeros, labels=zeros) == new_tokens(model, text())
@@ -1115,7 +1115,7 @@ def test_calls_in_threads_do_not_disturb_each_other(pair, options):
     got, barrier = [None] * len(texts), threading.Barrier(len(texts))
 
     def run(i):
-        criteria = Criteria(lambda: threading.Event().wait(0.002))  # lets the others go on in the middle
+        criteria = Criteria(lambda: threading.Event().wait(0.002))  # lets other threads run meanwhile
         barrier.wait()
         got[i] = new_tokens(model, texts[i], stopping_criteria=[criteria], **options)
 
@@ -1152,7 +1152,7 @@ def test_copies_and_pickles_generate(pair):
     assert not any("_views" in name for name, _ in model.named_modules())
 
 
-@pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type")  # of transformers 5.17, whatever the inputs
+@pytest.mark.filterwarnings("ignore:.*`input_ids` being on a device type")  # transformers 5.17 warns for all inputs
 def test_an_offloaded_base_model_generates(pair):
     from accelerate import cpu_offload
 
@@ -1183,7 +1183,7 @@ def test_a_compiled_step_is_compiled_once_for_all_calls(pair, monkeypatch):
     assert graphs > 0 and "_compiled_call" not in vars(model.get_base_model())
     for _ in range(2):
         assert new_tokens(model, text(), **options) == want
-    assert new_tokens(model, text(2, 4), **options) == new_tokens(model, text(2, 4))  # as long a cache as before
+    assert new_tokens(model, text(2, 4), **options) == new_tokens(model, text(2, 4))  # a cache of the same length
     assert len(ran) == graphs and len(compiled_calls) == 1
 
 
@@ -1196,11 +1196,11 @@ def test_a_compiled_base_model_keeps_its_prompt(pair):
     assert new_tokens(model, text()) == new_tokens(base, with_words(text()))
 
 
-# --- a generation_config of one's own
+# --- the model's own generation_config
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2"])  # PEFT writes it to a `.model`, or to the base model
-def test_a_generation_config_of_ones_own_is_heard(pair, architecture):
+def test_the_models_own_generation_config_is_used(pair, architecture):
     model, _ = pair(architecture)
     own = {"eos_token_id": None, "pad_token_id": 2}
     short, long = GenerationConfig(max_new_tokens=2, **own), GenerationConfig(max_new_tokens=9, **own)
@@ -1239,10 +1239,10 @@ def test_a_model_that_reads_its_text_again_where_its_positions_change(build_mode
     monkeypatch.setitem(zoo._SPECIFIC, "phi3", phi3)
     model, base = pair("phi3")
     ids = text(2, tokens)
-    # without a cache: with one, phi3 of transformers 5.17 reads the new token alone where its positions change
+    # without a cache, because with one phi3 of transformers 5.17 reads only the new token at the change
     want = new_tokens(base, with_words(ids), max_new_tokens=9, use_cache=False)
     assert new_tokens(model, ids, max_new_tokens=9) == want
-    for last in range(1, 9):  # also where it is the last token
+    for last in range(1, 9):  # also at the last token
         assert new_tokens(model, ids, max_new_tokens=last, min_new_tokens=last) == [row[:last] for row in want]
 
 

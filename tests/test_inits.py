@@ -21,7 +21,7 @@ LABELS = ["terrible acting", "great", "film"]
 all_schemes = pytest.mark.parametrize("init", sorted(KWARGS))
 
 
-# --- what holds for every scheme
+# --- every scheme
 
 
 def test_every_scheme_is_under_contract():
@@ -38,7 +38,7 @@ def test_a_prompt_is_p_by_h_in_float32_and_trainable(make, init):
 
 @pytest.fixture
 def source(make, tmp_path):
-    """An adapter of 3 virtual tokens, saved before the global random state is watched."""
+    """An adapter of 3 virtual tokens, saved before the tests read the global random state."""
     make("RANDOM_UNIFORM", size=3, seed=5).save_pretrained(tmp_path / "made_before")
     return {"source": str(tmp_path / "made_before")}
 
@@ -86,7 +86,7 @@ def test_every_scheme_works_on_every_architecture(make, build_model, architectur
     assert torch.equal(base.get_input_embeddings().weight, table)
 
 
-# --- what the record says
+# --- the record
 
 
 WORD_CASES = {
@@ -243,7 +243,7 @@ def test_random_uniform_matches_mean_and_spread_of_the_words(make, build_model, 
     torch.testing.assert_close(prompt.std(0), words.std(0), atol=0, rtol=0.03)
 
 
-# --- CLASS_LABELS, SAMPLE_VOCAB, TRANSFER: what goes beyond test_word_inits.py and test_transfer.py
+# --- CLASS_LABELS, SAMPLE_VOCAB, TRANSFER: more tests are in test_word_inits.py and test_transfer.py
 
 
 @pytest.mark.parametrize(("position", "free"), [("first", slice(3, None)), ("last", slice(None, -3))])
@@ -343,6 +343,6 @@ def test_nothing_is_unpickled(make, source, tmp_path):
         ("/no/such/folder", r"source \('/no/such/folder'\) is neither a folder nor on the Hub"),
     ],
 )
-def test_a_source_that_is_nowhere_says_where_was_looked(make, place, message):
+def test_a_missing_source_is_refused_with_its_place(make, place, message):
     with pytest.raises(ValueError, match=message):
         make("TRANSFER", source=place)

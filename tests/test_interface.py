@@ -1,4 +1,4 @@
-"""The stand-in for transformers' lookup of attention: it changes packed batches alone."""
+"""The wrapper of transformers' attention lookup changes only packed batches."""
 
 import gc
 import pickle
@@ -47,11 +47,11 @@ def test_names_registry_and_lookups_are_what_they_were_around_a_packed_batch(bui
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "gemma2", "bert"])
 def test_other_models_are_bit_equal_while_a_packed_batch_is_in_use(build_model, architecture, implementation):
     if (architecture, implementation) == ("gemma2", "sdpa"):
-        implementation = "eager"  # it has no other
+        implementation = "eager"  # its only implementation
     other = build_model(architecture, attn_implementation=implementation)
     before = other(input_ids=IDS).logits
     model = prompted(build_model("llama"), "CAUSAL_LM").train()
-    checkpoint_activations(model.get_base_model())  # which asks for the attention again in the backward pass
+    checkpoint_activations(model.get_base_model())  # looks up the attention again in the backward pass
     loss = model(**padded("left", "CAUSAL_LM")).loss
 
     assert interface._in_use
@@ -59,7 +59,7 @@ def test_other_models_are_bit_equal_while_a_packed_batch_is_in_use(build_model, 
     loss.backward()
 
 
-# those that ask the config for its attention's name
+# these models branch on the attention's name
 @pytest.mark.parametrize(
     "model_type", ["deepseek_v32", "glm_moe_dsa", "axk2", "hy_v4", "dots3_note_text", "minimax_m3_vl_text", "gpt2"]
 )
@@ -80,7 +80,7 @@ def test_a_base_model_that_branches_on_the_name_is_bit_equal_before_and_after(mo
     assert torch.equal(before, after)
 
 
-def test_a_function_that_somebody_registers_is_proved_anew(build_model):
+def test_a_newly_registered_function_is_proved(build_model):
     def twice_as_sharp(module, query, *args, **kwargs):
         return sdpa_attention_forward(module, 2 * query, *args, **kwargs)
 
@@ -112,7 +112,7 @@ def test_another_implementation_is_refused_by_its_name(build_model, name):
     assert repr(name) in engine_status(model).reason
 
 
-def test_what_was_put_in_place_is_put_back_and_taken_again(build_model, seam):
+def test_the_lookup_is_restored_and_replaced_again(build_model, seam):
     own = interface._own_lookup
     model = prompted(build_model("llama"), "CAUSAL_LM")
     batch = padded("right", "CAUSAL_LM")
@@ -127,7 +127,7 @@ def test_what_was_put_in_place_is_put_back_and_taken_again(build_model, seam):
     assert torch.equal(model(**batch).logits, before)
 
 
-def test_a_lookup_that_somebody_wraps_stays_wrapped(build_model, monkeypatch):
+def test_a_lookup_that_another_library_wraps_stays_wrapped(build_model, monkeypatch):
     _seam.restore(AttentionInterface, "get_interface")
     names, own = [], AttentionInterface.get_interface
     model = prompted(build_model("llama"), "CAUSAL_LM")
@@ -142,7 +142,7 @@ def test_a_lookup_that_somebody_wraps_stays_wrapped(build_model, monkeypatch):
     _seam.restore(AttentionInterface, "get_interface")
     assert AttentionInterface.get_interface is wrapped
     model(**padded("left", "CAUSAL_LM"))
-    assert names == ["sdpa", "sdpa"]  # of two layers
+    assert names == ["sdpa", "sdpa"]  # two layers
     monkeypatch.undo()
     _seam.restore(AttentionInterface, "get_interface")
     assert AttentionInterface.get_interface is own
@@ -177,14 +177,14 @@ def test_a_layer_that_runs_again_in_the_backward_pass_finds_its_layout(build_mod
             checkpoint_activations(model, use_reentrant=reentrant)
         loss = model(**padded("holes", "CAUSAL_LM")).loss
         gc.collect()
-        prompted(build_model("gpt2"), "CAUSAL_LM")(**padded("left", "CAUSAL_LM"))  # another one between
+        prompted(build_model("gpt2"), "CAUSAL_LM")(**padded("left", "CAUSAL_LM"))  # another pass in between
         loss.backward()
         gradients.append(prompt_of(model).grad)
     torch.testing.assert_close(*gradients, rtol=1e-6, atol=1e-8)
 
 
 def hand(model, least_tokens=0, **extra):
-    """Make every attention layer hand something more to its attention, in long passes alone."""
+    """Make every attention layer pass one more argument to its attention, in long passes only."""
 
     def more(module, args, kwargs):
         long = kwargs["hidden_states"].shape[1] >= least_tokens
@@ -197,7 +197,7 @@ def hand(model, least_tokens=0, **extra):
 
 @pytest.mark.parametrize("value", [torch.ones(2), 0.5, (torch.ones(2), torch.ones(2)), torch.zeros(0)])
 @pytest.mark.parametrize("name", ["sinks", "position_bias", "alibi", "indices", "anything"])
-def test_what_the_engine_does_not_know_is_refused_by_its_name(build_model, name, value):
+def test_an_unknown_argument_is_refused_by_its_name(build_model, name, value):
     model = prompted(build_model("llama"), "CAUSAL_LM")
     hand(model.base_model, **{name: value})
 
@@ -206,7 +206,7 @@ def test_what_the_engine_does_not_know_is_refused_by_its_name(build_model, name,
 
 
 @pytest.mark.parametrize("extra", [{"position_ids": IDS}, {"anything": None}, {"cache_position": IDS[0]}])
-def test_what_says_nothing_about_attention_is_handed_on_by_many(build_model, extra):
+def test_arguments_that_do_not_affect_attention_are_accepted(build_model, extra):
     model = prompted(build_model("llama"), "CAUSAL_LM")
     hand(model.base_model, **extra)
     assert engine_status(model).packed
@@ -222,9 +222,9 @@ def test_a_mask_that_is_not_the_engines_is_refused(build_model, shape):
 
 
 @pytest.mark.parametrize("gradients", [True, False])
-def test_what_only_a_long_batch_hands_on_sends_that_batch_down_pefts_path(build_model, gradients):
+def test_an_unknown_argument_of_a_long_batch_makes_it_take_pefts_path(build_model, gradients):
     model = prompted(build_model("llama"), "CAUSAL_LM").eval()
-    hand(model.base_model, least_tokens=3 * 11, indices=torch.ones(2))  # which SDPA ignores
+    hand(model.base_model, least_tokens=3 * 11, indices=torch.ones(2))  # ignored by SDPA
     short, long = IDS[:2, :5], IDS[:, :20]
     with torch.set_grad_enabled(gradients):
         model(input_ids=short)

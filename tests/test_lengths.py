@@ -1,4 +1,4 @@
-"""Lengths at which a model changes its ways, far behind what a proof runs."""
+"""Lengths at which a model changes its computation, far beyond the probe's."""
 
 import pytest
 import torch
@@ -11,8 +11,8 @@ from tests.helpers import make_batch, one_thread, prompted  # noqa: F401
 from tests.test_shared_prefix import P
 
 
-LIMIT = 43  # no other number of the config is near
-NEXT = 37  # the largest of those below
+LIMIT = 43  # far from the other numbers of the config
+NEXT = 37  # the largest number below it
 
 
 def llama(dtype=torch.float32, **changes):
@@ -27,7 +27,7 @@ def llama(dtype=torch.float32, **changes):
 
 
 def check(model, rows, text, packed):
-    """Whether a batch of rows of one length ran packed; in any case each is what it is alone."""
+    """Run a batch of rows of one length, and compare each row with the row alone. Returns whether it ran packed."""
     ids = make_batch("CAUSAL_LM", rows=rows, text=text)["input_ids"]
     with torch.no_grad():
         got, alone = model(input_ids=ids).logits, [model(input_ids=row[None]).logits[0] for row in ids]
@@ -44,7 +44,7 @@ LONG = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6, "original_max_posit
     ("rope", "limit"),
     [
         ({"rope_type": "longrope", **LONG}, LIMIT),
-        ({"rope_type": "dynamic", "factor": 4.0}, None),  # it begins behind the last position
+        ({"rope_type": "dynamic", "factor": 4.0}, None),  # it begins after the last position
         ({"rope_type": "linear", "factor": 4.0}, None),
         ({"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": LIMIT}, None),
     ],
@@ -137,8 +137,8 @@ def test_places_that_count_from_the_first_token_on_are_refused(monkeypatch):
 @pytest.mark.parametrize(
     ("model_type", "row", "pack"),
     [
-        ("llama4_text", THRESHOLD, THRESHOLD - 1),  # chunks that attention is not told of; floor_scale
-        ("qwen2_moe", THRESHOLD, None),  # a window that attention is not told of
+        ("llama4_text", THRESHOLD, THRESHOLD - 1),  # chunks that attention does not get; floor_scale
+        ("qwen2_moe", THRESHOLD, None),  # a window that attention does not get
         ("phimoe", THRESHOLD, None),
         ("mistral", None, None),
         ("gemma3_text", None, None),
@@ -168,7 +168,7 @@ def test_a_mask_of_the_models_own_making_is_refused(monkeypatch):
 
 
 def test_the_last_row_of_a_proof_is_a_short_one(monkeypatch):
-    """So that rotary positions which a long row changed are those of short ones again."""
+    """It restores rotary embeddings that a long row changed."""
     last = []
 
     def forward(self, x, position_ids):

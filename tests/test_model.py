@@ -27,17 +27,17 @@ cases = pytest.mark.parametrize(("architecture", "task_type"), CASES)
 per_token = pytest.mark.parametrize(
     ("architecture", "task_type"), [(name, task) for name in ("bert", "roberta") for task in PER_TOKEN]
 )
-# PEFT's, in every generate
+# PEFT warns in every generate
 generates = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 
 
 def cross_entropy(logits, targets):
-    """The mean over all targets, written out."""
+    """Compute the mean over all targets."""
     return -logits.log_softmax(-1).gather(-1, targets[..., None]).mean()
 
 
 def stock_twin(build_model, architecture, task_type, model):
-    """Stock PEFT's model with the same base and the same prompt and head."""
+    """Make stock PEFT's model with the same base model, prompt and head."""
     config = PromptTuningConfig(task_type=task_type, num_virtual_tokens=VIRTUAL, num_transformer_submodules=1)
     twin = get_peft_model(build_model(architecture, task_type), config)
     assert type(twin).__module__ == "peft.peft_model"
@@ -133,7 +133,7 @@ def test_answer_positions_count_text_tokens(build_model, architecture):
 def test_an_answer_beyond_the_text_does_not_count(build_model):
     model, batch = prompted(build_model("bert", "QUESTION_ANS"), "QUESTION_ANS"), make_batch("QUESTION_ANS")
     first = {key: value[:1] for key, value in batch.items()}
-    cut = torch.tensor([0, TEXT, TEXT])  # of three answers, only the first is in the text
+    cut = torch.tensor([0, TEXT, TEXT])  # only the first answer is in the text
 
     output = model(**{**batch, "start_positions": cut, "end_positions": cut})
 
@@ -179,7 +179,7 @@ def test_targets_given_by_position_are_those_given_by_name(build_model, task_typ
     inputs = without_targets(batch)
     targets = [value for key, value in batch.items() if key not in inputs]
 
-    output = model(*inputs.values(), *[None] * between, *targets)  # as PEFT's class takes them
+    output = model(*inputs.values(), *[None] * between, *targets)  # in the order of PEFT's class
 
     assert torch.equal(output.loss, model(**batch).loss)
 
@@ -198,10 +198,10 @@ def test_the_trainer_predicts_one_value_for_each_label(build_model, tmp_path, ar
         assert [p.shape for p in predicted.label_ids] == [(rows,)] * 2
 
 
-# --- how long prompt and text may be
+# --- the length of prompt and text
 
 
-# RoBERTa starts to count at padding_idx + 1
+# RoBERTa counts from padding_idx + 1
 LIMITS = [
     ("gpt2", "CAUSAL_LM", POSITIONS),
     ("opt", "CAUSAL_LM", POSITIONS),
@@ -252,7 +252,7 @@ def test_a_text_too_long_to_generate_from_is_refused(build_model):
         model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), max_new_tokens=1)
 
 
-def test_a_disabled_prompt_takes_no_room(build_model):
+def test_a_disabled_prompt_takes_no_positions(build_model):
     model, batch = prompted(build_model("gpt2"), "CAUSAL_LM"), make_batch("CAUSAL_LM", rows=1, text=POSITIONS)
 
     with model.disable_adapter():
@@ -269,7 +269,7 @@ def test_relative_positions_have_no_end(build_model, architecture, task_type):
     assert torch.isfinite(model(**make_batch(task_type, text=600)).loss)
 
 
-# --- what else a PEFT model can do
+# --- other methods of a PEFT model
 
 
 def test_a_disabled_adapter_leaves_the_base_model(build_model):
@@ -320,7 +320,7 @@ def test_generate_is_greedy_decoding_after_the_prompt_also_past_the_positions(bu
     model = prompted(build_model("llama"), "CAUSAL_LM", prompt_tuning_init_kwargs={"scale": 5.0})
     ids = make_batch("CAUSAL_LM", rows=1, text=text)["input_ids"]
     embed, expected = model.get_base_model().get_input_embeddings(), ids
-    for _ in range(new):  # greedy, the whole sequence through the base model for each token
+    for _ in range(new):  # greedy, with the whole sequence for each token
         whole = torch.cat([prompt_of(model)[None], embed(expected)], dim=1)
         logits = model.get_base_model()(inputs_embeds=whole).logits
         expected = torch.cat([expected, logits[:, -1:].argmax(-1)], dim=1)
@@ -403,7 +403,7 @@ def test_a_lora_folder_is_not_taken_for_a_prompt(build_model, tmp_path):
 
 
 def types_and_pads(task_type):
-    """A batch with token types, pads in front, behind and inside."""
+    """Make a batch with token types, and pads in front, behind and inside."""
     batch = make_batch(task_type)
     batch["token_type_ids"] = batch["input_ids"] % 2
     batch["attention_mask"] = torch.tensor([[0, 0, 0, 1, 1, 1, 1], [1] * 7, [0, 1, 1, 0, 0, 1, 0]])
@@ -459,7 +459,7 @@ def test_generate_refuses_a_mask_of_another_width(build_model, architecture, tas
 
 
 @cases
-def test_an_argument_that_nobody_knows_is_refused_if_it_is_as_long_as_the_text(build_model, architecture, task_type):
+def test_an_unknown_argument_is_refused_if_it_is_as_long_as_the_text(build_model, architecture, task_type):
     model, batch = prompted(build_model(architecture, task_type), task_type), make_batch(task_type)
 
     with pytest.raises(ValueError, match="loss_weights"):
@@ -467,7 +467,7 @@ def test_an_argument_that_nobody_knows_is_refused_if_it_is_as_long_as_the_text(b
 
 
 def test_labels_of_a_row_may_be_as_many_as_the_columns(build_model):
-    """By its shape alone [B, C] would be taken for something of each token."""
+    """By its shape, [B, C] could be per token."""
     labels = TEXT
     base = build_model("bert", "SEQ_CLS", num_labels=labels, problem_type="multi_label_classification")
     wide = build_model("bert", "SEQ_CLS", num_labels=VIRTUAL + TEXT)
@@ -507,7 +507,7 @@ def test_several_texts_in_a_row_are_refused(build_model, task_type):
         model(**batch, position_ids=torch.tensor([[0, 1, 2, 0, 1, 2, 3]]))
 
 
-def test_what_an_encoder_has_read_already_is_refused(build_model):
+def test_encoder_outputs_are_refused(build_model):
     model, batch = prompted(build_model("t5", "SEQ_2_SEQ_LM"), "SEQ_2_SEQ_LM"), make_batch("SEQ_2_SEQ_LM")
     read = model.get_base_model().encoder(batch["input_ids"])
 
@@ -573,7 +573,7 @@ def test_labels_shifted_already_are_what_each_token_predicts(build_model, shared
     mask = mask if side == "left" else mask.flip(1)
     labels = ids.masked_fill(mask == 0, -100)
     shifted = torch.nn.functional.pad(labels[:, 1:], (0, 1), value=-100)
-    first = mask.cumsum(1) == 1  # nobody predicts it: the prompt's last column has no such label
+    first = mask.cumsum(1) == 1  # shift_labels have no label for the prompt's last column
     wanted = model(input_ids=ids, attention_mask=mask, labels=labels.masked_fill(first & (mask == 1), -100)).loss
 
     got = model(input_ids=ids, attention_mask=mask, labels=labels, shift_labels=shifted).loss
@@ -589,7 +589,7 @@ def test_labels_shifted_already_are_what_each_token_predicts(build_model, shared
 def test_a_decoder_finds_the_last_token_by_the_pad_token(build_model, architecture, shared_prefix):
     model = prompted(build_model(architecture, "SEQ_CLS"), "SEQ_CLS", shared_prefix=shared_prefix).eval()
     ids = make_batch("SEQ_CLS")["input_ids"]
-    ids[0, 4:] = ids[1, 6:] = ids[2, 2] = 2  # the third is text: no pad stands before a token
+    ids[0, 4:] = ids[1, 6:] = ids[2, 2] = 2  # the third is text: pads are only behind
 
     together = model(input_ids=ids).logits
 
@@ -611,7 +611,7 @@ def test_without_a_pad_token_and_a_mask_several_texts_are_refused(build_model, s
         torch.testing.assert_close(model(input_ids=ids, attention_mask=torch.ones(ROWS, TEXT)).logits[:1], one)
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # by deberta-v2 of transformers 5.17
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")  # deberta-v2 of transformers 5.17
 @pytest.mark.parametrize(("architecture", "changes"), [("deberta-v2", {"position_biased_input": False})])
 def test_models_whose_config_has_no_absolute_positions_take_long_texts(architecture, changes):
     sizes = {"hidden_size": HIDDEN, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 41}

@@ -84,7 +84,7 @@ def test_the_oracle_sees_the_own_prompt_and_the_own_text_causally_and_nothing_el
 
 
 def places_of(layout):
-    """The place in the packed sequence of each real token of the batch, by row and column."""
+    """Find the place of each real token in the packed sequence, by row and column."""
     rows, columns = layout.source // layout.shape[1], layout.source % layout.shape[1]
     tokens = zip(rows.tolist(), columns.tolist(), strict=True)
     return {token: layout.num_prompt_tokens + number for number, token in enumerate(tokens)}

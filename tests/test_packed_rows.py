@@ -1,4 +1,4 @@
-"""Rows that hold several texts, and heads that give no logits: what each text gives alone."""
+"""Rows that hold several texts, and heads without logits, give what each text gives alone."""
 
 import functools
 import types
@@ -25,13 +25,13 @@ def texts(seed=3):
 
 
 def flattened(rows=1, **options):
-    """As the Trainer gets it without padding; the first token of a text has no label."""
+    """Make a padding-free batch of the Trainer; a text's first token has no label."""
     features = [{"input_ids": text.tolist(), "labels": text.tolist()} for text in texts()]
     return DataCollatorWithFlattening(return_tensors="pt", **options)(features)
 
 
 def alone(model):
-    """Logits of each text behind its prompt, and the loss of all labels but those of first tokens."""
+    """Compute each text's logits with its prompt, and the loss of all labels except first tokens."""
     logits = [model(input_ids=text[None]).logits[0, P:] for text in texts()]
     pairs = [(x[:-1], text[1:]) for x, text in zip(logits, texts(), strict=True)]
     loss = torch.nn.functional.cross_entropy(*map(torch.cat, zip(*pairs, strict=True)))
@@ -100,7 +100,7 @@ def test_positions_of_one_text_a_row_change_nothing(build_model, shared_prefix):
     assert engine_status(model).packed == shared_prefix
 
 
-def test_where_the_engine_cannot_several_texts_in_a_row_are_refused(build_model):
+def test_several_texts_in_a_row_are_refused_on_pefts_path(build_model):
     model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=False)
     with pytest.raises(ValueError, match="position_ids"):
         model(**flattened())
@@ -159,7 +159,7 @@ def test_a_head_without_logits_runs_on_the_packed_batch(build_model, kind):
     plain = model(**batch)
     labels = batch["labels"]
 
-    for gradients in (True, False):  # hidden states of kept prompts are not there
+    for gradients in (True, False):  # kept prefixes have no hidden states
         with torch.set_grad_enabled(gradients):
             out = model(**batch, fused_lm_head=True)
 
@@ -185,7 +185,7 @@ def test_a_head_without_logits_over_rows_of_several_texts(build_model):
 
 
 def test_columns_of_ones_own_take_pefts_path_with_such_a_head(build_model):
-    """`shift_labels` say what each column predicts, so each column's own hidden state is wanted."""
+    """`shift_labels` need each column's own hidden state."""
     model = prompted(with_fused_head(build_model("llama")), "CAUSAL_LM")
     ids = texts()[2][None]
     model(input_ids=ids, labels=ids, shift_labels=ids, fused_lm_head=True)

@@ -1,4 +1,4 @@
-"""Pads go where the base model does not see them, and it is said where it sees them on either side."""
+"""Pads go to the side where they change no result; a warning says if there is none."""
 
 import warnings
 

@@ -1,4 +1,4 @@
-"""Contract 3 for every task: a row's outputs in a padded batch are its outputs alone, wherever its pads stand."""
+"""For every task, a row's outputs in a padded batch are its outputs alone, with pads anywhere."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Stock in, stock out: adapters cross between this plugin and a PEFT that has never heard of it."""
+"""Stock in, stock out: adapters load in PEFT without the plugin, and adapters of stock PEFT load here."""
 
 import json
 import os
@@ -48,7 +48,7 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from tests.zoo import AUTO_CLASSES
 
 warnings.filterwarnings("error")
-# stock PEFT's own, with every model
+# stock PEFT warns for every model
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing` is deprecated")
 folder, cases = sys.argv[1], sys.argv[2:]
 outputs = {}
@@ -83,7 +83,7 @@ def inputs_of(task_type):
 
 @pytest.fixture(scope="module")
 def crossed(tmp_path_factory, tokenizer_folder, pytestconfig):
-    """Adapters trained here, and what a process without the plugin made of them; and its own stock adapters."""
+    """Adapters trained here, their results in a process without the plugin, and its own stock adapters."""
     folder = tmp_path_factory.mktemp("crossed")
     for case, changes in CASES.items():
         architecture, task_type = case.split("-")
@@ -114,12 +114,12 @@ def logits_of(model, case):
 
 
 def for_text(logits, case, adapter):
-    """Of stock PEFT's logits, those that this plugin gives for the adapter: an ours has none for virtual tokens."""
+    """Select the stock logits that this plugin returns for the adapter."""
     return logits[:, VIRTUAL:] if case.endswith("TOKEN_CLS") and adapter == "adapter" else logits
 
 
 def same_logits(model, outputs, case, adapter):
-    """Bit by bit on PEFT's own path; a packed batch adds up in another order."""
+    """Compare bit by bit on PEFT's path; a packed batch sums in another order."""
     expected = for_text(outputs[case][adapter], case, adapter)
     torch.testing.assert_close(logits_of(model, case), expected, rtol=0, atol=1e-5)
     model.active_peft_config.shared_prefix = False
@@ -181,7 +181,7 @@ def test_the_saved_weights_have_the_names_of_stock_peft(crossed, case):
     ours, stock = (load_file(folder / case / name / "adapter_model.safetensors") for name in ("adapter", "stock"))
 
     assert set(ours) == set(stock) and len(ours) == (3 if case in HEADS else 1)
-    assert ours["prompt_embeddings"].shape[0] == VIRTUAL  # of an encoder-decoder stock PEFT saves twice as many
+    assert ours["prompt_embeddings"].shape[0] == VIRTUAL  # stock PEFT saves twice as many for an encoder-decoder
 
 
 @cases
@@ -201,7 +201,7 @@ def test_an_adapter_loaded_to_be_trained_begins_where_it_was_saved(crossed, case
         (case, adapter)
         for case in CASES
         for adapter in ("adapter", "stock")
-        if (case, adapter) != ("bert-TOKEN_CLS", "stock")  # stock PEFT cannot take the labels of tokens at all
+        if (case, adapter) != ("bert-TOKEN_CLS", "stock")  # stock PEFT fails with labels per token
     ],
 )
 def test_an_adapter_loaded_to_be_trained_is_trained_with_its_head_and_nothing_else(crossed, tmp_path, case, adapter):

@@ -31,7 +31,7 @@ def read_json(path):
     return json.loads(Path(path).read_text())
 
 
-def test_the_record_tells_a_person_how_the_prompt_began(labelled, tokenizer, tmp_path):
+def test_the_record_describes_the_initialisation(labelled, tokenizer, tmp_path):
     labelled().save_pretrained(tmp_path)
 
     record = read_json(tmp_path / "prompt_init.json")
@@ -71,7 +71,7 @@ def test_every_adapter_has_its_own_record(labelled, tmp_path):
     assert [slot.get("label") for slot in second] == [None, None, None, "great", "terrible"]
 
 
-def test_the_file_reads_like_text(labelled, tmp_path):
+def test_the_file_is_readable_text(labelled, tmp_path):
     labelled(labels=["groß", "klein"]).save_pretrained(tmp_path)
 
     lines = (tmp_path / "prompt_init.json").read_text(encoding="utf-8").splitlines()

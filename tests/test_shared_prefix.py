@@ -1,4 +1,4 @@
-"""Contract 3: a row's result in any batch is its result alone, on the packed path and on PEFT's."""
+"""A row's result in any batch is its result alone, in a packed batch and on PEFT's path."""
 
 import contextlib
 import copy
@@ -44,7 +44,7 @@ def padded(kind, task_type):
 
 
 def alone(model, batch, task_type):
-    """Each row without its pads through stock PEFT's class, the loss over all of them, and its gradient."""
+    """Run each row without pads in stock PEFT: logits, the loss over all rows, and its gradient."""
     stock = get_peft_model(
         copy.deepcopy(model.get_base_model()),
         PromptTuningConfig(task_type=task_type, num_virtual_tokens=model_size(model)),
@@ -167,7 +167,7 @@ MORE = {
     "qwen3_next": {"linear_num_value_heads": 2, "linear_num_key_heads": 2, "num_experts": 3, "num_experts_per_tok": 2},
 }
 REFUSED = {"mamba", "lfm2", "falcon", "qwen3_next", "stablelm"}
-if Version(transformers.__version__) < Version("5.24"):  # which gave it the common attention interface
+if Version(transformers.__version__) < Version("5.24"):  # 5.24 added the attention interface
     REFUSED.add("gptj")
 
 
@@ -192,7 +192,7 @@ def other_model(architecture, **changes):
     torch.manual_seed(0)
     base = AUTO_CLASSES["CAUSAL_LM"].from_config(config).eval()
     for parameter in base.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)  # far enough from zero for attention to matter
+        torch.nn.init.normal_(parameter, std=0.3)  # large enough for attention to matter
     return base
 
 
@@ -326,7 +326,7 @@ def test_hooks_on_the_embeddings_see_the_whole_batch(build_model):
         model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix).train()
         plain = model(**batch).loss
         model.get_base_model().get_input_embeddings().register_forward_hook(noised)
-        model._engine.forget_proofs()  # the probe meets the hook as well
+        model._engine.forget_proofs()  # so that the probe runs with the hook
         losses.append(model(**batch).loss)
         assert engine_status(model).packed == shared_prefix
         assert abs(losses[-1] - plain) > 1e-2
@@ -349,7 +349,7 @@ def test_token_types_count_where_a_classifiers_base_model_reads_them(build_model
 
 
 def test_rows_past_the_short_rotary_positions_take_pefts_path(build_model):
-    """LongRoPE: one row longer than 16 tokens changes the positions of all, those of a kept prompt not."""
+    """LongRoPE: a row longer than 16 tokens changes the positions of all rows, but not those of a kept prefix."""
     factors = {"short_factor": [1.0] * 6, "long_factor": [4.0] * 6}
     rope = {"rope_type": "longrope", "rope_theta": 1e4, **factors}
     positions = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
@@ -410,7 +410,7 @@ def test_a_first_token_is_predicted_by_the_prompts_last_one(build_model, train_l
     torch.testing.assert_close(*losses)
 
 
-def test_tuples_where_they_are_asked_for(build_model):
+def test_return_dict_false_gives_tuples(build_model):
     batch = padded("left", "CAUSAL_LM")
     for shared_prefix in (True, False):
         model = prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix)
@@ -420,7 +420,7 @@ def test_tuples_where_they_are_asked_for(build_model):
 
 
 @pytest.mark.parametrize("asked", ["output_hidden_states", "output_attentions", "use_cache"])
-def test_what_a_packed_batch_cannot_give_comes_from_pefts_path(build_model, asked):
+def test_unsupported_outputs_take_pefts_path(build_model, asked):
     model = prompted(build_model("llama", attn_implementation="eager"), "CAUSAL_LM")
     out = model(**make_batch("CAUSAL_LM"), **{asked: True})
     name = {"use_cache": "past_key_values"}.get(asked, asked.removeprefix("output_"))
@@ -488,7 +488,7 @@ def test_the_trainer_gets_the_same_losses_with_and_without_the_engine(
         trainer = make_trainer(model, task_type, tmp_path / str(shared_prefix), gradient_accumulation_steps=2)
         trainer.train()
         losses.append([row["loss"] for row in trainer.state.log_history if "loss" in row])
-        assert len(calls) == 6 * 2 * shared_prefix  # two batches a step
+        assert len(calls) == 6 * 2 * shared_prefix  # two batches per step
     torch.testing.assert_close(torch.tensor(losses[0]), torch.tensor(losses[1]), rtol=1e-4, atol=1e-4)
 
 
@@ -522,7 +522,7 @@ def test_mixed_batches_equal_each_row_with_its_own_adapter(build_model, kind):
 
     logits = model(input_ids=ids, attention_mask=mask, adapter_names=names).logits
 
-    assert logits.shape == (6, 9 + 11, 331)  # the longest prompt; a shorter one stands right before the text
+    assert logits.shape == (6, 9 + 11, 331)  # the longest prompt; shorter ones are aligned right
     for row, name in enumerate(names):
         real = mask[row].bool()
         text = ids[row, real][None]
@@ -578,7 +578,7 @@ def test_mixed_batches_are_refused_where_adapters_have_other_modules_of_their_ow
 
 
 def packed_tokens(monkeypatch):
-    """The number of tokens of each packed pass from here on."""
+    """Collect the number of tokens of each packed pass."""
     seen, run = [], forward.run
     monkeypatch.setattr(
         forward, "run", lambda model, embeds, *a, **k: seen.append(embeds.shape[1]) or run(model, embeds, *a, **k)
@@ -606,7 +606,7 @@ def test_without_gradients_the_prompt_runs_once_and_the_results_stay(
 
     text = int(batch["attention_mask"].sum())
     assert seen.count(text) == 3
-    assert len(seen) == 4 + (task_type == "CAUSAL_LM")  # the prompt, and once more for its logits
+    assert len(seen) == 4 + (task_type == "CAUSAL_LM")  # the prompt runs once, and again for its logits
     for result in results:
         torch.testing.assert_close(result.loss, wanted.loss, rtol=1e-5, atol=0)
         torch.testing.assert_close(result.logits, wanted.logits, rtol=0, atol=1e-4)
@@ -634,7 +634,7 @@ def train_through_a_raw_pointer(model):
 
 
 def merge_into_a_weight(model):
-    """As LoRA's merging does it; evaluation begins behind it."""
+    """Write as LoRA's merging does; evaluation begins afterwards."""
     model.get_base_model().get_parameter("model.layers.0.self_attn.v_proj.weight").data += 1
     model.eval()
 
@@ -713,7 +713,7 @@ def test_wrong_adapter_names_are_refused(build_model):
         model(**batch, adapter_names=["default", "d", "b"])
     with pytest.raises(ValueError, match="1 names, the batch has 3 rows"):
         model(**batch, adapter_names=["default"])
-    with pytest.raises(ValueError, match="it asks for use_cache"):
+    with pytest.raises(ValueError, match="do not support use_cache"):
         model(**batch, adapter_names=["default", "b", "c"], use_cache=True)
 
 
@@ -726,7 +726,7 @@ def test_reading_a_padded_text_in_chunks_is_refused(build_model):
 
 
 def test_windows_that_attention_does_not_get_limit_the_rows(build_model, monkeypatch):
-    """As if Mistral kept its window of 16 in its masks alone."""
+    """Mistral with its window of 16 only in its masks."""
 
     def windowless(*args, sliding_window=None, **kwargs):
         return attend(*args, **kwargs)

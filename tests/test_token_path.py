@@ -1,4 +1,4 @@
-"""A prompt of real words gives what the words give as ids; a base model where it would not is refused."""
+"""A prompt of words gives the results of their ids, or the base model is refused."""
 
 import copy
 
@@ -22,12 +22,12 @@ from tests.zoo import AUTO_CLASSES, CASES, HIDDEN, tiny_config
 
 REFUSED = "gives other .* relative error .* with 5 words in place of a prompt"
 OPTIONS = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "pad_token_id": 2}
-# PEFT's, in every generate
+# PEFT warns in every generate
 pytestmark = pytest.mark.filterwarnings("ignore:Position ids are not supported:UserWarning")
 
 
 def scrambled(model, std=0.3):
-    """Weights that are large enough to tell one token from another."""
+    """Make weights large enough that tokens differ."""
     generator = torch.Generator().manual_seed(0)
     for parameter in model.parameters():
         parameter.data.normal_(0.5 * (parameter.dim() == 1), std, generator=generator)
@@ -35,7 +35,7 @@ def scrambled(model, std=0.3):
 
 
 def reads_ids_twice(cls, how):
-    """A model of `cls` that makes more of ids than its word embeddings."""
+    """Make a model of `cls` that uses ids for more than word embeddings."""
 
     def forward(self, input_ids=None, inputs_embeds=None, **kwargs):
         if input_ids is not None:
@@ -112,7 +112,7 @@ def qwen2_vl():
     return scrambled(transformers.Qwen2VLForConditionalGeneration(config))
 
 
-# --- what is right
+# --- accepted
 
 
 @pytest.mark.parametrize("packed", [True, False])
@@ -165,7 +165,7 @@ def test_dropout_is_no_difference(build_model):
     assert torch.isfinite(model(**make_batch("CAUSAL_LM")).loss)
 
 
-# --- what is refused, on every path
+# --- refused on every path
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -175,7 +175,7 @@ def test_a_model_that_makes_more_of_ids_is_refused_with_its_figure(way, packed):
 
     with pytest.raises(ValueError, match=REFUSED):
         model(**make_batch("CAUSAL_LM"))
-    with pytest.raises(ValueError, match=REFUSED):  # and again: it is no better the second time
+    with pytest.raises(ValueError, match=REFUSED):  # and in the second call
         model(**make_batch("CAUSAL_LM"))
 
 
@@ -263,7 +263,7 @@ def test_a_classifier_that_finds_its_token_by_its_id_is_refused(architecture):
         prompted(base, "SEQ_CLS")(**make_batch("SEQ_CLS"))
 
 
-# --- what the config or the signature tells when the model is made
+# --- refused by the config or the signature
 
 
 @pytest.mark.parametrize("architecture", ["t5", "bart", "mt5", "marian", "pegasus"])
@@ -321,7 +321,7 @@ def test_an_image_beside_the_text_is_refused(call):
         getattr(model, call)(input_ids=ids, **image(ids))
 
 
-def test_an_image_is_known_by_the_parts_of_the_config_as_well():  # Qwen3.5's classifier says that it takes text
+def test_an_image_is_known_by_the_parts_of_the_config_as_well():  # Qwen3.5's classifier declares text inputs
     base = qwen2_vl()
     base.input_modalities = "text"
 
@@ -329,17 +329,17 @@ def test_an_image_is_known_by_the_parts_of_the_config_as_well():  # Qwen3.5's cl
         prompted(base, "CAUSAL_LM")(**make_batch("CAUSAL_LM"), pixel_values=torch.ones(16, 96))
 
 
-def test_other_inputs_of_a_model_of_text_are_not_asked_about(build_model):
+def test_other_inputs_of_a_text_model_are_accepted(build_model):
     token_path.check_inputs(build_model("llama"), {"anything": torch.ones(3)})
 
 
-def test_marks_of_text_are_no_image():
+def test_zero_markers_of_text_are_accepted():
     model, batch = prompted(qwen2_vl(), "CAUSAL_LM"), make_batch("CAUSAL_LM")
 
     assert torch.isfinite(model(**batch, mm_token_type_ids=torch.zeros_like(batch["input_ids"])).loss)
 
 
-def test_what_an_image_left_in_the_base_model_changes_nothing():
+def test_state_of_an_earlier_image_changes_nothing():
     base, ids = qwen2_vl(), torch.tensor([[9, 322, 320, 320, 320, 320, 323, 8]])
     model, batch = prompted(base, "CAUSAL_LM").eval(), make_batch("CAUSAL_LM")
     want = model(**batch).loss
@@ -348,7 +348,7 @@ def test_what_an_image_left_in_the_base_model_changes_nothing():
     torch.testing.assert_close(model(**batch).loss, want)
 
 
-# --- nobody else notices
+# --- no effect on other models
 
 
 def test_without_its_adapter_a_refused_model_is_the_base_model():
@@ -364,7 +364,7 @@ def test_without_its_adapter_a_refused_model_is_the_base_model():
     assert torch.equal(tokens, base.generate(input_ids=batch["input_ids"], **OPTIONS))
 
 
-def test_a_stock_config_is_not_asked():
+def test_a_stock_config_is_not_proved():
     config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=VIRTUAL)
 
     assert torch.isfinite(get_peft_model(odd(), config)(**make_batch("CAUSAL_LM")).loss)
@@ -438,7 +438,7 @@ def test_an_offloaded_base_model_is_proved_too(build_model):
             token_path.prove(base, base.get_input_embeddings())
 
 
-def test_a_model_that_wants_more_than_a_text_is_left_alone():
+def test_a_model_that_needs_other_inputs_is_accepted():
     class OfBoxes(BertForTokenClassification):
         def forward(self, input_ids=None, bbox=None, **kwargs):
             if bbox is None:
@@ -450,7 +450,7 @@ def test_a_model_that_wants_more_than_a_text_is_left_alone():
     token_path.prove(base, base.get_input_embeddings())
 
 
-def test_a_model_on_meta_is_left_alone(build_model):
+def test_a_model_on_meta_is_accepted(build_model):
     base = build_model("llama").to("meta")
 
     token_path.prove(base, base.get_input_embeddings())

@@ -1,11 +1,11 @@
-"""What belongs to each token is told by its shape, on the way in and on the way out."""
+"""Inputs and outputs per token are recognised by their shape."""
 
 import pytest
 import torch
 from transformers.modeling_outputs import ModelOutput
 
+from peft_prompt_ext.labels import IGNORE_INDEX
 from peft_prompt_ext.peft_models.tokens import (
-    IGNORE_INDEX,
     VIRTUAL_TOKEN_VALUES,
     check_mask,
     cut_prompt,
@@ -34,7 +34,7 @@ def widened(**arguments):
 @pytest.mark.parametrize(
     ("name", "first"), [("attention_mask", 1), ("token_type_ids", 0), ("labels", -100), ("bbox", 0)]
 )
-def test_known_arguments_get_what_virtual_tokens_have(name, first):
+def test_known_arguments_get_values_of_virtual_tokens(name, first):
     rest = (4,) if name == "bbox" else ()
     value = torch.full((B, T, *rest), 9)
 
@@ -69,7 +69,7 @@ def test_an_unknown_argument_as_long_as_the_text_is_refused_by_name(shape):
         ("num_items_in_batch", torch.tensor(T)),
     ],
 )
-def test_arguments_of_something_else_are_left_alone(name, value):
+def test_other_arguments_are_unchanged(name, value):
     arguments = {name: value}
 
     assert widen(arguments, VIRTUAL_TOKEN_VALUES, set(), (B, T), P) == {}
@@ -124,7 +124,7 @@ def test_a_column_stands_where_its_token_went(order):
     seen = COLUMNS if order is None else order
     assert seen.gather(1, behind[:, None])[:, 0].tolist() == (column + P).tolist()
     assert shift_column(torch.tensor([T, T, 99]), P, order).tolist() == [W, W, 99 + P]
-    assert shift_column(torch.tensor([-1, -1, -1]), P, None).tolist() == [P] * B  # as transformers reads it
+    assert shift_column(torch.tensor([-1, -1, -1]), P, None).tolist() == [P] * B  # as in transformers
 
 
 # --- outputs
@@ -134,7 +134,7 @@ WEIGHTS = torch.randn(B, 2, W, W)
 
 
 def seen(x, *axes):
-    """What a base model gives that sees the columns in another order."""
+    """Make the outputs of a base model with reordered columns."""
     for axis in axes:
         index = ORDER.reshape(B, *[W if a == axis else 1 for a in range(1, x.dim())]).expand_as(x)
         x = x.gather(axis, index)
@@ -177,7 +177,7 @@ def test_tokens_in_one_line_come_back():
 
 
 def test_what_predicts_the_next_column_comes_back_at_the_real_ones():
-    """[B, W-1]: item i is of column i+1."""
+    """[B, W-1]: item i belongs to column i+1."""
     at_columns = seen(STATES, 1)[:, 1:]
     output = ModelOutput(log_probs=at_columns)
 

@@ -21,7 +21,7 @@ def right_padded():
 
 
 def smoothed(model, rows):
-    """By torch's own label smoothing, over PEFT's path; the Trainer divides by its count, which leaves out firsts."""
+    """Compute the loss with torch's label smoothing on PEFT's path; the Trainer's count has no first tokens."""
     ids, mask, labels = (torch.tensor([row[k] for row in rows]) for k in ("input_ids", "attention_mask", "labels"))
     logits = model(input_ids=ids, attention_mask=mask, use_cache=True).logits[:, VIRTUAL - 1 : -1]
     losses = torch.nn.functional.cross_entropy(
@@ -90,7 +90,7 @@ def smoothed_by_torch(logits, labels):
         *(("bert", "TOKEN_CLS"), ("bert", "SEQ_CLS"), ("gpt2", "SEQ_CLS"), ("llama", "SEQ_CLS")),
     ],
 )
-def test_it_is_right_whatever_the_base_model_calls_its_backbone(build_model, tmp_path, architecture, task_type):
+def test_it_is_right_for_every_name_of_the_backbone(build_model, tmp_path, architecture, task_type):
     model = prompted(build_model(architecture, task_type), task_type).eval()
     trainer = make_trainer(model, task_type, tmp_path, label_smoothing_factor=0.3, max_steps=1)
     batch = make_batch(task_type)
@@ -103,7 +103,7 @@ def test_it_is_right_whatever_the_base_model_calls_its_backbone(build_model, tmp
 
     torch.testing.assert_close(loss, smoothed_by_torch(logits, batch["labels"]), rtol=1e-5, atol=0)
     assert output.logits.shape[0] == len(batch["labels"]) and trainer.compute_loss_func is None
-    if task_type != "SEQ_2_SEQ_LM":  # a collator makes decoder_input_ids there
+    if task_type != "SEQ_2_SEQ_LM":  # these need decoder_input_ids of a collator
         trainer.train()
 
 

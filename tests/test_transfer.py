@@ -9,7 +9,7 @@ from tests.helpers import prompt_of, prompted
 from tests.zoo import HIDDEN
 
 
-# a made-up base name sends PEFT to the Hub when it saves
+# PEFT looks up an unknown base name on the Hub when it saves
 pytestmark = pytest.mark.filterwarnings("ignore:Could not find a config file:UserWarning")
 
 WEIGHTS = "adapter_model.safetensors"
@@ -87,7 +87,7 @@ def test_several_prompts_without_weights_count_alike(source, transfer):
     assert torch.equal(prompt_of(transfer([source(1.0), source(4.0)])), 2.5 * ramp(5))
 
 
-def test_another_length_is_refused_unless_a_policy_is_chosen(source, transfer):
+def test_another_length_is_refused_unless_a_policy_is_set(source, transfer):
     with pytest.raises(ValueError, match=r"has 5 virtual tokens; num_virtual_tokens is 7.*'truncate_pad' or 'interp"):
         transfer(source(), size=7)
 
@@ -101,7 +101,7 @@ def test_truncate_pad_fills_a_shorter_prompt_with_sampled_words(source, transfer
     prompt = prompt_of(transfer(source(), size=7, length_policy="truncate_pad"))
 
     assert torch.equal(prompt[:5], ramp(5))
-    assert 0 < prompt[5:].abs().max() < 1  # rows of the tiny table, not of the ramp
+    assert 0 < prompt[5:].abs().max() < 1  # rows of the embedding table, not of the ramp
 
 
 @pytest.mark.parametrize("size", [3, 9])
@@ -173,6 +173,6 @@ def test_a_broken_config_is_refused(source, transfer, tmp_path):
         transfer(folder)
 
 
-def test_a_source_that_is_nowhere_is_one_clear_error(transfer):
+def test_a_missing_source_is_one_clear_error(transfer):
     with pytest.raises(ValueError, match="source \\('org/nowhere'\\)"):
         transfer("org/nowhere")

@@ -1,4 +1,4 @@
-"""TRL's trainers with a prompt: each trains, with the losses of rows alone or of PEFT's path, on the engine."""
+"""TRL's trainers train a prompt in packed batches, with the losses of rows alone or of PEFT's path."""
 
 from itertools import chain
 
@@ -13,7 +13,7 @@ from tests.helpers import one_thread, prompt_of  # noqa: F401
 
 trl = pytest.importorskip("trl", reason="trl is not installed")
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # of another project
+pytestmark = pytest.mark.filterwarnings("ignore")  # TRL warns
 P = 4
 WORDS = "a great film with a fine cast terrible acting and a worse script the plot is positive".split()
 
@@ -71,7 +71,7 @@ def config_of(kind):
 
 
 def train(make, kind, tmp_path):
-    """The losses of two steps; all kinds begin with the same prompt."""
+    """Train two steps from the same prompt; return their losses."""
     torch.manual_seed(0)
     trainer = make(config_of(kind), str(tmp_path / kind))
     before = begin_with_one_prompt(trainer.model)
@@ -153,15 +153,15 @@ def test_rows_that_trl_packs_have_the_loss_of_each_text_alone(folder, tmp_path, 
     with torch.no_grad():
         begin_with_one_prompt(model)
         texts = [AutoTokenizer.from_pretrained(folder)(x + "</s>")["input_ids"] for x in rows("text")["text"]]
-        first = 1  # a text that is packed has no label there
-        if name == "wrapped":  # TRL makes one text of them
+        first = 1  # no label in a packed text
+        if name == "wrapped":  # TRL joins them to one text
             texts, first = [list(chain(*texts))], 0
         total = count = 0
         for ids in texts:
             ids = torch.tensor([ids])
             logits = model(input_ids=ids).logits[0, P + first - 1 : -1]
             total += torch.nn.functional.cross_entropy(logits, ids[0, first:], reduction="sum")
-            count += ids.shape[1] - 1  # the Trainer never counts the first one
+            count += ids.shape[1] - 1  # the Trainer does not count first tokens
     assert losses[0] == pytest.approx(float(total / count), rel=1e-3)
 
 

@@ -16,7 +16,7 @@ from tests.test_shared_prefix import compare, padded
 
 
 def each_alone(query, key, value, parts, scaling, sliding_window):
-    """What `varlen.flash_attention` is to give."""
+    """The expected result of `varlen.flash_attention`."""
     assert (parts.query_ends.dtype, parts.key_ends.dtype) == (torch.int32, torch.int32)
     assert parts.query_ends.diff().max() <= parts.longest_query
     assert parts.key_ends.diff().max() <= parts.longest_key
@@ -78,7 +78,7 @@ def test_dropout_is_not_lost():
     assert torch.equal(*results)
 
 
-def test_what_flash_attention_does_not_have_is_refused(monkeypatch):
+def test_unsupported_options_of_flash_attention_are_refused(monkeypatch):
     monkeypatch.undo()
     layout = pack(torch.ones(2, 3), (4,))
     with pytest.raises(NotImplementedError, match="soft-capping"):

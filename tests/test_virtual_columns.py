@@ -1,4 +1,4 @@
-"""Outputs without the virtual tokens' columns: those of the text, as the base model's."""
+"""Outputs without columns of virtual tokens, as the base model's."""
 
 import pytest
 import torch
@@ -81,7 +81,7 @@ def test_encoders(build_model, architecture, task_type):
     model = prompted(build_model(architecture, task_type), task_type).eval()
     batch = make_batch(task_type)
     if task_type == "SEQ_2_SEQ_LM":
-        batch["labels"] = batch["labels"].repeat(1, 6)  # as long as the prompt and the text
+        batch["labels"] = batch["labels"].repeat(1, 6)  # as long as prompt and text
     whole, text = pair(model)(**batch)
     name = "last_hidden_state" if task_type == "FEATURE_EXTRACTION" else "encoder_last_hidden_state"
     assert torch.equal(text[name], whole[name][:, P:])

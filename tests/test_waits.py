@@ -1,4 +1,4 @@
-"""How often a batch waits for its device."""
+"""The number of waits for a device in a batch."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_a_training_step_waits_for_its_mask_and_its_labels(
 ):
     monkeypatch.setattr(select, "differs", lambda function, call: None)
     monkeypatch.setattr(varlen, "DTYPES", (torch.float32,))
-    # with the shapes of the kernel, which a CPU does not have
+    # with the shapes of the CUDA kernel
     monkeypatch.setattr(varlen, "flash_attention", lambda query, key, value, *_: query + key.sum() + value.sum())
     monkeypatch.setenv(select.VARIABLE, attention)
     model = prompted(build_model("llama", task_type), task_type, train_logits=logits).train()

@@ -1,4 +1,4 @@
-"""What a kept prompt depends on is noticed when it changes."""
+"""Changes that make a kept prefix invalid are detected."""
 
 import pytest
 import torch
@@ -17,7 +17,7 @@ def base_model(**changes):
     torch.manual_seed(0)
     sizes = {"hidden_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 41}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=331, **sizes, **changes)).eval()
-    # transformers 5.24 has an `add_adapter` for later versions of PEFT alone
+    # `add_adapter` of transformers 5.24 needs a later PEFT
     lora = LoraConfig(init_lora_weights=False, target_modules=["q_proj", "v_proj"])
     return inject_adapter_in_model(lora, model).eval()
 
@@ -98,13 +98,13 @@ def test_a_change_is_noticed(change):
         lambda model: attention(model).train(),
     ],
 )
-def test_what_may_do_anything_in_a_pass_is_not_constant(change):
+def test_unknown_hooks_and_forwards_are_not_constant(change):
     model = base_model()
     change(model)
     watch = Watch(model)
 
     assert not watch.constant
-    assert watch.holds()  # it need not be looked at again
+    assert watch.holds()  # so it is not built again
 
 
 def test_hooks_that_only_collect_outputs_are_constant():
@@ -142,7 +142,7 @@ def test_what_a_pass_writes_itself_counts_by_its_values():
     model(input_ids=ids[:, :5])
     watch = Watch(model)
     model(input_ids=ids[:, :7])
-    # transformers 5.17 writes frequencies only where they change
+    # transformers 5.17 writes frequencies only on a change
     assert not watch.holds() or Version(transformers.__version__) < Version("5.23")
 
     watch.expect()
@@ -154,7 +154,7 @@ def test_what_a_pass_writes_itself_counts_by_its_values():
 
 
 class Steering:
-    """A hook whose strength somebody turns."""
+    """A hook with a variable strength."""
 
     strength = 0.0
 
@@ -171,7 +171,7 @@ def dropping(model):
 
 @pytest.mark.filterwarnings("ignore:You are trying to modify a model with PEFT for a second time")
 @pytest.mark.parametrize("when", ["before the first batch", "between batches"])
-def test_a_hook_that_is_turned_is_followed(when):
+def test_a_changed_hook_takes_effect(when):
     model, hook = prompted(base_model(), "CAUSAL_LM").eval(), Steering()
     ids = make_batch("CAUSAL_LM")["input_ids"]
     layer = model.get_base_model().model.layers[0].mlp

@@ -1,4 +1,4 @@
-"""Where the rows of a prompt come from: tables that scale, are tied, quantised around, sharded, or not there yet."""
+"""Word embeddings as the source of a prompt: scaled, tied, in a 4-bit model, sharded, on meta."""
 
 from contextlib import contextmanager
 
@@ -48,7 +48,7 @@ def test_weights_loaded_from_a_folder_are_used(sample, build_model, tmp_path):
     base = build_model("llama")
     base.save_pretrained(tmp_path)
 
-    model = sample(AutoModelForCausalLM.from_pretrained(tmp_path))  # made on meta, then loaded
+    model = sample(AutoModelForCausalLM.from_pretrained(tmp_path))  # created on meta, then loaded
 
     assert torch.equal(prompt_of(model), base.get_input_embeddings().weight[ids_of(model)])
 
@@ -82,7 +82,7 @@ def test_a_sharded_table_is_gathered_while_it_is_read(sample, build_model, monke
         assert [p is weight for p in parameters] == [True]
         weight.data.copy_(whole)
         yield
-        weight.data.fill_(torch.nan)  # what ZeRO-3 leaves behind is not the table
+        weight.data.fill_(torch.nan)  # ZeRO-3 frees the table
 
     weight.data.fill_(torch.nan)
     monkeypatch.setattr("peft_prompt_ext.inits.base.gather_params_ctx", gather)

@@ -1,4 +1,4 @@
-"""The schemes that start from words: SAMPLE_VOCAB, TEXT, CLASS_LABELS, and the tokenizer they read."""
+"""The schemes that use words (SAMPLE_VOCAB, TEXT, CLASS_LABELS), and their tokenizer."""
 
 import warnings
 from collections import Counter
@@ -51,7 +51,7 @@ def test_the_base_models_own_tokenizer_is_found(build_model, tokenizer_folder):
 
 
 def readable(tokenizer):
-    """Ids of visible text that are neither special nor added, computed from the tokenizer alone."""
+    """List the ids of visible text that are neither special nor added, from the tokenizer."""
     texts = {i: tokenizer.decode([i]) for i in range(3, len(tokenizer) - 1)}
     return {i for i, text in texts.items() if text.strip() and "\ufffd" not in text and text.strip().isprintable()}
 
@@ -92,12 +92,12 @@ def test_a_population_is_counted_over_a_corpus(make, tokenizer, tmp_path, form):
 
     counts = Counter(i for text in texts for i in tokenizer(text)["input_ids"] if i in readable(tokenizer))
     (_, second), (_, third) = counts.most_common(3)[1:]
-    assert second > third  # no tie at the border
+    assert second > third  # no tie at the limit
     assert set(ids_of(model)) == {i for i, _ in counts.most_common(2)}
 
 
 @pytest.mark.parametrize("corpus", [None, ["great film"]])
-def test_a_population_larger_than_what_can_be_drawn_is_refused(make, corpus):
+def test_a_population_that_is_too_large_is_refused(make, corpus):
     with pytest.raises(ValueError, match=r"population \(5000\) is too large"):
         make("SAMPLE_VOCAB", population=5000, corpus=corpus)
 
@@ -134,7 +134,7 @@ def test_a_tokenizer_without_an_order_needs_a_corpus(make, word_piece):
 
 @pytest.fixture
 def bracketing(tokenizer_folder, tmp_path):
-    """The tokenizer, but one that puts <s> and </s> around every text, as Llama's and BERT's do."""
+    """The tokenizer with <s> and </s> around every text, as in Llama and BERT."""
     from tokenizers.processors import TemplateProcessing
     from transformers import AutoTokenizer
 
@@ -183,7 +183,7 @@ def test_a_long_text_warns_what_was_cut(make, tokenizer):
     assert torch.equal(prompt_of(model), rows(model, ids[:2]))
 
 
-def test_a_text_that_tokenises_to_nothing_is_refused(make, tokenizer_folder, tmp_path):
+def test_a_text_without_tokens_is_refused(make, tokenizer_folder, tmp_path):
     from tokenizers.normalizers import Replace
     from transformers import AutoTokenizer
 
@@ -223,7 +223,7 @@ def test_labels_may_take_the_last_slots(make, tokenizer):
 
 
 @pytest.mark.parametrize(("position", "order"), [("first", [0, 1, 2, 0, 1, 2, 0]), ("last", [2, 0, 1, 2, 0, 1, 2])])
-def test_repeated_labels_have_a_full_round_at_the_chosen_end(make, tokenizer, position, order):
+def test_repeated_labels_have_a_full_repetition_at_the_given_end(make, tokenizer, position, order):
     model = make("CLASS_LABELS", labels=LABELS, position=position, repeat=True)
 
     torch.testing.assert_close(prompt_of(model), means(model, tokenizer)[order])

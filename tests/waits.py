@@ -1,4 +1,4 @@
-"""Counts how often a program would wait for a device, on a CPU, where nobody waits.
+"""Counts on a CPU how often a program would wait for a device.
 
 What came with the model or the batch, or was computed from it, counts as lying on a device, until it goes through
 `transfer.download`. Whatever has to know such numbers on the host is a wait.
@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from peft_prompt_ext.shared_prefix import transfer
 
 
-# operations whose result, or the shape of it, depends on numbers
+# operations with a result, or a shape, that depends on values
 READING = {
     "_local_scalar_dense",
     "nonzero",
@@ -67,7 +67,7 @@ class Waits(TorchDispatchMode):
 
 @contextmanager
 def counting(model, batch):
-    """Yields the list of waits of what runs inside."""
+    """Yields the list of waits in the block."""
     waits = Waits([*model.parameters(), *model.buffers(), *batch.values()])
 
     def download(*tensors):

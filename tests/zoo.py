@@ -22,7 +22,7 @@ CORPUS = [
     "this film is not great, this film is terrible",
 ] * 3
 
-# what the architecture calls hidden size, layers, heads and the feed-forward width, where it is not Llama's names
+# names of hidden size, layers, heads and feed-forward width, if other than Llama's
 _LLAMA = {
     "hidden_size": HIDDEN,
     "num_hidden_layers": LAYERS,
@@ -90,7 +90,7 @@ CASES = [
 
 
 def tiny_config(architecture, **changes):
-    """The config of a tiny model. Token ids 0, 1, 2 are the tokenizer's <s>, </s>, <pad>."""
+    """Make the config of a tiny model. Token ids 0, 1, 2 are the tokenizer's <s>, </s>, <pad>."""
     ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
     values = {"vocab_size": VOCAB_ROWS, **ids, **_SPECIFIC[architecture], **changes}
     return AutoConfig.for_model(architecture, **values)

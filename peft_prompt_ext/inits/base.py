@@ -247,7 +247,7 @@ def register_init(
 
 
 def available_inits() -> list[str]:
-    """Names that `prompt_tuning_init` accepts, sorted."""
+    """List the names that `prompt_tuning_init` accepts, sorted."""
     return sorted(SCHEMES)
 
 

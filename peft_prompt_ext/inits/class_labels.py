@@ -100,7 +100,7 @@ def class_labels(
         ValueError: The vocabulary has no token for a label.
     """
     size, names = ctx.num_virtual_tokens, label_names(labels)
-    ids = [_label_ids(ctx, name) for name in names]
+    ids = [_tokenize_label(ctx, name) for name in names]
     means = torch.stack([ctx.embed(i).double().mean(0).float() for i in ids])  # [labels, H]
     shift = 0 if position == "first" else -size  # the incomplete repetition is at the other end
     order = [(i + shift) % len(names) for i in range(size)] if repeat else list(range(len(names)))
@@ -116,7 +116,7 @@ def class_labels(
     return rows
 
 
-def _label_ids(ctx: InitContext, label: str) -> list[int]:
+def _tokenize_label(ctx: InitContext, label: str) -> list[int]:
     ids = ctx.tokenize(label)
     unknown = ctx.require_tokenizer().unk_token_id
     if not ids or all(i == unknown for i in ids):

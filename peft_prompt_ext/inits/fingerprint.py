@@ -33,7 +33,7 @@ def fingerprint(ctx: InitContext, model_type: str | None = None) -> dict[str, An
     if not hasattr(ctx.word_embeddings, "num_embeddings"):
         return None
     try:
-        rows = ctx.embed(_spread(ctx.num_embeddings))
+        rows = ctx.embed(_space_rows(ctx.num_embeddings))
     except ValueError:  # on the meta device
         return None
     return {
@@ -69,7 +69,7 @@ def check_saved(
         warnings.warn(f"{source} {found}", stacklevel=2)
 
 
-def _spread(rows: int) -> list[int]:
+def _space_rows(rows: int) -> list[int]:
     return [(2 * i + 1) * rows // (2 * ROWS) for i in range(ROWS)]
 
 
@@ -77,7 +77,7 @@ def _check_base(ctx: InitContext, saved: Mapping[str, Any], model_type: str | No
     """Compare the base model with a saved fingerprint. Returns a warning, or None."""
     if len(saved["row_norms"]) != ROWS:
         raise TypeError(f"{len(saved['row_norms'])} norms instead of {ROWS}")
-    ids = _spread(saved["vocab_size"])
+    ids = _space_rows(saved["vocab_size"])
     original = f"a {saved.get('model_type') or 'model'} with {saved['vocab_size']} words"
     trained_on = f"was trained on another base model ({original})"
     if max(ids) >= ctx.num_embeddings:
@@ -103,7 +103,7 @@ def _check_scale(ctx: InitContext, prompt: torch.Tensor) -> str | None:
 
     Until transformers 5.4 Gemma scaled `inputs_embeds`, so older prompts are smaller by the square root of H.
     """
-    ids = _spread(ctx.num_embeddings)
+    ids = _space_rows(ctx.num_embeddings)
     weight: Any = next(ctx.word_embeddings.parameters())
     with gather_params_ctx([weight]):
         if weight.is_meta or weight.ndim != 2 or not weight.is_floating_point():

@@ -34,7 +34,7 @@ class AdaptersMixin(PeftModel):
     """The adapters of a model: each has a prompt, and its own copy of each module in `modules_to_save`."""
 
     def set_adapter(self, adapter_name: str | Sequence[str], inference_mode: bool = False) -> None:
-        """Activate an adapter, and put it alone into training (none with `inference_mode`).
+        """Activate an adapter, and train only this one (none with `inference_mode`).
 
         Raises:
             ValueError: The adapter is unknown, or more than one is given.
@@ -60,7 +60,7 @@ class AdaptersMixin(PeftModel):
             if name not in self.peft_config:
                 raise ValueError(f"set_requires_grad got {name!r}; the model's adapters are {list(self.peft_config)}.")
             self.prompt_encoder[name].requires_grad_(requires_grad)
-            for head in self._wrapped_heads():
+            for head in self._list_heads():
                 if name in head.modules_to_save:
                     head.modules_to_save[name].requires_grad_(requires_grad)
 
@@ -93,7 +93,7 @@ class AdaptersMixin(PeftModel):
             self.set_adapter(others[0])
         for part in (self.peft_config, self.prompt_encoder, self.prompt_tokens):
             del part[adapter_name]
-        for head in self._wrapped_heads():
+        for head in self._list_heads():
             head.delete_adapter(adapter_name, [self.active_adapter] if others else None)
         if not others:
             self.active_adapter = []  # type: ignore[assignment]
@@ -112,7 +112,7 @@ class AdaptersMixin(PeftModel):
         return self.peft_config[self.active_adapter]
 
     def get_base_model(self) -> Any:
-        """The base model, also where no adapter is left."""
+        """Get the base model, also without an adapter."""
         if not torch.compiler.is_compiling():
             _seam.prepare_trainer()  # every Trainer calls this method in its __init__
         return self.base_model
@@ -126,5 +126,5 @@ class AdaptersMixin(PeftModel):
                 raise NotOfPromptsError(f"{name}: {_UNSUPPORTED[name]}", name=name, obj=self) from None
             raise
 
-    def _wrapped_heads(self) -> list[ModulesToSaveWrapper]:
+    def _list_heads(self) -> list[ModulesToSaveWrapper]:
         return [module for module in self.base_model.modules() if isinstance(module, ModulesToSaveWrapper)]

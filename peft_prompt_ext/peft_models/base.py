@@ -139,7 +139,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         dequantize_modules(base_model, names)
         load_offloaded(base_model, names)
         trained = [
-            parameter for head in self._wrapped_heads() for parameter in head.parameters() if parameter.requires_grad
+            parameter for head in self._list_heads() for parameter in head.parameters() if parameter.requires_grad
         ]
         super().add_adapter(adapter_name, peft_config, *args, **kwargs)
         for parameter in trained:
@@ -156,7 +156,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
     @contextmanager
     def disable_adapter(self) -> Iterator[None]:
         """Run the base model with its own head; PEFT's method keeps the trained head, and needs generation."""
-        heads = self._wrapped_heads()
+        heads = self._list_heads()
         before = [head.disable_adapters for head in heads]
         forward, disabled = self.forward, self._adapters_disabled
         try:

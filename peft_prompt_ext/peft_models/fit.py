@@ -26,7 +26,7 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
 
 
-def _init_context(model: PeftModel, adapter_name: str) -> InitContext:
+def _make_context(model: PeftModel, adapter_name: str) -> InitContext:
     config: Any = model.peft_config[adapter_name]
     words: Any = model.word_embeddings
     return InitContext(config=config, word_embeddings=words, generator=torch.Generator())
@@ -36,7 +36,7 @@ def remember_base(model: PeftModel, adapter_name: str) -> None:
     """Store the fingerprint of the word embeddings in the prompt's config."""
     config = model.peft_config[adapter_name]
     if isinstance(config, PromptTuningExtConfig):
-        config.base_fingerprint = fingerprint(_init_context(model, adapter_name), _model_type(model))
+        config.base_fingerprint = fingerprint(_make_context(model, adapter_name), _model_type(model))
 
 
 def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = None) -> None:
@@ -46,7 +46,7 @@ def check_base(model: PeftModel, adapter_name: str, source: str, saved: Any = No
     """
     own, name = getattr(model.peft_config[adapter_name], "modules_to_save", None), f"The prompt of {source!r}"
     prompt = cast(Any, model.prompt_encoder)[adapter_name].embedding.weight.detach()
-    check_saved(_init_context(model, adapter_name), prompt, saved, name, _model_type(model))
+    check_saved(_make_context(model, adapter_name), prompt, saved, name, _model_type(model))
     missing = [path for path in new_modules(model.base_model, False) if not is_covered(path, own or [])]
     if missing:
         warnings.warn(

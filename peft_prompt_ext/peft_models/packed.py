@@ -129,7 +129,7 @@ class PackedMixin(PromptTuningMixin):
         extras: dict[str, Any],
     ) -> Plan | EngineStatus:
         """Plan a packed batch, or return the status of a batch that takes PEFT's path."""
-        obstacle = "it has no text" if text is None else self._find_obstacle(attention_mask, extras)
+        obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
         status = self._prove()
@@ -150,7 +150,7 @@ class PackedMixin(PromptTuningMixin):
         """Find what a packed batch does not support in this call; None if nothing."""
         if attention_mask is not None and not (isinstance(attention_mask, torch.Tensor) and attention_mask.dim() == 2):
             return "attention_mask is not a tensor [B, T]"
-        if getattr(self, "_is_replica", False):  # has no parameters of its own, and runs in a thread
+        if getattr(self, "_is_replica", False):  # has no own parameters, and runs in a thread
             return "DataParallel copies the model for each batch; launch a process a device instead"
         allowed = self._packed_arguments | {"position_ids"}
         if not self._takes("token_type_ids"):
@@ -162,11 +162,11 @@ class PackedMixin(PromptTuningMixin):
         outputs = ("output_hidden_states", "output_attentions")
         unsupported |= {name for name in outputs if getattr(base_model.config, name, False)}
         if unsupported:
-            return f"it asks for {', '.join(sorted(unsupported))}"
+            return f"packed batches do not support {', '.join(sorted(unsupported))}"
         if extras.get("fused_lm_head"):
             hooks = (*base_model._forward_hooks.values(), *base_model._forward_pre_hooks.values())
             if extras.get("shift_labels") is not None or hooks or not isinstance(base_model.forward, MethodType):
-                return "it asks for fused_lm_head, of a model with hooks or a wrapped forward, or with shift_labels"
+                return "packed batches do not support fused_lm_head with hooks, a wrapped forward or shift_labels"
         return None
 
     def _prove(self) -> EngineStatus:
@@ -182,7 +182,7 @@ class PackedMixin(PromptTuningMixin):
         """Return the status of the last batch; without one, prove it."""
         if not getattr(self.active_peft_config, "shared_prefix", True):
             return self._prove()
-        return self._engine.last_status(self.get_base_model()) or self._prove()
+        return self._engine.get_last_status(self.get_base_model()) or self._prove()
 
     def _lay_out(self, attention_mask: torch.Tensor, names: list[str], texts: torch.Tensor) -> PackedLayout:
         from ..shared_prefix.layout import pack

@@ -66,7 +66,7 @@ class Engine:
         """Store the status of the last batch."""
         self.last = get_attention(base_model), status
 
-    def last_status(self, base_model: Any) -> EngineStatus | None:
+    def get_last_status(self, base_model: Any) -> EngineStatus | None:
         """Get the status of the last batch; None before a batch, or after a change of the attention."""
         return self.last[1] if self.last is not None and self.last[0] == get_attention(base_model) else None
 

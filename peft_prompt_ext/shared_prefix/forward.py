@@ -140,14 +140,14 @@ def causal_lm_with_own_head(
     name, places = base_model.base_model_prefix, layout.predicting()
     backbone = base_model._modules[name]
 
-    def unpacked(*_: Any, **__: Any) -> Any:
+    def run_unpacked(*_: Any, **__: Any) -> Any:
         output = run(backbone, embeds, packed)
         hidden = output.last_hidden_state[0]
         where, empty = upload(hidden.device, places.clamp(min=0), places < 0)
         return type(output)(last_hidden_state=hidden[where].masked_fill(empty[..., None], 0))  # [B, P+T, H]
 
     view, inside = copy(base_model), copy(backbone)  # copies, because a head may read other attributes
-    inside.forward, inside._forward_hooks, inside._forward_pre_hooks = unpacked, {}, {}
+    inside.forward, inside._forward_hooks, inside._forward_pre_hooks = run_unpacked, {}, {}
     view._modules = {**base_model._modules, name: inside}
     empty = labels.new_full((len(labels), places.shape[1] - labels.shape[1]), IGNORE_INDEX)
     return base_model.forward.__func__(view, labels=torch.cat([empty, labels], dim=1), **kwargs)

@@ -153,7 +153,7 @@ def _attend(
     given = (name for name, value in kwargs.items() if value is not None and value is not False)
     unknown = sorted(set(given) - _HARMLESS)
     if unknown:
-        raise NotPackable(f"it hands {', '.join(unknown)} to its attention")
+        raise NotPackable(f"it passes {', '.join(unknown)} to its attention")
     if packed.keys_values is not None:
         if module in packed.keys_values:
             raise NotPackable("it runs an attention layer twice")

@@ -82,7 +82,7 @@ def _find_longest_row(trial: Trial, before: list[torch.Tensor]) -> int | None:
 
     found = _search(is_unchanged, _list_numbers(trial.config, length_now, trial.positions))
     if found == 0:
-        raise NotPackable("a row's positions change what other rows give")
+        raise NotPackable("a row's positions change the results of other rows")
     return found
 
 

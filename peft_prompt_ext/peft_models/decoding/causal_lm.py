@@ -49,7 +49,7 @@ class PromptedGeneration(PackedMixin):
         if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             self._check_token_path(kwargs)
             self._engine.set_last_status(
-                self.get_base_model(), EngineStatus(False, "it asks for use_cache, or goes on with a cache")
+                self.get_base_model(), EngineStatus(False, "the call has use_cache or a cache")
             )
             return self._step({**inputs, "labels": labels, **kwargs})
         wants_dict = self._wants_dict(kwargs.pop("return_dict", None))

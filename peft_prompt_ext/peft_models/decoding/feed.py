@@ -343,7 +343,7 @@ def take_cache(base_model: Any, values: dict[str, Any]) -> Any:
 
 
 def cache_name(base_model: Any) -> str:
-    """The base model's name for its cache."""
+    """Get the base model's name for its cache."""
     return next((name for name in CACHES if takes(base_model, name)), CACHES[1])
 
 

@@ -46,7 +46,7 @@ def packed_attention(
     kind = sliding_window, query.shape[2] == key.shape[2]
     if kind not in layout.derived:
         layout.derived[kind] = make_block_mask(layout, query.shape[2], sliding_window)
-    out = _flex_attention(query.device.type)(
+    out = _get_flex_attention(query.device.type)(
         query,
         key,
         value,
@@ -60,7 +60,7 @@ def packed_attention(
 
 
 @cache
-def _flex_attention(device_type: str) -> Any:
+def _get_flex_attention(device_type: str) -> Any:
     from torch.nn.attention.flex_attention import flex_attention
 
     if device_type == "cpu":  # no gradients if compiled
