@@ -19,12 +19,13 @@ benchmark-smoke: $(VENV)/benchmarks.ready ## every method for a moment, and the 
 test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
-# these are about tasks, reports and grids of runs, not about what other libraries do
-APART := $(patsubst %,tests/test_%.py,assets cli metrics readme recipe_train task_data tasks wheel)
-BOTH := $(wildcard tests/test_*.py) $(patsubst %,tests/benchmarks/test_%.py,gpu speed)
+# what depends on other libraries; tasks, reports and grids of runs do not
+BOTH := tests/inits tests/peft_models tests/shared_prefix tests/benchmarks/test_gpu.py tests/benchmarks/test_speed.py
+BOTH += $(patsubst %,tests/test_%.py,config encoder memory prompt_record quantization real_backbone seam trainer trl versions)
+BOTH += tests/recipes/test_existing_script.py tests/test_devices.py
 
 test-oldest test-newest: test-%: ## the package's tests on the first and on the last versions, in .venv-oldest, .venv-newest
-	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(filter-out $(APART),$(BOTH))'
+	$(MAKE) test VENV=.venv-$* CONSTRAINTS=constraints-$*.txt TESTS='$(BOTH)'
 
 lint: $(VENV)/dev.ready
 	$(BIN)/ruff check .

@@ -28,6 +28,7 @@ from .quantization import check_quantization, quantizable_layers, unquantized_mo
 from .shared_prefix.forward import run
 from .shared_prefix.interface import attach
 from .shared_prefix.layout import pack
+from .shared_prefix.packed_pass import PackedPass
 from .shared_prefix.probe import refuse_early
 from .training.methods import METHODS as ALL_METHODS
 
@@ -249,7 +250,7 @@ def _prompt_step(mode: Any, model: Any, batch: int, tokens: int, virtual: int, l
             text = words(torch.empty(batch * tokens, dtype=torch.long))
             embeds = torch.cat([prompt.to(text.dtype), text])[None]
             wanted = torch.empty(batch * labels, dtype=torch.long)
-            logits = run(model, embeds, layout, logits_to_keep=wanted).logits
+            logits = run(model, embeds, PackedPass(layout), logits_to_keep=wanted).logits
             return model.loss_function(
                 logits=logits, labels=wanted[None], vocab_size=logits.shape[-1], shift_labels=wanted[None]
             )

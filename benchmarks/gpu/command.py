@@ -122,7 +122,7 @@ def engine_tests(options: argparse.Namespace) -> Iterator[Row]:
         sys.executable,
         "-m",
         "pytest",
-        "tests/test_cuda.py",
+        "tests/shared_prefix/test_cuda.py",
         "-m",
         "gpu",
         "-v",

@@ -11,7 +11,7 @@ from peft_prompt_ext.tasks.own import own_task
 from peft_prompt_ext.training.command_line import parse
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "recipes" / "README.md", ROOT / "peft_prompt_ext" / "training" / "DEFAULTS.md"]
 PAGES += sorted((ROOT / "recipes" / "configs").rglob("*.yaml"))
 FILES = ("--config", "--config_file", "--train_file", "--validation_file")

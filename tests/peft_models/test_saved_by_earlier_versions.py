@@ -16,7 +16,7 @@ from tests.fixtures.build_base import build_base
 from tests.helpers import one_thread  # noqa: F401
 
 
-SAVED = Path(__file__).parent / "fixtures" / "46ac7cc"
+SAVED = Path(__file__).parents[1] / "fixtures" / "46ac7cc"
 RUN = ["--model_name_or_path", "base", "--train_file", "train.csv", "--validation_file", "validation.csv"]
 RUN += ["--text_columns", "message", "--label_column", "team", "--output_dir", "run", "--use_cpu", "true"]
 RUN += ["--disable_tqdm", "true"]

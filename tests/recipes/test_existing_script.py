@@ -7,7 +7,7 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 
-SCRIPT = Path(__file__).parent.parent / "recipes" / "existing_script.py"
+SCRIPT = Path(__file__).parents[2] / "recipes" / "existing_script.py"
 MARK = "# prompt tuning"
 
 pytest.importorskip("datasets")

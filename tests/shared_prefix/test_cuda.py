@@ -15,7 +15,7 @@ from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix.attention import select
 from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS, AttentionCall, differs
 from tests.helpers import prompt_of, prompted
-from tests.test_shared_prefix import alone, mixed_model, padded
+from tests.shared_prefix.helpers import alone, mixed_model, padded
 
 
 pytestmark = [

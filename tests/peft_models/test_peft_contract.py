@@ -118,7 +118,7 @@ def for_text(logits, case, adapter):
     return logits[:, VIRTUAL:] if case.endswith("TOKEN_CLS") and adapter == "adapter" else logits
 
 
-def same_logits(model, outputs, case, adapter):
+def assert_same_logits(model, outputs, case, adapter):
     """Compare bit by bit on PEFT's path; a packed batch sums in another order."""
     expected = for_text(outputs[case][adapter], case, adapter)
     torch.testing.assert_close(logits_of(model, case), expected, rtol=0, atol=1e-5)
@@ -136,7 +136,7 @@ def test_an_adapter_trained_here_loads_without_a_warning_and_gives_the_same_logi
 
     model = load_here(folder, case, "adapter")
 
-    same_logits(model, outputs, case, "adapter")
+    assert_same_logits(model, outputs, case, "adapter")
 
 
 @cases
@@ -191,7 +191,7 @@ def test_an_adapter_loaded_to_be_trained_begins_where_it_was_saved(crossed, case
 
     model = load_here(folder, case, adapter, is_trainable=True)
 
-    same_logits(model, outputs, case, adapter)
+    assert_same_logits(model, outputs, case, adapter)
     assert model.peft_config["default"].inference_mode is False
 
 

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import transformers
 
-from tests.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome
 from tests.helpers import one_thread  # noqa: F401
+from tests.shared_prefix.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome
 
 
 # windows, chunks, counted places, sparse attention, sinks, other layers, no attention interface
@@ -50,7 +50,7 @@ def test_a_model_type_is_right_at_every_length_or_refused_with_a_reason(model_ty
 
 
 def test_the_table_is_of_the_transformers_that_is_pinned():
-    pins = (Path(__file__).parents[1] / "constraints.txt").read_text()
+    pins = (Path(__file__).parents[2] / "constraints.txt").read_text()
     assert f"transformers {re.search(r'^transformers==(.+)$', pins, re.MULTILINE)[1]};" in TABLE.read_text()
 
 

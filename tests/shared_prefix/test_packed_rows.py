@@ -12,7 +12,7 @@ from transformers.utils import ModelOutput
 from peft_prompt_ext import engine_status
 from peft_prompt_ext.shared_prefix.layout import find_texts
 from tests.helpers import make_batch, one_thread, prompt_of, prompted  # noqa: F401
-from tests.test_shared_prefix import PACKED, mixed_model, padded
+from tests.shared_prefix.helpers import PACKED, mixed_model, padded
 
 
 P = 5

@@ -5,6 +5,7 @@ import copy
 import logging
 import subprocess
 import sys
+from functools import partial
 from itertools import product
 
 import pytest
@@ -13,73 +14,24 @@ import transformers
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from packaging.version import Version
-from peft import LoraConfig, PromptTuningConfig, get_peft_model, inject_adapter_in_model
+from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import AutoConfig
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from peft_prompt_ext._versions import checkpoint_activations
-from peft_prompt_ext.shared_prefix import forward, interface
+from peft_prompt_ext.shared_prefix import forward, interface, probe
+from peft_prompt_ext.shared_prefix.packed_pass import PackedPass
 from tests.helpers import make_batch, make_trainer, one_thread, prompt_of, prompted  # noqa: F401
-from tests.zoo import AUTO_CLASSES, DECODERS, tiny_config
-
-
-PACKED = [name for name in DECODERS if name != "bloom"]
-MASKS = {
-    "right": [[1] * 7 + [0] * 4, [1] * 11, [1] + [0] * 10],
-    "left": [[0] * 4 + [1] * 7, [1] * 11, [0] * 10 + [1]],
-    "holes": [[0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0], [1] * 11, [0, 0, 0, 0, 1, 0, 0, 0, 0, 0, 0]],
-    "one row": [[1] * 11],
-}
-P = 5
-
-
-def padded(kind, task_type):
-    mask = torch.tensor(MASKS[kind])
-    ids = make_batch("CAUSAL_LM", rows=len(mask), text=mask.shape[1])["input_ids"].masked_fill(mask == 0, 2)
-    labels = ids.masked_fill(mask == 0, -100) if task_type == "CAUSAL_LM" else torch.arange(len(mask)) % 2
-    if task_type == "CAUSAL_LM" and len(labels) > 1:
-        labels[1] = -100  # a row without a label
-    return {"input_ids": ids, "attention_mask": mask, "labels": labels}
-
-
-def alone(model, batch, task_type):
-    """Run each row without pads in stock PEFT: logits, the loss over all rows, and its gradient."""
-    stock = get_peft_model(
-        copy.deepcopy(model.get_base_model()),
-        PromptTuningConfig(task_type=task_type, num_virtual_tokens=model_size(model)),
-    ).eval()
-    stock.load_state_dict(model.state_dict())
-    logits, total, count = [], 0.0, 0
-    for row, real in enumerate(batch["attention_mask"].bool()):
-        ids = batch["input_ids"][row, real][None]
-        labels = batch["labels"][row, real][None] if task_type == "CAUSAL_LM" else batch["labels"][row : row + 1]
-        labelled = int((labels != -100).sum())
-        out = stock(input_ids=ids, attention_mask=torch.ones_like(ids), labels=labels if labelled else None)
-        if labelled:
-            total, count = total + out.loss * labelled, count + labelled
-        logits.append(out.logits[0].detach())
-    loss = total / count
-    loss.backward()
-    return loss.item(), logits, prompt_of(stock).grad
-
-
-def model_size(model):
-    return model.peft_config["default"].num_virtual_tokens
-
-
-def compare(model, batch, task_type):
-    wanted_loss, wanted_logits, wanted_grad = alone(model, batch, task_type)
-    out = model(**batch)
-    out.loss.backward()
-    assert abs(out.loss.item() - wanted_loss) <= 1e-5 * abs(wanted_loss)
-    assert (prompt_of(model).grad - wanted_grad).norm() <= 1e-5 * wanted_grad.norm()
-    size = model_size(model)
-    for row, (got, wanted) in enumerate(zip(out.logits, wanted_logits, strict=True)):
-        if task_type == "CAUSAL_LM":
-            assert got.shape[0] == size + batch["input_ids"].shape[1]
-            got = torch.cat([got[:size], got[size:][batch["attention_mask"][row].bool()]])
-        torch.testing.assert_close(got, wanted, rtol=0, atol=1e-4)
+from tests.shared_prefix.helpers import (
+    MASKS,
+    PACKED,
+    P,
+    assert_rows_equal_those_alone,
+    mixed_model,
+    padded,
+)
+from tests.zoo import AUTO_CLASSES, tiny_config
 
 
 @pytest.mark.filterwarnings("ignore:.*will not detect padding:UserWarning")
@@ -89,7 +41,7 @@ def compare(model, batch, task_type):
 def test_packed_batches_equal_each_row_alone_in_stock_peft(build_model, architecture, task_type, kind):
     model = prompted(build_model(architecture, task_type), task_type)
 
-    compare(model, padded(kind, task_type), task_type)
+    assert_rows_equal_those_alone(model, padded(kind, task_type), task_type)
 
     assert engine_status(model).packed
 
@@ -100,7 +52,7 @@ def test_packed_batches_equal_each_row_alone_in_stock_peft(build_model, architec
 def test_without_the_engine_padded_batches_equal_each_row_alone_too(build_model, architecture, task_type, kind):
     model = prompted(build_model(architecture, task_type), task_type, shared_prefix=False)
 
-    compare(model, padded(kind, task_type), task_type)
+    assert_rows_equal_those_alone(model, padded(kind, task_type), task_type)
 
     assert not engine_status(model).packed
 
@@ -112,7 +64,7 @@ def test_any_number_of_virtual_tokens(build_model, architecture, size):
     build = other_model if architecture in MORE else build_model
     model = prompted(build(architecture, **{positions: 256}), "CAUSAL_LM", num_virtual_tokens=size)
 
-    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
 
     assert engine_status(model).packed
 
@@ -127,7 +79,7 @@ def test_random_batches_equal_each_row_alone(data):
     ids = make_batch("CAUSAL_LM", rows, text, seed=data.draw(st.integers(0, 99)))["input_ids"]
     assume(labelled.any())
 
-    compare(
+    assert_rows_equal_those_alone(
         prompted(random_llama(), "CAUSAL_LM", num_virtual_tokens=size),
         {"input_ids": ids, "attention_mask": mask, "labels": ids.masked_fill(~labelled, -100)},
         "CAUSAL_LM",
@@ -144,7 +96,7 @@ def test_rows_longer_than_the_window(build_model, architecture):
     """The window is 16: 13 virtual tokens and 11 real ones."""
     model = prompted(build_model(architecture), "CAUSAL_LM", num_virtual_tokens=13)
 
-    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
 
     assert engine_status(model) == engine_status(model)
     assert engine_status(model).max_tokens is None
@@ -181,7 +133,7 @@ def test_other_architectures_are_right_or_refused_with_a_reason(architecture, ki
     assert status.packed == (architecture not in REFUSED), status
     assert status.reason
     if status.packed:
-        compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
+        assert_rows_equal_those_alone(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
 
 
 def other_model(architecture, **changes):
@@ -202,7 +154,7 @@ def test_a_wrong_attention_is_refused_with_its_figure(build_model, monkeypatch, 
             query, key, value, is_causal=True, enable_gqa=True
         ).transpose(1, 2)
 
-    monkeypatch.setattr(interface, "packed_attention", sees_neighbours)
+    monkeypatch.setattr(probe, "PackedPass", partial(PackedPass, attention=sees_neighbours))
     model = prompted(build_model("llama"), "CAUSAL_LM")
     for parameter in model.base_model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
@@ -503,16 +455,6 @@ def test_a_backbone_that_was_packed_saves_and_loads_as_before(build_model, tmp_p
     assert loaded.config._attn_implementation == "sdpa"
 
 
-def mixed_model(build_model, task_type="CAUSAL_LM"):
-    model = prompted(build_model("llama", task_type), task_type)
-    for name, size in (("b", 3), ("c", 9)):
-        changes = {"num_virtual_tokens": size, "prompt_tuning_init_seed": size}
-        model.add_adapter(
-            name, PromptTuningExtConfig(task_type=task_type, prompt_tuning_init="RANDOM_UNIFORM", **changes)
-        )
-    return model
-
-
 @pytest.mark.parametrize("kind", ["right", "left", "holes"])
 def test_mixed_batches_equal_each_row_with_its_own_adapter(build_model, kind):
     model = mixed_model(build_model).eval()
@@ -736,9 +678,9 @@ def test_windows_that_attention_does_not_get_limit_the_rows(build_model, monkeyp
     model = prompted(build_model("mistral"), "CAUSAL_LM", num_virtual_tokens=4)
     assert engine_status(model).max_tokens == 16
 
-    compare(model, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 4 + 11 tokens are packed
+    assert_rows_equal_those_alone(model, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 4 + 11 tokens are packed
     wide = prompted(build_model("mistral"), "CAUSAL_LM", num_virtual_tokens=9)
-    compare(wide, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 9 + 11 are not
+    assert_rows_equal_those_alone(wide, padded("left", "CAUSAL_LM"), "CAUSAL_LM")  # 9 + 11 are not
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gpt2", "bloom", "gemma3_text", "opt"])

@@ -15,7 +15,7 @@ from peft_prompt_ext.tasks.own import own_task
 from peft_prompt_ext.tasks.sampling import few_shot, hold_out, sample, sample_to_score
 
 
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 OWN = DATA / "own"
 
 

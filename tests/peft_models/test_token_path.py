@@ -139,7 +139,7 @@ def test_a_prompt_of_words_gives_what_the_words_give(build_model, architecture, 
 def test_every_precision_is_proved_in_its_own_tolerance(build_model, architecture, dtype):
     base = scrambled(build_model(architecture), std=0.1).to(dtype)
 
-    token_path.prove(base, base.get_input_embeddings())
+    assert token_path.prove(base, base.get_input_embeddings()) is None
 
 
 @pytest.mark.parametrize("build", [gemma_4, qwen2_vl])
@@ -330,7 +330,7 @@ def test_an_image_is_known_by_the_parts_of_the_config_as_well():  # Qwen3.5's cl
 
 
 def test_other_inputs_of_a_text_model_are_accepted(build_model):
-    token_path.check_inputs(build_model("llama"), {"anything": torch.ones(3)})
+    assert token_path.check_inputs(build_model("llama"), {"anything": torch.ones(3)}) is None
 
 
 def test_zero_markers_of_text_are_accepted():
@@ -423,7 +423,7 @@ def test_a_model_that_draws_random_numbers_is_proved_with_the_same(build_model):
 
     base = Noisy(tiny_config("llama"))
 
-    token_path.prove(base, base.get_input_embeddings())
+    assert token_path.prove(base, base.get_input_embeddings()) is None
 
 
 def test_an_offloaded_base_model_is_proved_too(build_model):
@@ -447,19 +447,19 @@ def test_a_model_that_needs_other_inputs_is_accepted():
 
     base = OfBoxes(tiny_config("bert"))
 
-    token_path.prove(base, base.get_input_embeddings())
+    assert token_path.prove(base, base.get_input_embeddings()) is None
 
 
 def test_a_model_on_meta_is_accepted(build_model):
     base = build_model("llama").to("meta")
 
-    token_path.prove(base, base.get_input_embeddings())
+    assert token_path.prove(base, base.get_input_embeddings()) is None
 
 
 def test_a_decoder_with_few_positions_is_proved_in_them(build_model):
     base = scrambled(build_model("gpt2", n_positions=7))
 
-    token_path.prove(base, base.get_input_embeddings(), limit=7)
+    assert token_path.prove(base, base.get_input_embeddings(), limit=7) is None
 
 
 def test_an_encoder_decoder_is_proved_with_its_decoder(build_model):

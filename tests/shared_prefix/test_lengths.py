@@ -6,9 +6,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaModel, LlamaRotaryEmbedding
 
 from peft_prompt_ext import engine_status
-from tests.causal_models import THRESHOLD, tiny_model
 from tests.helpers import make_batch, one_thread, prompted  # noqa: F401
-from tests.test_shared_prefix import P
+from tests.shared_prefix.causal_models import THRESHOLD, tiny_model
+from tests.shared_prefix.helpers import P
 
 
 LIMIT = 43  # far from the other numbers of the config

@@ -16,8 +16,8 @@ from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix.attention import flex, reference, sdpa, select
 from peft_prompt_ext.shared_prefix.layout import pack
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
-from tests.test_packed_attention import layouts, tokens
-from tests.test_shared_prefix import compare, mixed_model, padded
+from tests.shared_prefix.helpers import assert_rows_equal_those_alone, mixed_model, padded
+from tests.shared_prefix.test_packed_attention import layouts, tokens
 
 
 pytestmark = [
@@ -149,7 +149,7 @@ def test_models_give_each_rows_own_results(build_model, flex_first, architecture
     """The windows are 16: 13 virtual tokens and 11 real ones."""
     model = prompted(build_model(architecture), "CAUSAL_LM", num_virtual_tokens=13)
 
-    compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
 
     assert engine_status(model).attention == "flex"
 
@@ -157,7 +157,7 @@ def test_models_give_each_rows_own_results(build_model, flex_first, architecture
 def test_classifiers_give_each_rows_own_results(build_model, flex_first):
     model = prompted(build_model("llama", "SEQ_CLS"), "SEQ_CLS")
 
-    compare(model, padded("left", "SEQ_CLS"), "SEQ_CLS")
+    assert_rows_equal_those_alone(model, padded("left", "SEQ_CLS"), "SEQ_CLS")
 
     assert engine_status(model).attention == "flex"
 

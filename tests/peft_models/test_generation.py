@@ -748,7 +748,7 @@ def test_padded_rows_of_a_cache_may_be_cropped_and_chosen(pair, how):
     assert new_tokens(model, ids, attention_mask=mask, past_key_values=cache) == alone(model, ids, mask)
 
 
-def refuses(model, cache, match, ids=None, **options):
+def assert_cache_is_refused(model, cache, match, ids=None, **options):
     """Assert that both ways to continue a cache are refused."""
     ids = text(2, 3) if ids is None else ids
     calls = [lambda: model(input_ids=ids, past_key_values=cache, use_cache=True, **options)]
@@ -764,7 +764,7 @@ def test_a_cache_of_another_prompt_is_refused(pair):
     model.add_adapter("other", copy.deepcopy(model.peft_config["default"]))
     _, cache = loop(model, text(), steps=1)
     model.set_adapter("other")
-    refuses(model, cache, "another prompt")
+    assert_cache_is_refused(model, cache, "another prompt")
     model.set_adapter("default")
     loop(model, text(2, 3), cache)
 
@@ -774,7 +774,7 @@ def test_a_cache_of_a_prompt_that_was_trained_since_is_refused(pair):
     _, cache = loop(model, text(), steps=1)
     with torch.no_grad():
         prompt_of(model)[0] += 0.01
-    refuses(model, cache, "changed since")
+    assert_cache_is_refused(model, cache, "changed since")
 
 
 @old_name
@@ -782,9 +782,9 @@ def test_a_cache_with_a_prompt_is_refused_without_the_adapter(pair):
     model, base = pair()
     _, cache = loop(model, text(), steps=1)
     with model.disable_adapter():
-        refuses(model, cache, "the adapter is disabled")
+        assert_cache_is_refused(model, cache, "the adapter is disabled")
         own = loop(model, text(), steps=1)[1]
-    refuses(model, own, "of another model, without the prompt")
+    assert_cache_is_refused(model, own, "of another model, without the prompt")
     with model.disable_adapter():
         assert loop(model, text())[0] == new_tokens(model, text()) == new_tokens(base, text())
 
@@ -793,7 +793,7 @@ def test_a_cropped_prompt_is_refused(pair):
     model, _ = pair()
     _, cache = loop(model, text(), steps=1)
     cache.crop(-TEXT - 1)
-    refuses(model, cache, "part of the prompt was cropped")
+    assert_cache_is_refused(model, cache, "part of the prompt was cropped")
 
 
 def test_cropping_into_moved_pads_is_refused(pair):
@@ -825,7 +825,7 @@ def test_a_cache_with_pads_needs_its_mask(pair):
 def test_masks_of_other_widths_are_refused(pair, width):
     model, _ = pair()
     _, cache = loop(model, text(), steps=1)
-    refuses(model, cache, "attention_mask", attention_mask=torch.ones(2, width, dtype=torch.long))
+    assert_cache_is_refused(model, cache, "attention_mask", attention_mask=torch.ones(2, width, dtype=torch.long))
 
 
 def test_a_mask_that_hides_virtual_tokens_is_refused(pair):
@@ -838,14 +838,14 @@ def test_a_mask_that_hides_virtual_tokens_is_refused(pair):
 
 def test_a_tuple_is_no_cache(pair):
     model, _ = pair()
-    refuses(model, ((torch.zeros(2, 1, P, 12),) * 2,) * 2, "is a tuple")
+    assert_cache_is_refused(model, ((torch.zeros(2, 1, P, 12),) * 2,) * 2, "is a tuple")
 
 
 def test_the_cache_of_a_packed_batch_is_refused(pair):
     model, _ = pair()
     out = model(input_ids=text())
     assert engine_status(model).packed
-    refuses(model, out.past_key_values, "use_cache=True")
+    assert_cache_is_refused(model, out.past_key_values, "use_cache=True")
 
 
 def test_a_cache_that_came_by_default_goes_on_or_is_refused(pair):
@@ -855,7 +855,7 @@ def test_a_cache_that_came_by_default_goes_on_or_is_refused(pair):
         out = model(**inputs, output_hidden_states=True)
         assert new_tokens(model, ids, past_key_values=out.past_key_values) == new_tokens(model, ids)
     out = model(input_ids=text(3), attention_mask=LEFT, output_hidden_states=True)
-    refuses(model, out.past_key_values, "use_cache=True")
+    assert_cache_is_refused(model, out.past_key_values, "use_cache=True")
 
 
 @old_name
@@ -869,9 +869,9 @@ def test_a_cache_that_came_by_default_has_its_prompt_whatever_the_call_was(pair,
     out = model.train("training" in way)(**batch, output_hidden_states=True, return_dict=return_dict)
     cache = out.past_key_values if return_dict else out[-2]
     model.eval()
-    refuses(model, cache, "with labels or with pads")
+    assert_cache_is_refused(model, cache, "with labels or with pads")
     with model.disable_adapter():
-        refuses(model, cache, "the adapter is disabled")
+        assert_cache_is_refused(model, cache, "the adapter is disabled")
 
 
 def test_a_cache_in_a_tuple_goes_on(pair):

@@ -15,9 +15,9 @@ from transformers.models.llama.modeling_llama import LlamaAttention, eager_atten
 from peft_prompt_ext import _seam, engine_status, peft_models
 from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import interface
-from tests.causal_models import tiny_model
 from tests.helpers import make_batch, one_thread, prompt_of, prompted  # noqa: F401
-from tests.test_shared_prefix import padded
+from tests.shared_prefix.causal_models import tiny_model
+from tests.shared_prefix.helpers import padded
 
 
 IDS = make_batch("CAUSAL_LM", rows=3, text=37)["input_ids"]

@@ -12,12 +12,12 @@ from peft_prompt_ext.tasks import get_task
 from peft_prompt_ext.tasks.data import load_split
 from peft_prompt_ext.training.predictor import Predictor
 from tests.helpers import one_thread  # noqa: F401
-from tests.test_recipe_train import DATA, KINDS, recipe, train  # noqa: F401
+from tests.training.test_recipe_train import DATA, KINDS, recipe, train  # noqa: F401
 
 
 @pytest.fixture(scope="module")
 def predict():
-    path = Path(__file__).parent.parent / "recipes" / "predict.py"
+    path = Path(__file__).parents[2] / "recipes" / "predict.py"
     spec = importlib.util.spec_from_file_location("recipes_predict", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)

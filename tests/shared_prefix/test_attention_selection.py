@@ -12,7 +12,7 @@ from peft_prompt_ext.shared_prefix.attention import reference, select
 from peft_prompt_ext.shared_prefix.attention.select import AttentionCall
 from peft_prompt_ext.shared_prefix.precision import precision
 from tests.helpers import one_thread, prompted  # noqa: F401
-from tests.test_shared_prefix import compare, padded
+from tests.shared_prefix.helpers import assert_rows_equal_those_alone, padded
 
 
 CPU = torch.device("cpu")
@@ -132,7 +132,7 @@ def test_the_proved_attention_runs_in_every_layer_and_is_logged(build_model, off
     assert "run packed, with flex attention: relative error" in caplog.text
     seen.clear()
 
-    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
 
     assert seen == [13 + 6 + 11 + 1] * 2
 
@@ -148,7 +148,7 @@ def test_a_model_whose_attention_is_not_proved_takes_sdpa(build_model, offered, 
     assert status.reason in caplog.text
     seen.clear()
 
-    compare(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded("holes", "CAUSAL_LM"), "CAUSAL_LM")
 
     assert not seen
 

@@ -11,8 +11,8 @@ from peft_prompt_ext import engine_status
 from peft_prompt_ext.shared_prefix.attention import reference, sdpa, select, varlen
 from peft_prompt_ext.shared_prefix.layout import causal, pack
 from tests.helpers import one_thread, prompted  # noqa: F401
-from tests.test_packed_attention import layouts, tokens
-from tests.test_shared_prefix import compare, padded
+from tests.shared_prefix.helpers import assert_rows_equal_those_alone, padded
+from tests.shared_prefix.test_packed_attention import layouts, tokens
 
 
 def each_alone(query, key, value, parts, scaling, sliding_window):
@@ -97,6 +97,6 @@ def test_models_give_each_rows_own_results(build_model, monkeypatch, architectur
     monkeypatch.setenv(select.VARIABLE, "varlen")
     model = prompted(build_model(architecture), "CAUSAL_LM", num_virtual_tokens=13)
 
-    compare(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
+    assert_rows_equal_those_alone(model, padded(kind, "CAUSAL_LM"), "CAUSAL_LM")
 
     assert engine_status(model).attention == "varlen"

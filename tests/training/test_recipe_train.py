@@ -27,9 +27,9 @@ from peft_prompt_ext.training.methods import METHODS
 from tests.helpers import one_thread  # noqa: F401
 
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "recipes" / "train.py"
-DATA = Path(__file__).parent / "data"
+DATA = Path(__file__).parents[1] / "data"
 BENCHMARKS = [name for name in available_tasks() if get_task(name).benchmark]
 KINDS = [("llama", "CAUSAL_LM"), ("bert", "SEQ_CLS"), ("t5", "SEQ_2_SEQ_LM")]
 

@@ -5,7 +5,7 @@ import torch
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from tests.helpers import make_batch, one_thread, prompted  # noqa: F401
-from tests.test_shared_prefix import mixed_model, padded
+from tests.shared_prefix.helpers import mixed_model, padded
 
 
 P = 5

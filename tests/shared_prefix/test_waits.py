@@ -6,8 +6,8 @@ import torch
 from peft_prompt_ext import engine_status
 from peft_prompt_ext.shared_prefix.attention import select, varlen
 from tests.helpers import one_thread, prompted  # noqa: F401
-from tests.test_shared_prefix import mixed_model, padded
-from tests.waits import counting
+from tests.shared_prefix.helpers import mixed_model, padded
+from tests.shared_prefix.waits import counting
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "varlen"])

@@ -267,11 +267,11 @@ def _batch(lengths):
     return ids, mask
 
 
-TABLE = Path(__file__).parents[1] / "peft_prompt_ext" / "shared_prefix" / "MODELS.md"
+TABLE = Path(__file__).parents[2] / "peft_prompt_ext" / "shared_prefix" / "MODELS.md"
 
 
 def write_table():
-    """Run every model type and write the table: `python -m tests.causal_models`."""
+    """Run every model type and write the table: `python -m tests.shared_prefix.causal_models`."""
     transformers.logging.set_verbosity_error()
     warnings.simplefilter("ignore")
     lines = []
@@ -310,8 +310,8 @@ def table(outcomes):
 _TEXT = """\
 # Which causal language models run packed
 
-Made by `python -m tests.causal_models` with transformers {version}; `tests/test_causal_models.py` holds the code
-to it.
+Made by `python -m tests.shared_prefix.causal_models` with transformers {version};
+`tests/shared_prefix/test_causal_models.py` checks it.
 
 Each model type is built tiny from its own default config, with every kind of attention layer that it knows. What
 counts tokens in its config (windows, chunks, the top-k of sparse attention) is {threshold}. Three batches run, with
