@@ -221,7 +221,9 @@ def test_a_prompt_of_the_size_of_the_table_is_warned_of_where_embeddings_are_sca
 ):
     folder = stock(architecture)
 
-    with pytest.warns(UserWarning, match=rf"scale of {HIDDEN**0.5:.4g} times.*multiply it by {HIDDEN**0.5:.4g}"):
+    with pytest.warns(
+        UserWarning, match=rf"enter the model {HIDDEN**0.5:.4g} times.*multiply it by {HIDDEN**0.5:.4g}"
+    ):
         load(build_model(architecture), folder, "CAUSAL_LM")
 
 

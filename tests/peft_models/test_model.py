@@ -628,5 +628,5 @@ def test_a_classifier_does_not_put_its_prompt_behind_a_cache(build_model):
     del batch["labels"]
     stored = model.get_base_model()(**batch, use_cache=True).past_key_values
 
-    with pytest.raises(ValueError, match="holds 7 tokens"):
+    with pytest.raises(ValueError, match="has 7 tokens"):
         model(input_ids=batch["input_ids"], past_key_values=stored)

@@ -262,7 +262,7 @@ def test_supervised_logits_without_labels_are_pefts(build_model):
 def test_labels_of_another_width_than_the_texts_are_refused(build_model):
     batch = padded("right", "CAUSAL_LM")
     batch["labels"] = torch.nn.functional.pad(batch["labels"], (P, 0), value=-100)
-    with pytest.raises(ValueError, match=r"labels are \[3, 16\]; wanted .* \[3, 11\]"):
+    with pytest.raises(ValueError, match=r"labels are \[3, 16\]; wanted \[3, 11\]"):
         prompted(build_model("llama"), "CAUSAL_LM")(**batch)
 
 
