@@ -12,6 +12,7 @@ from .summary import Summary
 ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_prompt_ext/shared_prefix/README.md")
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
+CURVES = "![Score over seconds of training](results/curves.svg)\n\nOn the way, 128 rows are scored at most."
 WORDS = (
     "Clearly: the interval over the seeds excludes 0, and so does a permutation test over the scored rows (p < 0.05). "
     "Probably: one of the two. Tied: neither. Nothing is corrected for the number of comparisons. Every run, with its "
@@ -40,7 +41,6 @@ def markdown(summary: Summary, is_own: bool) -> str:
     """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
     prompt = summary.best("prompt_tuning")
     inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
-    curves = "![Score over seconds of training](results/curves.svg)"
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),
@@ -54,7 +54,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
         _fold("Task by task", tables.tasks(summary)),
         _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
         _fold("The base model in 4 bits", tables.bits(summary)),
-        _fold("Score over seconds of training", curves),
+        _fold("Score over seconds of training", CURVES),
         _engine(summary) if is_own else "",
         _fold("Runs by method", tables.runs_by_task(summary), WORDS),
     ]
@@ -86,10 +86,8 @@ def headline(summary: Summary) -> str:
     if summary.at_majority:
         sentences.append(f"On {tables.names(summary.at_majority)} no method clearly beats the majority class.")
     rows = summary.usable.drop_duplicates(["task", "eval_samples"])["eval_samples"].sum()
-    return (
-        f"{' '.join(sentences)} ({summary.model}, {summary.examples} training examples, {rows:.0f} scored rows, "
-        f"{len(summary.seeds)} seeds, {summary.device.upper()}.)"
-    )
+    what = f"{summary.model}, {summary.examples} training examples, {rows:.0f} scored rows"
+    return f"{' '.join(sentences)} ({what}, {len(summary.seeds)} seeds, {summary.device.upper()}.)"
 
 
 def _costs(summary: Summary, tasks: list[str]) -> str:
@@ -107,7 +105,9 @@ def _when(summary: Summary) -> list[str]:
         return []
     stored, memory = ([summary.cost(v, common, f"{what}_bytes") for v in pair] for what in ("adapter", "memory"))
     take = [f"many tasks share one model: a task takes {tables.size(stored[0])}, with LoRA {tables.size(stored[1])}"]
-    leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
+    mean, leave = summary.difference(*pair, common), []
+    if mean is None or mean.verdict not in FOUND or mean.mean.mean < 0:
+        leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
     if memory[0] < memory[1]:
         take.append(f"memory is short: {tables.size(memory[0])} with the model, with LoRA {tables.size(memory[1])}")
     for task in summary.others:
@@ -116,7 +116,11 @@ def _when(summary: Summary) -> list[str]:
             name, side = ("prompt tuning", take) if difference.mean.mean > 0 else ("LoRA", leave)
             side.append(f"the task is like {task}: {name} is ahead by {100 * abs(difference.mean.mean):.1f} points")
     lists = {"Take prompt tuning when": take, "Do not take it when": leave}
-    return [f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons) for title, reasons in lists.items()]
+    return [
+        f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons)
+        for title, reasons in lists.items()
+        if reasons
+    ]
 
 
 def _not_measured(summary: Summary) -> str:
