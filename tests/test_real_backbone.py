@@ -13,7 +13,7 @@ import torch
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
-from peft_prompt_ext import PromptTuningExtConfig, engine_status
+from peft_prompt_ext import PromptTuningExtConfig, engine_status, load_frozen_backbone
 
 
 pytestmark = pytest.mark.real
@@ -130,3 +130,18 @@ def test_the_engine_gives_the_loss_the_gradient_and_the_logits_of_stock_peft(row
     assert (grad - stock_grad).norm() <= 1e-5 * stock_grad.norm()
     for ours, stock in zip(logits, stock_logits, strict=True):
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("quantization", ["int8", "nf4"])
+def test_a_base_model_in_fewer_bits_is_proved_in_spite_of_its_rounding(rows, smollm2, quantization):
+    base = load_frozen_backbone(smollm2, quantization=quantization)
+    thresholds = [module.state.threshold for module in base.modules() if hasattr(module, "state")]
+    model = get_peft_model(base, PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=5))
+
+    loss = model(**DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(smollm2))(rows[:4])).loss
+    loss.backward()
+
+    assert engine_status(model).packed and engine_status(model).max_tokens is None
+    assert model.prompt_encoder["default"].embedding.weight.grad.norm() > 0
+    assert [module.state.threshold for module in base.modules() if hasattr(module, "state")] == thresholds
+    assert len(thresholds) > 100 if quantization == "int8" else not thresholds

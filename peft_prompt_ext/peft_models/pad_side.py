@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..devices import device_of
+from ..quantization import ignore_outliers
 
 
 logger = logging.getLogger(__name__)
@@ -43,13 +44,14 @@ def find_pad_side(model: Any) -> str:
     training, errors = [module for module in base_model.modules() if module.training], {}
     base_model.eval()
     try:
-        alone = _run(model, ids[:, :REAL], mask[:, :REAL])
-        tolerance = FP32_TOLERANCE if alone[0].dtype.itemsize >= 4 else LOW_PRECISION_TOLERANCE
-        for side in (BEHIND, IN_FRONT):
-            model.pad_side = side
-            errors[side] = _compare(_run(model, ids, mask), alone)
-            if errors[side] <= tolerance:
-                return side
+        with ignore_outliers(base_model):
+            alone = _run(model, ids[:, :REAL], mask[:, :REAL])
+            tolerance = FP32_TOLERANCE if alone[0].dtype.itemsize >= 4 else LOW_PRECISION_TOLERANCE
+            for side in (BEHIND, IN_FRONT):
+                model.pad_side = side
+                errors[side] = _compare(_run(model, ids, mask), alone)
+                if errors[side] <= tolerance:
+                    return side
     except Exception as error:  # the user's batch will raise it
         logger.debug("Pads are put behind the text, because a small batch could not run: %s", error)
         return BEHIND

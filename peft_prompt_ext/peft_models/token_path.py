@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from ..quantization import ignore_outliers
 from .decoding.feed import CACHES
 from .tokens import PACKED_ROW_INPUTS
 
@@ -126,7 +127,7 @@ def prove(base_model: Any, word_embeddings: Any, limit: int | None = None, decod
         .repeat(2, 1)
     )
     further: dict[str, Any] = {"decoder_input_ids": ids[:, :2]} if decoder else {}
-    with _LOCK, _preserve_attributes(base_model), torch.no_grad():
+    with _LOCK, _preserve_attributes(base_model), ignore_outliers(base_model), torch.no_grad():
         words = min(WORDS, length - 1)
         prompt, text = word_embeddings(ids[:, :words]), word_embeddings(ids[:, words:])
         prompt = torch.cat([prompt[:1], (prompt[1:] + prompt[1:].roll(1, 1)) / 2])

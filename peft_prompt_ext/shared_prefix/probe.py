@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..devices import device_of
+from ..quantization import ignore_outliers
 from ..sizes import max_positions
 from .attention.select import AttentionCall, list_candidates, select
 from .interface import NotPackable, attach
@@ -88,7 +89,7 @@ def _probe(
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
     calls: list[AttentionCall] = []
     batch = PackedPass(pack(mask, (PROMPT_LENGTH,)), calls=calls)
-    with _eval_mode(base_model):
+    with _eval_mode(base_model), ignore_outliers(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
         packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, batch), calls)
@@ -113,7 +114,7 @@ def _probe(
         max_positions(base_model) or FAR,
         tolerance == TOLERANCE.float32,
     )
-    with _eval_mode(base_model):
+    with _eval_mode(base_model), ignore_outliers(base_model):
         row, packs = find_longest(trial)
     attention, refused = select(attentions, calls)
     return EngineStatus(True, "; ".join([figure, *refused]), row, keeps, attention, packs)
