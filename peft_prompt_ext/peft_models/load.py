@@ -8,6 +8,7 @@ from typing import Any
 
 from peft import PeftConfig, PeftModel, PeftType
 
+from .._hub import hub_arguments
 from ..config import PromptTuningExtConfig
 from ..devices import keep_dispatched
 from .base import PromptTuningMixin
@@ -41,12 +42,8 @@ def load(
     return loaded
 
 
-def _select_hub_kwargs(kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in kwargs.items() if k in {"subfolder", "revision", "cache_dir", "token"}}
-
-
 def _is_prompt_tuning(config: PeftConfig | None, model_id: str, kwargs: dict[str, Any]) -> bool:
-    hub_kwargs = _select_hub_kwargs(kwargs)
+    hub_kwargs = hub_arguments(kwargs, "subfolder")
     peft_type = config.peft_type if config is not None else PeftConfig._get_peft_type(model_id, **hub_kwargs)
     return peft_type == PeftType.PROMPT_TUNING
 
@@ -55,5 +52,5 @@ def _read_plugin_config(model_id: str, kwargs: dict[str, Any]) -> PromptTuningEx
     """Read the config of an adapter that this plugin saved; None for other adapters."""
     if not _is_prompt_tuning(None, model_id, kwargs):
         return None
-    config = PromptTuningExtConfig.from_pretrained(model_id, **_select_hub_kwargs(kwargs))
+    config = PromptTuningExtConfig.from_pretrained(model_id, **hub_arguments(kwargs, "subfolder"))
     return None if config.init_record is None else config
