@@ -349,7 +349,7 @@ def ignore_outliers(model: torch.nn.Module) -> Iterator[None]:
     They multiply columns with an outlier in any token in 16 bits, so that one token changes the rounding of all others
     (by 4 to 16 % in SmolLM2), which hides what a comparison of two batches looks for. Dettmers et al. 2022, section 3.
     """
-    states = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
+    states: list[Any] = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
     thresholds = [state.threshold for state in states]
     try:
         for state in states:
