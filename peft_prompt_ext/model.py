@@ -20,7 +20,7 @@ from . import _record, token_path
 from .adapters import AdaptersMixin
 from .config import PromptTuningExtConfig
 from .decoding import GuardedGeneration, PromptedEncoderDecoder, PromptedGeneration, unwrapped
-from .decoding.feed import cache_of
+from .decoding.feed import given_length
 from .devices import bring_back
 from .encoder import fill_sizes
 from .frozen_backbone import dequantize_modules, keep_differentiable, new_modules, new_tables
@@ -56,7 +56,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         """See PEFT's class of the task."""
         kwargs = self._by_name(args, kwargs)
         self._check_token_path(kwargs)
-        seen = getattr(cache_of(kwargs), "get_seq_length", int)()
+        seen = given_length(kwargs)
         if seen and not self._has_decoder:
             raise ValueError(
                 f"The cache that is given holds {seen} tokens, and the prompt would stand behind them: "
@@ -242,7 +242,7 @@ class PeftModelForCausalLM(  # type: ignore[misc]
         prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
         if targets is not None and targets.shape == text.shape[:2] and not _keeps_some(kwargs):
             kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
-        goes_on = bool(getattr(cache_of(kwargs), "get_seq_length", int)())  # without the prompt's columns
+        goes_on = bool(given_length(kwargs))  # without the prompt's columns
         if goes_on or getattr(self.active_peft_config, "virtual_columns", True):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)

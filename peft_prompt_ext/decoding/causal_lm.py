@@ -33,7 +33,6 @@ class PromptedGeneration(GuardedGeneration):
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """See PEFT's class. With `past_key_values` or `use_cache` a call is a step of one's own decoding loop.
@@ -44,9 +43,6 @@ class PromptedGeneration(GuardedGeneration):
         Raises:
             ValueError: The cache does not hold the active prompt, or an argument does not fit the text.
         """
-        kwargs |= dict(
-            zip(("output_attentions", "output_hidden_states", "return_dict", "task_ids"), args, strict=False)
-        )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             self._check_token_path(kwargs)

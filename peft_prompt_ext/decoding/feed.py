@@ -15,7 +15,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..padding import reorder
-from .held_prompt import HeldPrompt, Place, held_by, note, place, seen_by
+from .held_prompt import HeldPrompt, Place, cache_length, held_by, note, place, seen_by
 from .view import unwrapped
 
 
@@ -317,6 +317,12 @@ def cache_of(values: Any) -> Any:
     """The cache among inputs or outputs, whatever its name; None if there is none, or they have no names."""
     named = values.items() if isinstance(values, Mapping) else ()
     return next((value for name, value in named if name in CACHES and value is not None), None)
+
+
+def given_length(values: Mapping[str, Any]) -> int:
+    """How many columns the cache among inputs has; 0 without one, or if it is none of transformers."""
+    stored = cache_of(values)
+    return cache_length(stored) if hasattr(stored, "get_seq_length") else 0
 
 
 def given_cache(base_model: Any, values: dict[str, Any]) -> Any:
