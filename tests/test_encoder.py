@@ -8,6 +8,7 @@ import transformers
 from peft import PeftModel, PromptTuningConfig, get_peft_model
 
 from peft_prompt_ext import PromptTuningExtConfig
+from peft_prompt_ext.encoder import token_dim
 from tests.helpers import VIRTUAL, make_batch, make_trainer, one_thread, prompt_of, prompted  # noqa: F401
 from tests.zoo import AUTO_CLASSES
 
@@ -134,6 +135,13 @@ def test_the_trainer_trains_it(tmp_path):
 def test_a_width_that_is_not_the_words_is_refused():
     with pytest.raises(ValueError, match=r"token_dim is 24.* 12 wide"):
         prompted(build("albert", "SEQ_CLS"), "SEQ_CLS", token_dim=WIDTH)
+
+
+def test_the_width_of_sharded_words_is_known():
+    words = torch.nn.Embedding(7, NARROW)
+    words.weight = torch.nn.Parameter(torch.empty(0))  # as DeepSpeed leaves it outside of a pass
+
+    assert token_dim(PromptTuningExtConfig(task_type="SEQ_CLS"), words) == NARROW
 
 
 def test_sizes_that_peft_reads_are_those_of_stock_peft(build_model):

@@ -62,9 +62,10 @@ def test_logits_as_wide_as_the_labels_are_smoothed_as_before(build_model, tmp_pa
     assert LabelSmoother.__call__ is original
 
 
-def test_a_loss_of_ones_own_gets_pefts_logits(build_model, tmp_path):
+@pytest.mark.parametrize("smoothing", [0, 0.3])
+def test_a_loss_of_ones_own_gets_pefts_logits(build_model, tmp_path, smoothing):
     model = prompted(build_model("llama"), "CAUSAL_LM", train_logits="supervised")
-    trainer, seen = make_trainer(model, "CAUSAL_LM", tmp_path, max_steps=1), []
+    trainer, seen = make_trainer(model, "CAUSAL_LM", tmp_path, label_smoothing_factor=smoothing, max_steps=1), []
 
     def loss(outputs, labels, num_items_in_batch=None):
         seen.append((outputs.logits.shape, labels.shape))
@@ -105,6 +106,15 @@ def test_it_is_right_for_every_name_of_the_backbone(build_model, tmp_path, archi
     assert output.logits.shape[0] == len(batch["labels"]) and trainer.compute_loss_func is None
     if task_type != "SEQ_2_SEQ_LM":  # these need decoder_input_ids of a collator
         trainer.train()
+
+
+def test_a_wrapped_model_is_smoothed_as_the_model_inside(build_model, tmp_path):
+    model, batch = prompted(build_model("gpt2"), "CAUSAL_LM").eval(), make_batch("CAUSAL_LM")
+    trainer = make_trainer(model, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3)
+
+    loss = trainer.compute_loss(torch.nn.DataParallel(model), dict(batch))
+
+    torch.testing.assert_close(loss, trainer.compute_loss(model, dict(batch)))
 
 
 def test_the_base_model_alone_has_its_labels_shifted(build_model, tmp_path):

@@ -20,7 +20,7 @@ from ..shared_prefix.precision import precision_of
 from ..sizes import fill_sizes
 from . import token_path
 from .adapters import AdaptersMixin
-from .decoding.feed import find_cache
+from .decoding.feed import count_given
 from .decoding.view import GuardedGeneration, unwrap
 from .fit import check_base, is_covered, list_names, make_trainable, remember_base
 from .peft_path import PeftPathMixin
@@ -50,7 +50,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         """See PEFT's class of the task."""
         kwargs = self._name_arguments(args, kwargs)
         self._check_token_path(kwargs)
-        seen = getattr(find_cache(kwargs), "get_seq_length", int)()
+        seen = count_given(kwargs)
         if seen and not self._has_decoder:
             raise ValueError(
                 f"The cache has {seen} tokens, so the prompt would come after them. {type(self).__name__} needs the "

@@ -13,7 +13,7 @@ import torch
 
 from ..labels import IGNORE_INDEX
 from .decoding.causal_lm import PromptedGeneration
-from .decoding.feed import find_cache
+from .decoding.feed import count_given
 from .pad_side import BEHIND
 from .padding import is_padded, pads_behind
 from .tokens import VIRTUAL_TOKEN_VALUES
@@ -58,7 +58,7 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
         prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
         if targets is not None and targets.shape == text.shape[:2] and not _selects_columns(kwargs):
             kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
-        has_seen_text = bool(getattr(find_cache(kwargs), "get_seq_length", int)())  # no virtual columns then
+        has_seen_text = bool(count_given(kwargs))  # no virtual columns then
         if has_seen_text or getattr(self.active_peft_config, "virtual_columns", True):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)

@@ -31,11 +31,10 @@ def real_last(attention_mask: torch.Tensor) -> torch.Tensor:
     return (attention_mask != 0).to(torch.uint8).argsort(dim=1, stable=True)
 
 
-def reorder(x: torch.Tensor, order: torch.Tensor, first_column: int = 0) -> torch.Tensor:
-    """Reorder the columns of `x` [B, T, ...] by `order` [B, t]; the first `first_column` columns stay."""
-    head, body = x[:, :first_column], x[:, first_column:]
+def reorder(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
+    """Reorder the columns of `x` [B, T, ...] by `order` [B, t]."""
     index = order.reshape(*order.shape, *[1] * (x.dim() - 2)).expand(*order.shape, *x.shape[2:])
-    return torch.cat([head, body.gather(1, index)], dim=1)
+    return x.gather(1, index)
 
 
 def count_real(attention_mask: torch.Tensor) -> torch.Tensor:

@@ -647,8 +647,85 @@ def test_padded_labels_have_the_loss_of_a_call_without_a_cache(pair, side):
     mask = MASKS[side]
     batch = {"input_ids": text(3), "attention_mask": mask, "labels": text(3)}
     torch.testing.assert_close(model(**batch, use_cache=True).loss, model(**batch).loss)
-    kept = model(**batch, use_cache=True, logits_to_keep=3).logits
-    torch.testing.assert_close(kept, model(**batch, use_cache=True).logits[:, -3:])
+    whole = model(**batch, use_cache=True).logits
+    for keep, columns in ((3, [-3, -2, -1]), (torch.tensor([0, 7]), [0, 7]), (torch.tensor([0]), [0])):
+        kept = model(**batch, use_cache=True, logits_to_keep=keep).logits
+        torch.testing.assert_close(kept, whole[:, columns])
+
+
+def test_a_step_takes_what_a_call_without_a_cache_takes(pair):
+    model, _ = pair()
+    ids = text()
+    want = model(input_ids=ids, use_cache=True)
+    logits, cache = model(input_ids=ids, use_cache=True, return_dict=False)
+    assert torch.equal(logits, want.logits) and cache.get_seq_length() == P + TEXT
+    with pytest.warns(UserWarning, match="Token type ids"):
+        got = model(input_ids=ids, use_cache=True, token_type_ids=torch.zeros_like(ids))
+    others = {"task_ids": torch.zeros(2), "cache_position": torch.arange(TEXT)}
+    for logits in (got.logits, model(input_ids=ids, use_cache=True, **others).logits):
+        assert torch.equal(logits, want.logits)
+    positional = model(ids, None, None, None, None, True, None, None, use_cache=True)
+    assert positional.hidden_states is not None and positional.attentions is None
+
+
+def test_a_step_refuses_what_it_cannot_place(pair):
+    model, base = pair()
+    ids = text()
+    both = {"input_ids": ids, "inputs_embeds": base.get_input_embeddings()(ids)}
+    for inputs in ({}, both):
+        with pytest.raises(ValueError, match="one of the two"):
+            model(**inputs, use_cache=True)
+    with pytest.raises(ValueError, match="shift_labels"):
+        model(input_ids=ids, shift_labels=ids, use_cache=True)
+    cache = loop(model, text(2, 119), steps=1)[1]
+    model(input_ids=text(2, 3), past_key_values=copy.deepcopy(cache))
+    with pytest.raises(ValueError, match="has 127 positions"):
+        model(input_ids=text(2, 4), past_key_values=cache)
+
+
+@architectures
+def test_a_step_returns_a_cache_whatever_the_base_models_default(pair, architecture):
+    model, _ = pair(architecture)
+    cache = loop(model, text(), steps=1)[1]
+    model.get_base_model().config.use_cache = False
+    assert model(input_ids=text(2, 1), past_key_values=cache).past_key_values is cache
+
+
+def test_a_call_that_asks_for_no_cache_is_no_step(pair):
+    model, _ = pair()
+    model(input_ids=text(), past_key_values=None, use_cache=False)
+    assert engine_status(model).packed
+    model.get_base_model().config.use_cache = False
+    model(input_ids=text(), past_key_values=None)
+    assert engine_status(model).packed
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_new_tokens_of_a_step_may_be_padded(pair, side):
+    model, _ = pair()
+    cache = loop(model, text(3), steps=1)[1]
+    mask = torch.cat([torch.ones_like(LEFT), MASKS[side]], dim=1)
+    got = model(input_ids=text(3, TEXT, seed=5), attention_mask=mask, past_key_values=cache).logits
+    for row, real in enumerate(MASKS[side].bool()):
+        one = loop(model, text(3)[row][None], steps=1)[1]
+        want = model(input_ids=text(3, TEXT, seed=5)[row, real][None], past_key_values=one).logits[0]
+        torch.testing.assert_close(got[row, real], want, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("cropped", [0, 2])
+def test_generate_knows_the_text_of_ones_own_loop(pair, cropped):
+    model, _ = pair()
+    cache = loop(model, text(1), steps=1)[1]
+    if cropped:
+        cache.crop(-cropped)
+    loop(model, text(1, 3, seed=9), cache, steps=1)
+    ids = torch.cat([text(1)[:, : TEXT - cropped], text(1, 3, seed=9), text(1, 2, seed=7)], dim=1)
+    for place in (1, TEXT - cropped + 1):
+        wrong = ids.clone()
+        wrong[0, place] += 1
+        with pytest.raises(ValueError, match="does not begin with"):
+            model.generate(wrong, past_key_values=cache, **OPTIONS)
+    assert new_tokens(model, ids, past_key_values=cache) == new_tokens(model, ids)
 
 
 # --- names of the cache
@@ -1277,6 +1354,41 @@ def test_several_tokens_behind_a_state_are_right_or_refused(pair, monkeypatch, a
     else:
         with pytest.raises(NotImplementedError, match="several tokens at once"):
             model.generate(ids, past_key_values=cache, **OPTIONS)
+
+
+SSM = {"hidden_size": 24, "num_hidden_layers": 2, "state_size": 4, "expand": 2}
+SSM2 = {"num_heads": 4, "head_dim": 12, "n_groups": 1, "chunk_size": 8}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "sizes", "goes_on"), [("mamba", {}, False), ("mamba2", SSM2, True), ("falcon_mamba", {}, False)]
+)
+def test_padded_rows_of_a_model_that_has_states_alone(pair, monkeypatch, architecture, sizes, goes_on):
+    from tests import zoo
+
+    monkeypatch.setitem(zoo._SPECIFIC, architecture, {**SSM, **sizes})
+    model, base = pair(architecture)
+    ids = text(3).masked_fill(LEFT == 0, 2)
+    want = alone(model, ids, LEFT)
+    assert want[1] == new_tokens(base, with_words(ids[1:2]))[0]
+    assert new_tokens(model, ids, attention_mask=LEFT) == want
+    whole = torch.cat([ids, torch.tensor(want), text(3, 2)], dim=1)
+    name = "cache_params" if "cache_params" in signature(type(base).forward).parameters else "past_key_values"
+    mask, cache, taken = LEFT, None, []
+    for _ in range(NEW):
+        out = model(input_ids=ids, attention_mask=mask, use_cache=True, **{name: cache})
+        cache, ids = getattr(out, name), out.logits[:, -1:].argmax(-1)
+        taken.append(ids)
+        mask = torch.cat([mask, mask.new_ones(3, 1)], dim=1)
+    assert torch.cat(taken, 1).tolist() == want
+    later = {"input_ids": whole[:, -3:], "attention_mask": torch.cat([mask, mask[:, -2:]], dim=1), name: cache}
+    if not goes_on:
+        with pytest.raises(NotImplementedError, match="several tokens at once"):
+            model(**later)
+        return
+    for row, got in enumerate(model(**later).logits[:, -1]):
+        one = model(input_ids=whole[row][later["attention_mask"][row].bool()][None]).logits[0, -1]
+        torch.testing.assert_close(got, one, rtol=1e-4, atol=1e-4)
 
 
 # --- encoder-decoders

@@ -262,6 +262,15 @@ def test_a_disabled_prompt_takes_no_positions(build_model):
     assert torch.isfinite(loss) and generated.shape == (1, POSITIONS + 1)
 
 
+@pytest.mark.parametrize(("architecture", "task_type"), [("gpt2", "CAUSAL_LM"), ("bert", "SEQ_CLS")])
+def test_a_table_that_is_shorter_than_the_config_says_is_the_limit(build_model, architecture, task_type):
+    base = build_model(architecture, task_type)
+    base.config.update({"n_positions" if architecture == "gpt2" else "max_position_embeddings": 997})
+
+    with pytest.raises(ValueError, match=rf"{POSITIONS} positions"):
+        prompted(base, task_type)(**make_batch(task_type, text=POSITIONS - VIRTUAL + 1))
+
+
 @pytest.mark.parametrize(("architecture", "task_type"), [("bloom", "CAUSAL_LM"), ("t5", "SEQ_2_SEQ_LM")])
 def test_relative_positions_have_no_end(build_model, architecture, task_type):
     model = prompted(build_model(architecture, task_type), task_type)

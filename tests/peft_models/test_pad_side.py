@@ -58,6 +58,19 @@ def test_a_row_is_classified_as_it_is_alone(architecture, kind):
         torch.testing.assert_close(together[row], model(**one).logits[0], rtol=1e-4, atol=1e-5)
 
 
+def test_a_base_model_that_counts_itself_gets_no_positions():
+    class Strict(transformers.BloomForSequenceClassification):
+        def forward(self, inputs_embeds=None, attention_mask=None, input_ids=None, return_dict=None):
+            return super().forward(inputs_embeds=inputs_embeds, attention_mask=attention_mask)
+
+    config = transformers.BloomConfig(vocab_size=331, pad_token_id=2, hidden_size=24, n_layer=2, n_head=2)
+    model, ids, mask = prompted(Strict(config), "SEQ_CLS").eval(), ids_of(), torch.tensor(MASKS["left"])
+
+    together = model(input_ids=ids, attention_mask=mask).logits
+
+    torch.testing.assert_close(together[0], model(input_ids=ids[:1, 3:]).logits[0], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     ("architecture", "side"),
     [("ctrl", IN_FRONT), ("xlnet", IN_FRONT), ("modernbert-decoder", IN_FRONT), ("bert", BEHIND)],

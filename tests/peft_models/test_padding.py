@@ -67,6 +67,17 @@ def test_a_rows_outputs_are_its_outputs_alone(build_model, architecture, task_ty
         torch.testing.assert_close(together.loss, each.sum(), rtol=1e-5, atol=1e-5)
 
 
+def test_positions_that_are_given_move_with_their_tokens(build_model):
+    model, batch = model_and_batch(build_model, "gpt2", "SEQ_CLS")
+    positions = 11 + (MASK.cumsum(1) - 1).clamp(min=0)
+
+    together = model(**batch, position_ids=positions).logits
+
+    for row, real in enumerate(MASK.bool()):
+        one = model(**alone(batch, "SEQ_CLS", row), position_ids=positions[row, real][None]).logits[0]
+        torch.testing.assert_close(together[row], one, rtol=1e-5, atol=1e-5)
+
+
 def test_answer_positions_move_with_their_tokens(build_model):
     model, batch = model_and_batch(build_model, "bert", "QUESTION_ANS")
     order = [row.nonzero()[:, 0].tolist() + (row == 0).nonzero()[:, 0].tolist() for row in MASK]

@@ -25,13 +25,12 @@ from .modes import allow_candidates, check_mode, make_room
 class PromptedGeneration(PackedMixin):
     """`generate`, `prepare_inputs_for_generation` and calls with a cache, for a decoder with a prompt."""
 
-    def forward(
+    def forward(  # type: ignore[override]  # called by name
         self,
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
-        *args: Any,
         **kwargs: Any,
     ) -> Any:
         """See PEFT's class. A call with `past_key_values` or `use_cache` is a step of a decoding loop.
@@ -42,9 +41,6 @@ class PromptedGeneration(PackedMixin):
         Raises:
             ValueError: The cache does not have the active prompt, or an argument does not fit the text.
         """
-        kwargs |= dict(
-            zip(("output_attentions", "output_hidden_states", "return_dict", "task_ids"), args, strict=False)
-        )
         inputs = {"input_ids": input_ids, "attention_mask": attention_mask, "inputs_embeds": inputs_embeds}
         if kwargs.get("adapter_names") is None and self._is_step({**inputs, **kwargs}):
             self._check_token_path(kwargs)

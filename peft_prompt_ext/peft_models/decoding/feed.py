@@ -15,7 +15,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..padding import reorder
-from .held_prompt import HeldPrompt, Place, count_seen, get_held, place, set_held
+from .held_prompt import HeldPrompt, Place, count_cached, count_seen, get_held, place, set_held
 from .view import unwrap
 
 
@@ -319,6 +319,12 @@ def find_cache(values: Any) -> Any:
     """Find the cache among named inputs or outputs, under any of its names; None if there is none."""
     named = values.items() if isinstance(values, Mapping) else ()
     return next((value for name, value in named if name in CACHES and value is not None), None)
+
+
+def count_given(values: Mapping[str, Any]) -> int:
+    """Count the columns in the cache among inputs; 0 without one, or if it is not a cache of transformers."""
+    stored = find_cache(values)
+    return count_cached(stored) if hasattr(stored, "get_seq_length") else 0
 
 
 def take_cache(base_model: Any, values: dict[str, Any]) -> Any:
