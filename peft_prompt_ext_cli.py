@@ -5,6 +5,7 @@ Help needs neither, so it is answered with the package's __init__ left out.
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
@@ -23,6 +24,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = list(sys.argv[1:] if argv is None else argv)
     if (len(argv) < 2 or {"-h", "--help"} & set(argv)) and PACKAGE not in sys.modules:
         _import_without_init()
+    # where PEFT imports it, it recommends a package for 4-bit inference, in every command
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from peft_prompt_ext import cli
 
     cli.main(argv)

@@ -3,7 +3,8 @@
     python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
 
 Left out is what was not measured, what does not fit, and what is clearly or probably behind the best mean. Of the
-rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal.
+rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal. Then, of
+one task, LoRA is taken, because inference servers load it, and of several what costs less.
 """
 
 import argparse
@@ -23,7 +24,7 @@ COLUMNS = {"time": "seconds", "memory": "memory_bytes", "storage": "adapter_byte
 
 
 def main(arguments: list[str]) -> None:
-    """Print the answer; the exit status is 1 if nothing fits."""
+    """Print the answer; the exit status is 1 if there is nothing to take."""
     logging.disable(logging.WARNING)  # what libraries say at their import
     options = _options(arguments)
     from .report.command import read
@@ -42,7 +43,7 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
-    """The lines of the answer, the pick first, and whether anything fits; a task that no run has is a ValueError."""
+    """The lines of the answer, the pick first, and whether there is one; a task that no run has is a ValueError."""
     from .report.tables import COSTS, difference_text, names, on_what, percent
 
     tasks = sorted(set(options.task or summary.common))
@@ -50,6 +51,11 @@ def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
         from peft_prompt_ext._choices import check_choice  # takes its time, for a good message
 
         check_choice("--task", unknown[0], summary.tasks)
+    where = f"Speaks of {on_what(summary, tasks)}"
+    unlearnt = [task for task in tasks if task in summary.at_majority]
+    nothing = f"o method clearly beats the majority class on {names(unlearnt)} with this model"
+    if unlearnt == tasks:
+        return [f"N{nothing}; take a larger model.", where], False
     scores = {variant: summary.score(variant, tasks) for variant in summary.variants()}
     reasons = {variant: _obstacle(summary, variant, scores[variant], tasks, options) for variant in scores}
     left = [variant for variant, reason in reasons.items() if not reason]
@@ -59,8 +65,7 @@ def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
         if variant != best and (difference is None or difference.verdict != "tied"):
             reasons[variant] = f"{difference_text(difference)}, against {best}"
     tied = [variant for variant in left if not reasons[variant]]
-    pick, dearer = _cheapest(summary, tied, tasks, options.prefer) if tied else (None, {})
-    where = f"Speaks of {on_what(summary, tasks)}"
+    pick, dearer = _cheapest(summary, tied, tasks, options) if tied else (None, {})
     others = [f"{variant}: {reason}." for variant, reason in reasons.items() if reason]
     if pick is None:
         return ["Nothing fits.", where, *others], False
@@ -71,8 +76,8 @@ def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
 
     first = "the best mean" if pick == best else f"tied with {best}, the best mean"
     lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
-    if set(tasks) & set(summary.at_majority):
-        lines.append(f"On {names(summary.at_majority)} no method clearly beats the majority class.")
+    if unlearnt:
+        lines.append(f"N{nothing}.")
     lines += [f"{variant}: tied; not picked because {dearer[variant]}: {costs(variant)}." for variant in dearer]
     return [*lines, *others], True
 
@@ -94,10 +99,18 @@ def _obstacle(summary: Any, variant: str, score: Any, tasks: list[str], options:
     return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
 
 
-def _cheapest(summary: Any, variants: list[str], tasks: list[str], prefer: str) -> tuple[str, dict[str, str]]:
+def _cheapest(
+    summary: Any, variants: list[str], tasks: list[str], options: argparse.Namespace
+) -> tuple[str, dict[str, str]]:
     """By the costs that are known of all, then the most tasks, then the highest mean; and why not each other one."""
     dearer: dict[str, str] = {}
+    prefer = options.prefer
     for name in [] if prefer == "score" else [prefer, *(name for name in COLUMNS if name != prefer)]:
+        served = [variant for variant in variants if summary.method(variant) == "lora"]
+        if name != prefer and options.tasks == 1 and served:
+            why = "for one task LoRA is as good, and inference servers load it"
+            dearer |= {variant: why for variant in variants if variant not in served}
+            variants = served
         costs = {variant: summary.cost(variant, tasks, COLUMNS[name]) for variant in variants}
         if all(cost == cost for cost in costs.values()):  # none is NaN
             least = SAME_COST * min(costs.values())
@@ -114,7 +127,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "python -m benchmarks recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory", type=_size, help="of the device, such as 8GB: the model and its training")
-    parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: matters to --storage")
+    parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: for --storage, and a tie")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
     parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
     parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's means")

@@ -14,10 +14,15 @@ READMES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_promp
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 CURVES = "![Score over seconds of training](results/curves.svg)\n\nOn the way, 128 rows are scored at most."
 WORDS = (
-    "Clearly: the interval over the seeds excludes 0, and so does a permutation test over the scored rows (p < 0.05). "
-    "Probably: one of the two. Tied: neither. Nothing is corrected for the number of comparisons. Every run, with its "
-    "settings, versions and machine, is a line in `benchmarks/results`."
+    "Clearly: two tests find the difference, the 95 % interval over the seeds and a permutation test over the scored "
+    "rows (p < 0.05). Probably: one of them does. Tied: neither does. No correction for the number of comparisons."
 )
+PADDED = (
+    "LoRA here is padded, with the head at every position. In the comparison above both group rows by length and run "
+    "the head at labels, and there is no lead in time."
+)
+STORE = "Every run, with its settings, versions and machine, is a line in `benchmarks/results`{}."
+HERE = " (speed alone was measured on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
 
 
 def filled(text: str, summary: Summary) -> str:
@@ -46,17 +51,20 @@ def markdown(summary: Summary, is_own: bool) -> str:
         headline(summary),
         "![Score by task and method with 95 % intervals](results/scores.svg)",
         tables.overview(summary),
-        f"{tables.on_what(summary)} A score is the task's main metric; ± and brackets are 95 % intervals over the "
-        "seeds. Training is the time of the steps, measured interleaved: compare times within this table only. "
-        + (f"The prompt is the one that was run on the most tasks: {prompt}." if prompt else ""),
+        WORDS,
+        f"{tables.on_what(summary)} A task with fewer rows repeats them. A score is the task's main metric; ± and "
+        "brackets are 95 % intervals over the seeds. A prompt is as long as the task's question needs, so its size "
+        "differs. Training is the time of the steps, measured interleaved: compare times within this table only. "
+        + (f"The prompt is the one that was run on the most tasks: {prompt}. " if prompt else "")
+        + STORE.format(f"; {summary.elsewhere} have other settings or are of a search" if summary.elsewhere else ""),
         *_when(summary),
-        _not_measured(summary),
+        _not_measured(summary, is_own),
         _fold("Task by task", tables.tasks(summary)),
         _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
         _fold("The base model in 4 bits", tables.bits(summary)),
         _fold("Score over seconds of training", CURVES),
         _engine(summary) if is_own else "",
-        _fold("Runs by method", tables.runs_by_task(summary), WORDS),
+        _fold("Runs by method", tables.runs_by_task(summary)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
 
@@ -86,16 +94,22 @@ def headline(summary: Summary) -> str:
     if summary.at_majority:
         sentences.append(f"On {tables.names(summary.at_majority)} no method clearly beats the majority class.")
     rows = summary.usable.drop_duplicates(["task", "eval_samples"])["eval_samples"].sum()
-    what = f"{summary.model}, {summary.examples} training examples, {rows:.0f} scored rows"
+    what = f"{summary.model}, {tables.examples(summary)}, {rows:.0f} scored rows"
     return f"{' '.join(sentences)} ({what}, {len(summary.seeds)} seeds, {summary.device.upper()}.)"
 
 
 def _costs(summary: Summary, tasks: list[str]) -> str:
-    """What prompt tuning and LoRA cost, in words."""
-    pair, texts = [variant for variant in map(summary.best, ("prompt_tuning", "lora")) if variant], []
-    for column, form, what in tables.COSTS[:3]:
-        texts.append(f"{' against '.join(form(summary.cost(variant, tasks, column)) for variant in pair)} {what}")
-    return ", ".join(texts)
+    """What prompt tuning saves and what LoRA saves, in words."""
+    pair, saved = [summary.best(method) for method in ("prompt_tuning", "lora")], {}
+    words = {"adapter_bytes": "storage for a task", "memory_bytes": "peak memory", "seconds": "training time"}
+    for column, form, _ in tables.COSTS[:3]:
+        costs = sorted((summary.cost(str(variant), tasks, column), variant) for variant in pair)
+        if costs[0][0] < costs[1][0]:  # neither is NaN
+            texts = saved.setdefault(NAMES[summary.method(str(costs[0][1]))], [])
+            texts.append(f"{words[column]} ({' against '.join(form(cost) for cost, _ in costs)})")
+    return (
+        ", ".join(f"{name} takes less {tables.names(texts)}" for name, texts in saved.items()) or "they are equal too"
+    )
 
 
 def _when(summary: Summary) -> list[str]:
@@ -103,18 +117,21 @@ def _when(summary: Summary) -> list[str]:
     pair, common = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method))], summary.common
     if len(pair) < 2:
         return []
-    stored, memory = ([summary.cost(v, common, f"{what}_bytes") for v in pair] for what in ("adapter", "memory"))
-    take = [f"many tasks share one model: a task takes {tables.size(stored[0])}, with LoRA {tables.size(stored[1])}"]
+    stored, memory = [tables.stored(summary, v) for v in pair], [summary.cost(v, common, "memory_bytes") for v in pair]
+    take = [f"many tasks share one model: a task takes {stored[0]}, with LoRA {stored[1]}"]
     mean, leave = summary.difference(*pair, common), []
     if mean is None or mean.verdict not in FOUND or mean.mean.mean < 0:
-        leave = [f"there is one task and room for {tables.size(stored[1])}: LoRA scores no less, and servers take it"]
+        leave = [f"there is one task and room for {stored[1]}: LoRA scores no less, and inference servers load it"]
     if memory[0] < memory[1]:
-        take.append(f"memory is short: {tables.size(memory[0])} with the model, with LoRA {tables.size(memory[1])}")
+        take.append(
+            f"memory is short: a peak of {tables.size(memory[0])}, model included; LoRA {tables.size(memory[1])}"
+        )
     for task in summary.others:
         difference = summary.difference(*pair, [task])
         if difference is not None and difference.verdict in FOUND:
             name, side = ("prompt tuning", take) if difference.mean.mean > 0 else ("LoRA", leave)
-            side.append(f"the task is like {task}: {name} is ahead by {100 * abs(difference.mean.mean):.1f} points")
+            points = f"{100 * abs(difference.mean.mean):.1f} points"
+            side.append(f"the task is like {task}: {name} is {difference.verdict} ahead, by {points}")
     lists = {"Take prompt tuning when": take, "Do not take it when": leave}
     return [
         f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons)
@@ -123,12 +140,17 @@ def _when(summary: Summary) -> list[str]:
     ]
 
 
-def _not_measured(summary: Summary) -> str:
-    left = {v: [task for task in summary.tasks if task not in summary.tasks_of(v)] for v in summary.compared}
-    missing = "; ".join(f"{variant} on {tables.names(tasks)}" for variant, tasks in left.items() if tasks)
-    elsewhere = f"; the store has {summary.elsewhere} runs of other settings or of a search for learning rates"
-    others = f"Other models, devices and numbers of examples{elsewhere if summary.elsewhere else ''}"
-    lines = [*filter(None, [missing]), others, "Prompts on encoders: `recipes/README.md` has single runs"]
+def _not_measured(summary: Summary, is_own: bool) -> str:
+    left: dict[str, list[str]] = {}
+    for variant in dict.fromkeys([*summary.compared, *summary.variants()]):
+        if missing := [task for task in summary.tasks if task not in summary.tasks_of(variant)]:
+            left.setdefault(tables.names(missing), []).append(variant)
+    device, model = HERE if is_own else ("", "")
+    lines = [
+        *(f"On {tasks}: {'; '.join(variants)}" for tasks, variants in left.items()),
+        f"Scores on other devices{device} and of other models{model}",
+        "Other numbers of examples and other ranks of LoRA",
+    ]
     return "## What was not measured\n\n" + "\n".join(f"- {line}." for line in lines)
 
 
@@ -143,17 +165,7 @@ def _diverged(summary: Summary) -> str:
 
 def _engine(summary: Summary) -> str:
     """The project's own measurements of the engine."""
-    cpu = "SmolLM2-135M in fp32, 16 reviews, two AVX2 cores; the floor is the frozen model over the real tokens:"
-    gpu = "One NVIDIA H200, Llamas with random weights, 16 rows (long: 256 to 512 tokens), 100 virtual tokens:"
-    mixed = "One batch of many tasks beside a batch for each task, forward only:"
-    parts = [
-        cpu,
-        tables.engine_cpu(summary),
-        gpu,
-        tables.engine_gpu(summary),
-        mixed,
-        tables.FOR_READMES["mixed"](summary),
-    ]
+    parts = tables.engine_cpu(summary), PADDED, tables.engine_gpu(summary), tables.mixed(summary)
     return _fold("The engine: training steps and mixed-task batches", *parts)
 
 
@@ -166,6 +178,7 @@ def html(text: str, folder: Path) -> str:
         return "<figure>" + svg.replace("<svg ", f'<svg role="img" aria-label="{found[2]}" ', 1) + "</figure>"
 
     body = MarkdownIt("commonmark", {"html": True}).enable("table").render(text)
+    body = re.sub(r"<a href=[^>]*>(.*?)</a>", r"\1", body)  # the file may be anywhere
     body = re.sub(r'<p><img src="([^"]+)" alt="([^"]*)" /></p>', inline, body)
     body = re.sub(r"(<table>.*?</table>)", r'<div class="scroll" tabindex="0">\1</div>', body, flags=re.DOTALL)
     title = re.sub(r"<.*?>", "", body.split("</h1>")[0])

@@ -63,9 +63,10 @@ def names(items: Sequence[str]) -> str:
     return " and ".join(filter(None, (", ".join(items[:-1]), *items[-1:])))
 
 
+ROUNDED = {"smollm2-135m": " (the Hub's weights rounded to 4 bits, computed in fp32)"}
 COSTS: list[tuple[str, Callable[[float], str], str]] = [
     ("adapter_bytes", size, "stored for a task"),
-    ("memory_bytes", size, "memory with the model"),
+    ("memory_bytes", size, "peak memory, model included"),
     ("seconds", seconds, "training"),
     ("latency", "{:.1f} x".format, "scoring, against the bare model"),
 ]
@@ -77,9 +78,21 @@ def on_what(summary: Summary, tasks: Sequence[str] = ()) -> str:
     which = names([f"{task} ({rows:.0f} rows)" for task, rows in runs.groupby("task")["eval_samples"].max().items()])
     machines = names(sorted({machine.split(" (")[0] for machine in runs["machine"]}))
     shared = " share text and count as one task" if runs.groupby("group")["task"].nunique().max() > 1 else ""
-    where = f"{summary.model} on a {summary.device.upper()} ({machines})"
-    seeds = ", ".join(map(str, summary.seeds))
-    return f"{where}, {summary.examples} training examples, seeds {seeds}; {which}{shared}."
+    where = f"{summary.model}{ROUNDED.get(summary.model, '')} on a {summary.device.upper()} ({machines})"
+    return f"{where}, {examples(summary)}, seeds {', '.join(map(str, summary.seeds))}; {which}{shared}."
+
+
+def examples(summary: Summary) -> str:
+    """How long a run trains."""
+    steps = summary.usable.loc[summary.usable["examples"].notna(), "steps"].mode()[0]
+    return f"{summary.examples} examples ({steps:.0f} steps of {summary.examples / steps:.0f})"
+
+
+def stored(summary: Summary, variant: str) -> str:
+    """The fewest and the most bytes that a task stores: a prompt is as long as its question needs."""
+    least, most = map(size, summary.of(variant, summary.tasks)["adapter_bytes"].agg(["min", "max"]))
+    same_unit = least.split()[-1] == most.split()[-1]
+    return most if least == most else f"{least.split()[0] if same_unit else least} to {most}"
 
 
 def overview(summary: Summary) -> str:
@@ -91,7 +104,8 @@ def overview(summary: Summary) -> str:
         rows.append([f"score, {group}", *(percent(summary.score(variant, tasks)) for variant in columns)])
         if lora is not None:
             rows.append(["against LoRA", *(_against(summary, variant, lora, tasks) for variant in columns)])
-    for column, form, what in COSTS:
+    rows.append([COSTS[0][2], *(stored(summary, variant) for variant in columns)])
+    for column, form, what in COSTS[1:]:
         rows.append([what, *(form(summary.cost(variant, summary.common, column)) for variant in columns)])
     return table(["", *(f"**{NAMES[summary.method(variant)]}**" for variant in columns)], rows)
 
@@ -104,8 +118,8 @@ def headline(summary: Summary) -> str:
     """Prompt tuning, LoRA, full fine-tuning and zero-shot: score and costs."""
     rows = []
     for variant in summary.compared:
-        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2::-1]]
-        rows.append([variant, percent(summary.score(variant, summary.common)), *costs])
+        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2:0:-1]]
+        rows.append([variant, percent(summary.score(variant, summary.common)), *costs, stored(summary, variant)])
     return f"{table(['method', 'score', *(what for _, _, what in COSTS[2::-1])], rows)}\n\n{on_what(summary)}"
 
 
@@ -143,8 +157,8 @@ def bits(summary: Summary) -> str:
         costs = [size(weights), size(memory - weights), seconds(summary.cost(variant, common, "seconds"))]
         scores = [percent(summary.score(variant, common)), _against(summary, variant, best, common)]
         rows.append([variant, *costs, *scores, ", ".join(f"{100 * score:.1f}" for score in over) or "not run"])
-    head = ["method", "weights", "memory above", "training", "score", "against full precision"]
-    return table([*head, "over the other precision, by seed"], rows)
+    head = ["method", "weights", "peak memory above the weights", "training", "score", "against full precision"]
+    return table([*head, "movie_reviews over the other precision, by seed"], rows)
 
 
 def engine_cpu(summary: Summary) -> str:
@@ -152,7 +166,8 @@ def engine_cpu(summary: Summary) -> str:
     lines = read_lines("speed_cpu.jsonl")
     lines = lines[~lines["gradient_checkpointing"] & (lines["precision"] == "float32")]
     batch = lines[(lines["text"] == "short") & (lines["batch_size"] == 16)]
-    return step_table(batch[batch["machine"] == batch["machine"].mode()[0]])
+    caption = "SmolLM2-135M in fp32, 16 reviews (8 to 54 tokens), two AVX2 cores; the floor is the frozen model alone"
+    return f"{caption}, without pads:\n\n{step_table(batch[batch['machine'] == batch['machine'].mode()[0]])}"
 
 
 def step_table(lines: pd.DataFrame) -> str:
@@ -170,8 +185,8 @@ def step_table(lines: pd.DataFrame) -> str:
         times = [ratio(steps, key, other) for other in (stock, ("lora", 0), ("floor", 0))]
         memory = [f"{peaks[key] / 2**30:.2f} GiB", ratio(peaks, key, stock)]
         rows.append([ENGINE[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
-    head = ["method", "virtual tokens", "step", "x PEFT's", "x LoRA's", "x floor"]
-    return table([*head, "peak memory above the model", "x PEFT's"], rows)
+    head = ["method", "virtual tokens", "step", "step / PEFT's", "step / LoRA's", "step / floor"]
+    return table([*head, "peak memory above the weights", "memory / PEFT's"], rows)
 
 
 def engine_gpu(summary: Summary) -> str:
@@ -182,7 +197,9 @@ def engine_gpu(summary: Summary) -> str:
     for (text, model, precision), same in lines.groupby(["text", "model", "precision"]):
         cells = [_gpu_cell(same[(same["method"] == method) & (same["attention"] == how)]) for method, how in GPU]
         rows.append([f"{model.rsplit('-', 1)[1].upper()}, {precision.replace('bfloat16', 'bf16')}, {text}", *cells])
-    return table(["model and rows", *GPU.values()], rows)
+    caption = "One NVIDIA H200, Llamas with random weights, 16 rows (short: 8 to 54 tokens, long: 256 to 512), 100"
+    caption += " virtual tokens; time of a step, and peak memory above the weights:"
+    return f"{caption}\n\n{table(['model and rows', *GPU.values()], rows)}"
 
 
 def _gpu_cell(lines: pd.DataFrame) -> str:
@@ -190,6 +207,14 @@ def _gpu_cell(lines: pd.DataFrame) -> str:
     lines = lines[lines["run"] == lines["run"].max()]
     step, peak = lines.explode("step_time_s")["step_time_s"].median(), lines["peak_memory_bytes"].max()
     return "" if lines.empty else f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
+
+
+def mixed(summary: Summary) -> str:
+    """One batch of many tasks, and a batch for each task."""
+    caption = (
+        "SmolLM2-135M in fp32, forward pass without gradients, a prompt of 20 virtual tokens for each of 8 tasks: one"
+    )
+    return f"{caption} batch of all tasks, and a batch for each:\n\n{mixed_table(read_lines('mixed_cpu.jsonl'))}"
 
 
 def mixed_table(lines: pd.DataFrame) -> str:
@@ -216,6 +241,5 @@ def _cell(runs: pd.DataFrame) -> str:
 
 
 FOR_READMES: dict[str, Callable[[Summary], str]] = {
-    "mixed": lambda summary: mixed_table(read_lines("mixed_cpu.jsonl")),
-    **{table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu)},
+    table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu, mixed)
 }

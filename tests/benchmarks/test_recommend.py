@@ -28,9 +28,11 @@ def ask(tmp_path, monkeypatch, capsys):
 
 
 def test_the_answer_is_first_what_it_speaks_of_second_and_ties_say_why(ask):
-    lines = ask()
+    lines = ask("--tasks", "2")
     assert lines[0].startswith("Take prompt tuning, TEXT: ") and "46 kB stored for a task" in lines[0]
-    assert lines[1].startswith("Speaks of tiny on a CPU (2 cores AVX2), 40 training examples, seeds 0, 1, 2; movie_")
+    assert lines[1].startswith(
+        "Speaks of tiny on a CPU (2 cores AVX2), 40 examples (10 steps of 4), seeds 0, 1, 2; movie_"
+    )
     said = {line.split(":")[0]: line for line in lines[2:]}
     assert "tied; not picked because it takes more time" in said["full fine-tuning"]
     assert "tied; not picked because it takes more storage" in said["LoRA"]
@@ -41,6 +43,7 @@ def test_the_answer_is_first_what_it_speaks_of_second_and_ties_say_why(ask):
 @pytest.mark.parametrize(
     ("arguments", "pick"),
     [
+        ([], "LoRA"),  # of one task
         (["--prefer", "storage"], "prompt tuning, TEXT"),
         (["--memory", "538.5MB"], "zero-shot"),
         (["--storage", "0.6GB", "--tasks", "50"], "prompt tuning, TEXT"),
@@ -66,8 +69,12 @@ def test_where_nothing_fits_each_method_says_why_and_the_status_is_1(ask, capsys
     assert end.value.code == 1 and out.startswith("Nothing fits.\nSpeaks of tiny") and reason in out
 
 
-def test_a_task_at_the_majority_is_said_and_an_unknown_one_suggests_another(ask):
-    assert "On rte no method clearly beats the majority class." in ask("--task", "rte")
+def test_on_a_task_at_the_majority_no_method_is_picked_and_an_unknown_task_suggests_another(ask, capsys):
+    said = "o method clearly beats the majority class on rte with this model"
+    with pytest.raises(SystemExit):
+        ask("--task", "rte")
+    assert capsys.readouterr().out.startswith(f"N{said}; take a larger model.")
+    assert f"N{said}." in ask("--task", "rte", "sst2")
     with pytest.raises(SystemExit, match=r"'sst3'.*did you mean 'sst2'"):
         ask("--task", "sst3")
 
