@@ -53,9 +53,9 @@ def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
         check_choice("--task", unknown[0], summary.tasks)
     where = f"Speaks of {on_what(summary, tasks)}"
     unlearnt = [task for task in tasks if task in summary.at_majority]
-    nothing = f"o method clearly beats the majority class on {names(unlearnt)} with this model"
+    nothing = f"No method clearly beats the majority class on {names(unlearnt)} with this model"
     if unlearnt == tasks:
-        return [f"N{nothing}; take a larger model.", where], False
+        return [f"{nothing}; take a larger model.", where], False
     scores = {variant: summary.score(variant, tasks) for variant in summary.variants()}
     reasons = {variant: _obstacle(summary, variant, scores[variant], tasks, options) for variant in scores}
     left = [variant for variant, reason in reasons.items() if not reason]
@@ -76,8 +76,7 @@ def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
 
     first = "the best mean" if pick == best else f"tied with {best}, the best mean"
     lines = [f"Take {pick}: {costs(pick)}; {first}.", where]
-    if unlearnt:
-        lines.append(f"N{nothing}.")
+    lines += [f"{nothing}."] if unlearnt else []
     lines += [f"{variant}: tied; not picked because {dearer[variant]}: {costs(variant)}." for variant in dearer]
     return [*lines, *others], True
 
@@ -90,21 +89,16 @@ def _obstacle(summary: Any, variant: str, score: Any, tasks: list[str], options:
     if score is None or score.count < min(MIN_SEEDS, len(summary.seeds)):
         return "not run on all tasks" if score is None else f"only {score.count} seeds"
     memory, once, each = (summary.cost(variant, tasks, f"{what}_bytes") for what in ("memory", "weights", "adapter"))
-    storage = options.tasks * each + (
-        0.0 if summary.method(variant) == "full" else once
-    )  # full keeps a model for each
+    storage = options.tasks * each + (summary.method(variant) != "full") * once  # full keeps a model for each
     for count, limit, what in ((memory, options.memory, "memory"), (storage, options.storage, "storage")):
         if limit is not None and count > limit:
             return f"needs {size(count)} of {what}"
     return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
 
 
-def _cheapest(
-    summary: Any, variants: list[str], tasks: list[str], options: argparse.Namespace
-) -> tuple[str, dict[str, str]]:
+def _cheapest(summary: Any, variants: list[str], tasks: list[str], options: Any) -> tuple[str, dict[str, str]]:
     """By the costs that are known of all, then the most tasks, then the highest mean; and why not each other one."""
-    dearer: dict[str, str] = {}
-    prefer = options.prefer
+    dearer, prefer = {}, options.prefer
     for name in [] if prefer == "score" else [prefer, *(name for name in COLUMNS if name != prefer)]:
         served = [variant for variant in variants if summary.method(variant) == "lora"]
         if name != prefer and options.tasks == 1 and served:

@@ -93,12 +93,7 @@ def _grid(options: argparse.Namespace) -> Iterator[Row]:
     common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
     if options.mixed_tasks:
         mixed = {"method": "mixed", "tasks": options.mixed_tasks, "rows_per_task": options.rows_per_task}
-        mixed |= {
-            "logits": options.logits,
-            "single_path": options.single_path,
-            "text": "short",
-            "precision": "float32",
-        }
+        mixed |= {"logits": options.logits, "single_path": options.single_path, "text": "short"}
         mixed |= {"precision": "float32", "batch_size": options.mixed_tasks * options.rows_per_task}
         kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in options.num_virtual_tokens]
     else:

@@ -13,14 +13,10 @@ ROOT = Path(__file__).parents[2]
 READMES = ("README.md", "recipes/README.md", "benchmarks/README.md", "peft_prompt_ext/shared_prefix/README.md")
 _MARKED = re.compile(r"(<!-- results: (\w+) -->\n).*?(<!-- /results -->)", re.DOTALL)
 CURVES = "![Score over seconds of training](results/curves.svg)\n\nOn the way, 128 rows are scored at most."
-WORDS = (
-    "Clearly: two tests find the difference, the 95 % interval over the seeds and a permutation test over the scored "
-    "rows (p < 0.05). Probably: one of them does. Tied: neither does. No correction for the number of comparisons."
-)
-PADDED = (
-    "LoRA here is padded, with the head at every position. In the comparison above both group rows by length and run "
-    "the head at labels, and there is no lead in time."
-)
+WORDS = """Clearly: two tests find the difference, the 95 % interval over the seeds and a permutation test over the \
+scored rows (p < 0.05). Probably: one of them does. Tied: neither does. No correction for the number of comparisons."""
+PADDED = """LoRA here is padded, with the head at every position. In the comparison above both group rows by length \
+and run the head at labels, and there is no lead in time."""
 STORE = "Every run, with its settings, versions and machine, is a line in `benchmarks/results`{}."
 HERE = " (speed alone was measured on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
 
@@ -101,15 +97,13 @@ def headline(summary: Summary) -> str:
 def _costs(summary: Summary, tasks: list[str]) -> str:
     """What prompt tuning saves and what LoRA saves, in words."""
     pair, saved = [summary.best(method) for method in ("prompt_tuning", "lora")], {}
-    words = {"adapter_bytes": "storage for a task", "memory_bytes": "peak memory", "seconds": "training time"}
-    for column, form, _ in tables.COSTS[:3]:
+    words = "storage for a task", "peak memory", "training time"
+    for (column, form, _), what in zip(tables.COSTS, words, strict=False):
         costs = sorted((summary.cost(str(variant), tasks, column), variant) for variant in pair)
         if costs[0][0] < costs[1][0]:  # neither is NaN
             texts = saved.setdefault(NAMES[summary.method(str(costs[0][1]))], [])
-            texts.append(f"{words[column]} ({' against '.join(form(cost) for cost, _ in costs)})")
-    return (
-        ", ".join(f"{name} takes less {tables.names(texts)}" for name, texts in saved.items()) or "they are equal too"
-    )
+            texts.append(f"{what} ({' against '.join(form(cost) for cost, _ in costs)})")
+    return ", ".join(f"{name} takes less {tables.names(texts)}" for name, texts in saved.items()) or "they are equal"
 
 
 def _when(summary: Summary) -> list[str]:
@@ -123,15 +117,13 @@ def _when(summary: Summary) -> list[str]:
     if mean is None or mean.verdict not in FOUND or mean.mean.mean < 0:
         leave = [f"there is one task and room for {stored[1]}: LoRA scores no less, and inference servers load it"]
     if memory[0] < memory[1]:
-        take.append(
-            f"memory is short: a peak of {tables.size(memory[0])}, model included; LoRA {tables.size(memory[1])}"
-        )
+        take.append("memory is short: a peak of {}, model included; LoRA {}".format(*map(tables.size, memory)))
     for task in summary.others:
         difference = summary.difference(*pair, [task])
         if difference is not None and difference.verdict in FOUND:
             name, side = ("prompt tuning", take) if difference.mean.mean > 0 else ("LoRA", leave)
-            points = f"{100 * abs(difference.mean.mean):.1f} points"
-            side.append(f"the task is like {task}: {name} is {difference.verdict} ahead, by {points}")
+            by = f"{difference.verdict} ahead, by {100 * abs(difference.mean.mean):.1f} points"
+            side.append(f"the task is like {task}: {name} is {by}")
     lists = {"Take prompt tuning when": take, "Do not take it when": leave}
     return [
         f"**{title}**\n\n" + "\n".join(f"- {reason}." for reason in reasons)

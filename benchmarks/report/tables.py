@@ -12,13 +12,9 @@ from .summary import Summary
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
-GPU = {
-    ("stock", ""): "PEFT's prompt tuning",
-    ("packed", "varlen"): "this plugin",
-    ("packed", "sdpa"): "this plugin, SDPA",
-}
-GPU |= {("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels", ("full", ""): "full"}
-GPU |= {("floor", "varlen"): "frozen model alone"}
+GPU = {("stock", ""): "PEFT's prompt tuning", ("packed", "varlen"): "this plugin"}
+GPU |= {("packed", "sdpa"): "this plugin, SDPA", ("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels"}
+GPU |= {("full", ""): "full", ("floor", "varlen"): "frozen model alone"}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -211,10 +207,8 @@ def _gpu_cell(lines: pd.DataFrame) -> str:
 
 def mixed(summary: Summary) -> str:
     """One batch of many tasks, and a batch for each task."""
-    caption = (
-        "SmolLM2-135M in fp32, forward pass without gradients, a prompt of 20 virtual tokens for each of 8 tasks: one"
-    )
-    return f"{caption} batch of all tasks, and a batch for each:\n\n{mixed_table(read_lines('mixed_cpu.jsonl'))}"
+    caption = "SmolLM2-135M in fp32, no gradients, a prompt of 20 virtual tokens for each of 8 tasks: one forward pass"
+    return f"{caption} for all tasks, or one for each:\n\n{mixed_table(read_lines('mixed_cpu.jsonl'))}"
 
 
 def mixed_table(lines: pd.DataFrame) -> str:

@@ -30,9 +30,7 @@ def ask(tmp_path, monkeypatch, capsys):
 def test_the_answer_is_first_what_it_speaks_of_second_and_ties_say_why(ask):
     lines = ask("--tasks", "2")
     assert lines[0].startswith("Take prompt tuning, TEXT: ") and "46 kB stored for a task" in lines[0]
-    assert lines[1].startswith(
-        "Speaks of tiny on a CPU (2 cores AVX2), 40 examples (10 steps of 4), seeds 0, 1, 2; movie_"
-    )
+    assert lines[1].startswith("Speaks of tiny on a CPU (2 cores AVX2), 40 examples (10 steps of 4), seeds 0, 1, 2;")
     said = {line.split(":")[0]: line for line in lines[2:]}
     assert "tied; not picked because it takes more time" in said["full fine-tuning"]
     assert "tied; not picked because it takes more storage" in said["LoRA"]
@@ -60,21 +58,18 @@ def test_needs_decide(ask, arguments, pick):
         (["--memory", "1MB"], "LoRA: needs 539 MB of memory."),
         (["--storage", "1MB"], "LoRA: needs 540 MB of storage."),
         (["--least_score", "1"], "LoRA: scores "),
+        (["--task", "rte"], "beats the majority class on rte with this model; take a larger model."),
     ],
 )
 def test_where_nothing_fits_each_method_says_why_and_the_status_is_1(ask, capsys, arguments, reason):
     with pytest.raises(SystemExit) as end:
         ask(*arguments)
     out = capsys.readouterr().out
-    assert end.value.code == 1 and out.startswith("Nothing fits.\nSpeaks of tiny") and reason in out
+    assert end.value.code == 1 and out.startswith(("Nothing fits.\nSpeaks of tiny", "No method")) and reason in out
 
 
-def test_on_a_task_at_the_majority_no_method_is_picked_and_an_unknown_task_suggests_another(ask, capsys):
-    said = "o method clearly beats the majority class on rte with this model"
-    with pytest.raises(SystemExit):
-        ask("--task", "rte")
-    assert capsys.readouterr().out.startswith(f"N{said}; take a larger model.")
-    assert f"N{said}." in ask("--task", "rte", "sst2")
+def test_a_task_at_the_majority_is_said_and_an_unknown_one_suggests_another(ask):
+    assert "No method clearly beats the majority class on rte with this model." in ask("--task", "rte", "sst2")
     with pytest.raises(SystemExit, match=r"'sst3'.*did you mean 'sst2'"):
         ask("--task", "sst3")
 
@@ -95,10 +90,8 @@ def test_a_value_that_makes_no_sense_is_an_error(arguments, capsys):
 def test_a_reader_that_stops_early_sees_no_traceback(tmp_path):
     path = write(tmp_path / "runs.jsonl", grid())
     code = f"import sys, benchmarks.recommend as r; sys.stdin.readline(); r.main(['--results', {str(path)!r}])"
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=root
-    )
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen([sys.executable, "-c", code], cwd=Path(__file__).parents[2], **pipes)
     process.stdout.close()  # as head does when it has enough
     _, said = process.communicate(b"\n")
     assert (process.returncode, said) == (0, b"")
