@@ -33,11 +33,18 @@ def is_replaced(owner: Any, name: str) -> bool:
     return (owner, name) in _originals
 
 
+def is_in_place(owner: Any, name: str) -> bool:
+    """Whether the attribute is what `replace` set, or a wrapper of that (`functools.wraps`)."""
+    now, (_, replacement) = vars(owner).get(name), _originals.get((owner, name), (None, None))
+    while now is not None and now is not replacement:
+        now = getattr(now, "__wrapped__", None)
+    return now is not None
+
+
 def replace(owner: Any, name: str, replacement: Any) -> None:
-    """Replace an attribute of a library's class, once."""
-    if not is_replaced(owner, name):
-        _originals[owner, name] = vars(owner)[name], replacement
-        setattr(owner, name, replacement)
+    """Replace an attribute of a library's class."""
+    _originals[owner, name] = vars(owner)[name], replacement
+    setattr(owner, name, replacement)
 
 
 def restore(owner: Any, name: str) -> None:
@@ -73,7 +80,8 @@ def activate(tuner: Any, classes: Mapping[str, Any], from_pretrained: Callable[.
     own = vars(peft.PeftModel)["from_pretrained"]
 
     def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
-        return from_pretrained(own.__get__(None, cls), *args, **kwargs)
+        stock = own.__get__(None, cls)
+        return from_pretrained(stock, *args, **kwargs) if is_active() else stock(*args, **kwargs)
 
     replace(peft.PeftModel, "from_pretrained", classmethod(wraps(own.__func__)(load)))
 
@@ -118,10 +126,10 @@ def prepare_trainer() -> None:
     there, so labels are not shifted.
     """
     smoother = getattr(sys.modules.get("transformers.trainer_pt_utils"), "LabelSmoother", None)
-    if smoother is not None and not is_replaced(smoother, "__call__"):
+    if smoother is not None and not is_in_place(smoother, "__call__"):
         replace(smoother, "__call__", _cut_prompt_columns(smoother.__call__))
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
-    if trainer is not None and not is_replaced(trainer, "compute_loss"):
+    if trainer is not None and not is_in_place(trainer, "compute_loss"):
         replace(trainer, "compute_loss", _prepare_loss(trainer.compute_loss))
 
 
@@ -142,7 +150,7 @@ def _cut_prompt_columns(original: Any) -> Any:
 def _prepare_loss(original: Any) -> Any:
     @wraps(original)
     def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
-        prompted = self.accelerator.unwrap_model(model)
+        prompted = self.accelerator.unwrap_model(model, keep_torch_compile=False)  # which would change the wrapper
         if not hasattr(prompted, "predicts_next"):  # not a model of the plugin
             return original(self, model, inputs, *args, **kwargs)
         if model.training:

@@ -45,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     run = {"train": train, "predict": predict, "memory": memory, "assets": assets.main}[argv[0]]
     try:
         run(argv[1:])
-    except (ValueError, ImportError, assets.AssetError) as error:
+    except (ValueError, ImportError, OSError, assets.AssetError) as error:
         if os.environ.get("PEFT_PROMPT_EXT_DEBUG", "") not in {"", "0"}:
             raise
         raise SystemExit(f"error: {error}") from None

@@ -54,6 +54,7 @@ def accuracy_and_mean_f1(predictions: Sequence[float], references: Sequence[floa
 
 def classification(predictions: Sequence[float], references: Sequence[float]) -> dict[str, float]:
     """As [`accuracy_and_mean_f1`], for a user's own task: its labels may be negative."""
+    _check_lengths(predictions, references)
     predicted, right = _labels(predictions), _labels(references, "references")
     return {"accuracy": _accuracy(predicted, right), "f1": _macro_f1(predicted, right)}
 
@@ -72,6 +73,7 @@ def correlations(predictions: Sequence[float], references: Sequence[float]) -> d
     import numpy as np
     from scipy.stats import pearsonr, spearmanr
 
+    _check_lengths(predictions, references)
     predicted, right = _finite(predictions, "predictions"), _known(_finite(references, "references"))
     predicted, right = (values.astype(np.float32).astype(np.float64) for values in (predicted, right))
     if np.ptp(predicted) == 0 or np.ptp(right) == 0:
@@ -97,6 +99,7 @@ def multirc(predictions: Sequence[Mapping[str, Any]], references: Sequence[float
     """
     import numpy as np
 
+    _check_lengths(predictions, references)
     right = _known(_labels(references, "references"))
     _unique(row["idx"] for row in predictions)
     predicted = _labels([row["prediction"] for row in predictions])
@@ -123,6 +126,8 @@ def record(predictions: Sequence[Mapping[str, Any]], references: Sequence[Mappin
     """
     import numpy as np
 
+    if not references:
+        raise ValueError("Wanted one or more references; got none.")
     keys = _unique(row["idx"] for row in predictions)
     texts = {key: row["prediction_text"] for key, row in zip(keys, predictions, strict=True)}
     matches, f1s = [], []
@@ -168,7 +173,16 @@ SUPER_GLUE_METRICS = {name: _KEYS[compute] for name, compute in SUPER_GLUE.items
 
 
 def _labels_of(predictions: Sequence[float], references: Sequence[float]) -> tuple[np.ndarray, np.ndarray]:
+    _check_lengths(predictions, references)
     return _labels(predictions), _known(_labels(references, "references"))
+
+
+def _check_lengths(predictions: Sequence[Any], references: Sequence[Any]) -> None:
+    if not len(predictions) == len(references) > 0:
+        raise ValueError(
+            f"Wanted one prediction for each reference, one or more; got {len(predictions)} predictions and "
+            f"{len(references)} references."
+        )
 
 
 def _finite(values: Sequence[float], name: str) -> np.ndarray:

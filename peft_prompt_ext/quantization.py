@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import tempfile
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 
 
 logger = logging.getLogger(__name__)
+
+_ONE_MODEL = threading.RLock()  # two comparisons at once would keep each other's threshold
 
 QUANTIZATIONS = ("nf4", "fp4", "int8")
 DEVICES = {"cpu", "cuda", "xpu", "hpu"}  # what bitsandbytes has kernels for
@@ -350,11 +353,12 @@ def ignore_outliers(model: torch.nn.Module) -> Iterator[None]:
     (by 4 to 16 % in SmolLM2), which hides what a comparison of two batches looks for. Dettmers et al. 2022, section 3.
     """
     states: list[Any] = [module.state for module in model.modules() if type(module).__name__ == "Linear8bitLt"]
-    thresholds = [state.threshold for state in states]
-    try:
-        for state in states:
-            state.threshold = 0.0
-        yield
-    finally:
-        for state, threshold in zip(states, thresholds, strict=True):
-            state.threshold = threshold
+    with _ONE_MODEL:
+        thresholds = [state.threshold for state in states]
+        try:
+            for state in states:
+                state.threshold = 0.0
+            yield
+        finally:
+            for state, threshold in zip(states, thresholds, strict=True):
+                state.threshold = threshold

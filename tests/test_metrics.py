@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from peft_prompt_ext import metrics
 from peft_prompt_ext.benchmark_scores import benchmark_score, combined_score
 from peft_prompt_ext.evaluate_metrics import Classification, Glue, SuperGlue
 from peft_prompt_ext.metrics import GLUE_METRICS, SUPER_GLUE_METRICS
@@ -520,3 +521,15 @@ def test_super_glue_is_the_mean_of_eight_tasks(rte):
 def test_benchmarks_are_whole_and_of_their_own_tasks(results, benchmark, exclude, message):
     with pytest.raises(ValueError, match=message):
         benchmark_score(results, benchmark, exclude=exclude)
+
+
+@pytest.mark.parametrize("compute", [metrics.accuracy, metrics.classification, metrics.correlations, metrics.multirc])
+@pytest.mark.parametrize(("predictions", "references"), [([1.0], [1.0, 0.0]), ([], [])])
+def test_other_numbers_of_predictions_than_of_references_are_refused(compute, predictions, references):
+    with pytest.raises(ValueError, match=f"got {len(predictions)} predictions"):
+        compute(predictions, references)
+
+
+def test_record_without_references_is_refused():
+    with pytest.raises(ValueError, match="got none"):
+        metrics.record([], [])

@@ -1,10 +1,12 @@
 """A Trainer with a prompt: label smoothing, compute_loss_func, the learning rate."""
 
 import warnings
+from unittest.mock import patch
 
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from transformers import Trainer
 from transformers.trainer_pt_utils import LabelSmoother
 
 from peft_prompt_ext import _seam
@@ -165,3 +167,28 @@ def test_other_rates_and_optimizers_are_not_warned_of(build_model, tmp_path, arg
 
 def test_another_adapters_rate_is_its_own(build_model, tmp_path):
     assert not trained(get_peft_model(build_model("llama"), LoraConfig(task_type="CAUSAL_LM")), tmp_path)
+
+
+@pytest.mark.parametrize("name", ["compute_loss", "LabelSmoother"])
+def test_what_another_library_puts_in_place_is_wrapped_again(build_model, tmp_path, name):
+    """Its own function knows no prompts: without the plugin's around it the loss would be another."""
+    batch = {key: torch.tensor([row[key] for row in right_padded()]) for key in right_padded()[0]}
+    model = prompted(build_model("llama"), "CAUSAL_LM", virtual_columns=False).eval()
+    wanted = make_trainer(model, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3).compute_loss(model, dict(batch))
+    owner, attribute = (Trainer, "compute_loss") if name == "compute_loss" else (LabelSmoother, "__call__")
+    stock = _seam._originals[owner, attribute][0]
+
+    with patch.object(owner, attribute, lambda *args, **kwargs: stock(*args, **kwargs)):
+        trainer = make_trainer(model, "CAUSAL_LM", tmp_path, label_smoothing_factor=0.3)
+        torch.testing.assert_close(trainer.compute_loss(model, dict(batch)), wanted)
+
+
+def test_a_compiled_wrapper_keeps_what_it_wraps(build_model, tmp_path):
+    prompted(build_model("llama"), "CAUSAL_LM").get_base_model()
+    wrapper = torch.nn.DataParallel(build_model("llama"))
+    compiled = torch.compile(wrapper, backend="eager")
+    trainer = make_trainer(build_model("llama"), "CAUSAL_LM", tmp_path)
+
+    trainer.compute_loss(compiled, {"input_ids": torch.arange(3, 9)[None], "labels": torch.arange(3, 9)[None]})
+
+    assert compiled._orig_mod is wrapper

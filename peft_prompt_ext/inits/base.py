@@ -6,7 +6,7 @@ Shapes: P virtual tokens, H hidden size of the word embeddings (`token_dim`), n 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -160,12 +160,15 @@ class InitScheme:
     plain: Plain | None = None
 
     def to_plain(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """Turn arguments into values that JSON can hold and that can be read twice, where the scheme knows how.
+        """Turn arguments into values that JSON can hold and that can be read twice; an iterator becomes a list.
 
         Raises:
             ValueError: An argument has a form that the scheme cannot read.
         """
-        return kwargs if self.plain is None else self.plain(kwargs)
+        if self.plain is not None:
+            return self.plain(kwargs)
+        names = {key: getattr(value, "names", value) for key, value in kwargs.items()}  # of a datasets.ClassLabel
+        return {key: list(value) if isinstance(value, Iterator) else value for key, value in names.items()}
 
     def validate(self, name: str, num_virtual_tokens: int, kwargs: Mapping[str, Any]) -> None:
         """Check kwargs against the function's signature, then against the scheme's own rules.
@@ -195,8 +198,12 @@ class InitScheme:
         Raises:
             ValueError: The scheme needs a text, and there is none.
         """
+        values = {**self._defaults(), **kwargs}
+        fallback = SCHEMES.get(str(values.get("fallback")).upper())
         if self.check_text is not None:
-            self.check_text(text, **{**self._defaults(), **kwargs})
+            self.check_text(text, **values)
+        elif fallback is not None and fallback.check_text is not None:
+            fallback.check_text(text)
 
     def _defaults(self) -> dict[str, Any]:
         parameters = inspect.signature(self.function).parameters.values()

@@ -50,7 +50,7 @@ class PackedMixin(PromptTuningMixin):
     _packed_arguments: ClassVar[set[str]] = set()
     _packs_packed_rows: ClassVar[bool] = False
     _heads_of_rows: ClassVar[set[str]] = set()  # modules that `_packed_forward` can select for each row
-    _own_engine: Engine | None = None
+    _engine: Engine
 
     @staticmethod
     def _packed_forward(base_model: Any, embeds: torch.Tensor, packed: PackedPass, **options: Any) -> Any:
@@ -65,13 +65,15 @@ class PackedMixin(PromptTuningMixin):
         """Return the arguments of `_packed_forward` that the config sets."""
         return {}
 
-    @property
-    def _engine(self) -> Engine:
-        if self._own_engine is None:
-            from ..shared_prefix.engine import Engine
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        from ..shared_prefix.engine import Engine
 
-            self._own_engine = Engine()
-        return self._own_engine
+        self._engine = Engine()
+        super().__init__(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """See torch; a copy has an engine of its own."""
+        return {**self.__dict__, "_engine": type(self._engine)()}
 
     def forward(
         self,
@@ -101,9 +103,9 @@ class PackedMixin(PromptTuningMixin):
         extras = {**outputs, "task_ids": task_ids, **kwargs}
         plan = self._plan(text, attention_mask, adapter_names, extras)
         if isinstance(plan, Plan):
+            self._engine.set_last_status(self.get_base_model(), plan.status)
             output = self._run_packed(plan, input_ids, inputs_embeds, labels, adapter_names, kwargs)
             if not isinstance(output, EngineStatus):
-                self._engine.set_last_status(self.get_base_model(), plan.status)
                 return output if self._wants_dict(return_dict) else output.to_tuple()
             plan = output
         self._engine.set_last_status(self.get_base_model(), plan)
@@ -260,8 +262,7 @@ class PackedMixin(PromptTuningMixin):
 
     def train(self, mode: bool = True) -> Any:
         """See torch; drops kept prefixes, also in `eval()`."""
-        if self._own_engine is not None:
-            self._own_engine.forget_prefixes()
+        self._engine.forget_prefixes()
         return super().train(mode)
 
 

@@ -175,6 +175,8 @@ class Task:
         if unknown:
             raise ValueError(f"A task has no field {', '.join(unknown)}; its file may be of a newer version.")
         arguments: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        if known is not None:
+            arguments |= {"metric": known.metric, "loader": known.loader}
         return cls(**arguments)
 
 

@@ -346,3 +346,24 @@ def test_nothing_is_unpickled(make, source, tmp_path):
 def test_a_missing_source_is_refused_with_its_place(make, place, message):
     with pytest.raises(ValueError, match=message):
         make("TRANSFER", source=place)
+
+
+@pytest.fixture
+def own_scheme():
+    @register_init("OWN")
+    def own(ctx, *, labels, fallback="RANDOM"):
+        return ctx.run(fallback)
+
+    yield
+    del SCHEMES["OWN"]
+
+
+def test_an_own_schemes_labels_become_a_list_and_its_fallback_is_checked(own_scheme):
+    def config(**kwargs):
+        return PromptTuningExtConfig(
+            task_type="CAUSAL_LM", prompt_tuning_init="OWN", prompt_tuning_init_kwargs={"labels": iter("ab"), **kwargs}
+        )
+
+    assert config().prompt_tuning_init_kwargs["labels"] == ["a", "b"]
+    with pytest.raises(ValueError, match="prompt_tuning_init_text"):
+        config(fallback="text")

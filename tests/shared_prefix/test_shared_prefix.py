@@ -715,3 +715,26 @@ def test_a_batch_without_any_label_has_the_loss_that_peft_gives(build_model):
     batch["labels"] = torch.full_like(batch["labels"], -100)
     for shared_prefix in (True, False):
         assert prompted(build_model("llama"), "CAUSAL_LM", shared_prefix=shared_prefix)(**batch).loss.isnan()
+
+
+def test_a_copy_has_an_engine_of_its_own(build_model):
+    model, other = prompted(build_model("llama"), "CAUSAL_LM").eval(), build_model("llama")
+    batch = padded("left", "CAUSAL_LM")
+    with torch.no_grad():
+        wanted = model(**batch).logits
+        shallow = copy.copy(model)
+        shallow(**batch, output_hidden_states=True)
+        shallow._modules = {**model._modules, "base_model": other}
+
+        torch.testing.assert_close(shallow(**batch).logits, wanted)
+    assert engine_status(model).packed
+    assert set(model._engine.prefixes) == {"default"}
+
+
+def test_the_status_is_of_a_packed_batch_that_raises(build_model):
+    model, batch = prompted(build_model("llama"), "CAUSAL_LM"), padded("left", "CAUSAL_LM")
+    model(**batch, output_hidden_states=True)
+    with pytest.raises(ValueError, match="labels"):
+        model(**{**batch, "labels": batch["labels"][:, 1:]})
+
+    assert engine_status(model).packed
