@@ -1,5 +1,6 @@
 """The command for a machine with a GPU: walked whole on a CPU, and what has to be carried to such a machine."""
 
+import io
 import json
 import os
 import subprocess
@@ -12,13 +13,16 @@ from benchmarks.gpu import carry
 from benchmarks.gpu import command as gpu
 
 
+PARTS = ["machine_row", "engine_tests", "speed_rows", "attention_rows", "mixed_rows", "real_rows"]
+
+
 def test_a_dry_run_walks_every_part_and_writes_each_line(tmp_path, monkeypatch, capsys):
     monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     gpu.main(["--dry-run", "--steps", "1", "--turns", "1", "--output", str(tmp_path)])
 
     rows = [json.loads(line) for line in (tmp_path / "gpu.jsonl").read_text().splitlines()]
     parts = [row["part"] for row in rows if "part_time_s" in row]
-    assert parts == ["machine_row", "engine_tests", "speed_rows", "attention_rows", "mixed_rows", "real_rows"]
+    assert parts == PARTS
     tests = next(row for row in rows if row["part"] == "engine_tests")
     assert (tests["exit_code"], tests["failed"]) == (0, [])
     failed = {row["attention"] for row in rows if "error" in row}
@@ -53,6 +57,60 @@ def test_what_fails_or_has_no_time_left_is_a_line_and_nothing_is_lost(tmp_path):
     assert rows[0] == {"part": "broken", "number": 1}
     assert rows[1] == {"part": "broken", "error": "RuntimeError: no kernel"}
     assert rows[-1] == {"part": "broken", "error": "no time was left"}
+
+
+def test_each_line_is_there_before_the_next_is_known(tmp_path, monkeypatch):
+    printed = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(printed))
+    report = gpu.Report(tmp_path / "gpu.jsonl", seconds=3600)
+
+    def part(_options):
+        yield {"number": 1}
+        line = b'{"part": "part", "number": 1}\n'
+        assert (tmp_path / "gpu.jsonl").read_bytes() == printed.getvalue() == line
+        report._end = 0
+        yield {"number": 2}
+        yield {"number": 3}
+
+    report.run(part, gpu._options([]))
+
+    assert [row.get("number") for row in report.rows] == [1, 2, None, None]
+    assert report.rows[2] == {"part": "part", "error": "the time was over before its end"}
+
+
+def test_parts_know_their_minutes_and_find_what_was_carried(tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(carry, "unpack", seen.append)
+
+    def part(options):
+        seen.append(options.seconds_left)
+        yield from ()
+
+    for name in PARTS:
+        monkeypatch.setattr(gpu, name, part)
+    gpu.main(["--minutes", "2", "--carried", str(tmp_path), "--output", str(tmp_path)])
+
+    assert seen[0] == tmp_path and len(seen) == 1 + len(PARTS)
+    assert 120 >= seen[1] >= seen[-1] > 60
+
+
+def test_what_is_prepared_is_listed_and_nothing_runs(tmp_path, monkeypatch, capsys):
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "file").write_bytes(bytes(2**20))
+    monkeypatch.setattr(carry, "prepare", lambda folder: folder.iterdir())
+
+    gpu.main(["--prepare", str(tmp_path), "--output", str(tmp_path / "output")])
+
+    assert capsys.readouterr().out == f"{tmp_path / 'part'}: 1.0 MiB\n" and not (tmp_path / "output").exists()
+
+
+def test_tests_that_take_too_long_are_ended(tmp_path):
+    options = gpu._options(["--dry-run", "--output", str(tmp_path)])
+    options.seconds_left = 0
+
+    (row,) = gpu.engine_tests(options)
+
+    assert row["exit_code"] is None and "collected" not in row["summary"]
 
 
 def test_what_is_carried_arrives_whole(tmp_path, monkeypatch):

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import threading
+from functools import wraps
 from inspect import signature
 
 import pytest
@@ -159,6 +160,22 @@ def test_candidates_are_accepted_as_they_are_behind_the_words(pair, architecture
     }[way]
 
     assert new_tokens(model, ids, max_new_tokens=11, **options) == new_tokens(base, with_words(ids), max_new_tokens=11)
+
+
+def test_an_assistant_gets_the_mask_of_the_text(pair):
+    model, base = pair()
+    seen, ids, forward = [], text(1).masked_fill(LEFT[:1] == 0, 2), base.forward
+
+    @wraps(forward)
+    def noting(*args, **kwargs):
+        seen.append(kwargs.get("attention_mask"))
+        return forward(*args, **kwargs)
+
+    base.forward = noting
+    for mask in (LEFT[:1], torch.cat([LEFT.new_ones(1, P), LEFT[:1]], dim=1)):
+        seen.clear()
+        got = new_tokens(model, ids, attention_mask=mask, assistant_model=base)
+        assert torch.equal(seen[0], LEFT[:1]) and got == alone(model, ids, LEFT[:1])
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
@@ -622,6 +639,38 @@ def test_prepared_inputs_have_the_prompt_once(pair, through, cached, known):
     assert ids[:, TEXT:].tolist() == want
 
 
+@pytest.mark.parametrize("how", ["new ids", "many new ids", "embeddings of all", "ids after embeddings"])
+def test_prepared_inputs_go_on_with_what_is_new(pair, how):
+    model, base = pair()
+    seen, new = (3, 5) if how == "many new ids" else (TEXT, 2)
+    ids = text(2, seen + new)
+    embeds = base.get_input_embeddings()(ids)
+    cache = loop(model, ids[:, :seen], steps=1)[1]
+    given, options = {
+        "new ids": (ids[:, seen:], {}),
+        "many new ids": (ids[:, seen:], {"next_sequence_length": new}),
+        "embeddings of all": (ids[:, :0], {"inputs_embeds": embeds, "is_first_iteration": True}),
+        "ids after embeddings": (ids, {"inputs_embeds": embeds[:, :seen]}),
+    }[how]
+
+    inputs = model.prepare_inputs_for_generation(given, past_key_values=cache, **options)
+
+    got, want = model(**inputs).logits[:, -1], base(input_ids=with_words(ids)).logits[:, -1]
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-4)
+
+
+def test_prepared_inputs_refuse_what_does_not_fit_the_cache(pair):
+    model, _ = pair()
+    cache = loop(model, text(), steps=1)[1]
+    prepare, ids = model.prepare_inputs_for_generation, text(2, 1)
+    with pytest.raises(ValueError, match="has 2 rows, the call has 1"):
+        prepare(ids[:1], past_key_values=cache)
+    with pytest.raises(ValueError, match="position_ids"):
+        prepare(ids, past_key_values=cache, position_ids=torch.zeros_like(ids))
+    with pytest.warns(UserWarning, match="Token type ids"):
+        assert prepare(ids, past_key_values=cache, token_type_ids=ids).get("token_type_ids") is None
+
+
 def test_prepared_inputs_without_a_cache_have_the_whole_text(pair):
     model, _ = pair()
     ids = text()
@@ -808,6 +857,16 @@ def test_a_changed_cache_keeps_its_content_known(pair, how):
     assert got == new_tokens(base, with_words(ids))
 
 
+def test_the_row_that_was_chosen_may_have_no_pads(pair):
+    model, _ = pair()
+    ids = text(3).masked_fill(LEFT == 0, 2)
+    _, cache = loop(model, ids, mask=LEFT, steps=1)
+    cache.batch_select_indices(torch.tensor([1]))
+    ids = torch.cat([ids[1:2], text(1, 3, seed=5)], dim=1)
+    got = new_tokens(model, ids, attention_mask=torch.ones_like(ids), past_key_values=cache)
+    assert got == new_tokens(model, ids)
+
+
 @pytest.mark.parametrize("how", ["crop", "select"])
 def test_padded_rows_of_a_cache_may_be_cropped_and_chosen(pair, how):
     model, _ = pair()
@@ -971,8 +1030,19 @@ def test_a_packed_batch_has_no_cache_where_the_base_model_has_none(pair):
 def test_the_cache_of_a_beam_search_is_refused(pair):
     model, _ = pair()
     ids, cache = first_turn(model, text(), num_beams=2, num_return_sequences=2)
-    with pytest.raises(ValueError, match="beam search"):
-        model.generate(ids, past_key_values=cache, **OPTIONS)
+    given = DynamicCache()
+    model.generate(text(), past_key_values=given, num_beams=2, num_return_sequences=2, **OPTIONS)
+    for held in (cache, given):
+        with pytest.raises(ValueError, match="beam search"):
+            model.generate(ids, past_key_values=held, **OPTIONS)
+
+
+@pytest.mark.parametrize("option", [{"prefill_chunk_size": 3}, {"token_healing": True}], ids=str)
+def test_what_reads_a_text_from_its_beginning_is_refused_behind_a_cache(pair, option):
+    model, _ = pair()
+    ids, cache = first_turn(model, text())
+    with pytest.raises(ValueError, match="from its beginning"):
+        model.generate(ids, past_key_values=cache, **option, **OPTIONS)
 
 
 def test_a_cache_with_other_rows_is_refused(pair):
@@ -986,6 +1056,14 @@ def test_a_cache_with_other_rows_is_refused(pair):
         model(input_ids=text(1, 1), past_key_values=cache)
     cache.batch_repeat_interleave(2)
     assert new_tokens(model, ids, past_key_values=cache, num_beams=2) == new_tokens(model, ids, num_beams=2)
+
+
+def test_sequences_of_a_text_go_on_behind_its_rows(pair):
+    model, _ = pair()
+    ids, cache = first_turn(model, text())
+    cache.batch_repeat_interleave(2)
+    options = {"do_sample": True, "top_k": 1, "num_return_sequences": 2}
+    assert new_tokens(model, ids, past_key_values=cache, **options) == new_tokens(model, ids, **options)
 
 
 def test_beams_behind_sequences_that_differ_are_refused(pair):
@@ -1037,6 +1115,14 @@ def test_positions_that_do_not_begin_at_0(pair, monkeypatch):
     assert new_tokens(model, ids, attention_mask=LEFT, cache_implementation="static") == want
 
 
+def test_a_text_without_new_tokens_is_refused(pair):
+    model, base = pair()
+    cache = loop(model, text(), steps=1)[1]
+    for given in ({}, {"inputs_embeds": base.get_input_embeddings()(text())}):
+        with pytest.raises(ValueError, match="none of them is new"):
+            model.generate(past_key_values=cache, **given, **OPTIONS)
+
+
 def test_another_text_than_the_caches_is_refused(pair):
     model, _ = pair()
     ids, cache = first_turn(model, text())
@@ -1075,7 +1161,10 @@ def test_positions_are_the_texts_own(pair):
 def test_values_per_token_without_one_for_the_prompt_are_refused(pair):
     model, _ = pair()
     zeros = torch.zeros(2, TEXT, dtype=torch.long)
-    assert new_tokens(model, text(), mm_token_type_ids=zeros, labels=zeros) == new_tokens(model, text())
+    others = {"labels": zeros, "task_ids": torch.zeros(2)}
+    assert new_tokens(model, text(), mm_token_type_ids=zeros, **others) == new_tokens(model, text())
+    with pytest.warns(UserWarning, match="Token type ids"):
+        assert new_tokens(model, text(), token_type_ids=zeros + 1) == new_tokens(model, text())
     for name in ("mm_token_type_ids", "weights_of_tokens"):
         with pytest.raises(ValueError, match=name):
             model.generate(text(), **{name: zeros + 1}, **OPTIONS)
