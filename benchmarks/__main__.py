@@ -1,5 +1,6 @@
 """Command line: `python -m benchmarks speed --help`."""
 
+import logging
 import sys
 from importlib import import_module
 
@@ -21,6 +22,8 @@ def main() -> None:
         lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
         raise SystemExit(0 if name in {"-h", "--help"} else 2)
+    if name == "recommend":  # an answer in ten lines
+        logging.disable(logging.WARNING)
     import_module(f"benchmarks.{MODULES.get(name, name)}").main(sys.argv[2:])
 
 

@@ -8,7 +8,6 @@ one task, LoRA is taken, because inference servers load it, and of several what 
 """
 
 import argparse
-import logging
 import os
 import sys
 from collections.abc import Callable
@@ -25,7 +24,6 @@ COLUMNS = {"time": "seconds", "memory": "memory_bytes", "storage": "adapter_byte
 
 def main(arguments: list[str]) -> None:
     """Print the answer; the exit status is 1 if there is nothing to take."""
-    logging.disable(logging.WARNING)  # what libraries say at their import
     options = _options(arguments)
     from .report.command import read
 

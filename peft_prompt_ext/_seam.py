@@ -182,7 +182,7 @@ def _check_rate(trainer: Any, model: Any) -> None:
         for group in optimizer.param_groups
         if any(id(parameter) in prompts for parameter in group["params"])
     ]
-    if rates and max(rates) < LOWEST_RATE:
+    if rates and 0 < max(rates) < LOWEST_RATE:
         warnings.warn(
             f"The prompt trains with {type(optimizer).__name__} at a learning rate of {max(rates):g}. That suits full "
             f"fine-tuning; a prompt hardly changes. Set learning_rate={USUAL_RATE} in the training arguments.",

@@ -19,7 +19,7 @@ def compare(
     from peft import get_peft_model
 
     from peft_prompt_ext import PromptTuningExtConfig, engine_status
-    from peft_prompt_ext.padding import real_last
+    from peft_prompt_ext.peft_models.padding import real_last
 
     order = real_last(batch["attention_mask"])
     inputs = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}

@@ -7,7 +7,7 @@ import pytest
 from datasets import Dataset
 
 from peft_prompt_ext.tasks import HIDDEN, Metric, Task, available_tasks, get_task, register_tasks
-from peft_prompt_ext.tasks.checks import assert_rows_fit
+from peft_prompt_ext.tasks.checks import check_rows
 from peft_prompt_ext.tasks.data import load_split
 from peft_prompt_ext.tasks.scoring import evaluate_predictions
 from peft_prompt_ext.tasks.task import TASKS
@@ -42,7 +42,7 @@ def test_a_row_of_every_task_becomes_a_question_with_answers(name):
         assert all(choice.startswith(" ") and choice.strip() for choice in choices)
         assert 0 <= task.target(prepared) < len(choices)
         assert 1 <= len(texts) <= 2
-    assert_rows_fit(task, "validation", own_rows(name))
+    check_rows(task, "validation", own_rows(name))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)
@@ -63,7 +63,7 @@ def test_every_label_of_the_real_data_is_the_tasks(name):
         pytest.skip(f"real rows of {name} are not on this machine")
 
     for split in ("train", *task.validation):
-        assert_rows_fit(task, split, load_split(task, split, str(folder)))
+        assert check_rows(task, split, load_split(task, split, str(folder))) is None
 
 
 def read(benchmark, name, split):
