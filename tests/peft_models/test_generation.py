@@ -1041,7 +1041,7 @@ def test_the_cache_of_a_beam_search_is_refused(pair):
 def test_what_reads_a_text_from_its_beginning_is_refused_behind_a_cache(pair, option):
     model, _ = pair()
     ids, cache = first_turn(model, text())
-    with pytest.raises(ValueError, match="from its beginning"):
+    with pytest.raises(ValueError, match="need the whole text"):
         model.generate(ids, past_key_values=cache, **option, **OPTIONS)
 
 
@@ -1084,7 +1084,7 @@ def test_a_window_that_is_shorter_than_the_models_is_no_room(pair, length):
 
 def test_a_step_of_continuous_batching_is_refused(pair):
     model, _ = pair()
-    with pytest.raises(ValueError, match=r"takes no cache|not a Cache"):  # from 5.24 on, every cache has this name
+    with pytest.raises(ValueError, match=r"Pass a Cache of transformers"):  # from 5.24 on, every cache has this name
         model(input_ids=text(1), cache=object(), position_ids=torch.arange(TEXT)[None])
 
 
@@ -1119,7 +1119,7 @@ def test_a_text_without_new_tokens_is_refused(pair):
     model, base = pair()
     cache = loop(model, text(), steps=1)[1]
     for given in ({}, {"inputs_embeds": base.get_input_embeddings()(text())}):
-        with pytest.raises(ValueError, match="none of them is new"):
+        with pytest.raises(ValueError, match="none is new"):
             model.generate(past_key_values=cache, **given, **OPTIONS)
 
 
