@@ -12,7 +12,6 @@ import copy
 import logging
 import math
 import re
-import sys
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -381,9 +380,3 @@ def parse_bytes(text: str) -> int:
         raise ValueError(f"A size such as '8GB' or '24GiB' was wanted; got {text!r}.")
     number, unit, binary = found.groups()
     return int(float(number) * (1024 if binary else 1000) ** ("KMGT".index(unit.upper()) + 1))
-
-
-if __name__ == "__main__":
-    from .cli import main
-
-    main(["memory", *sys.argv[1:]])

@@ -145,7 +145,7 @@ def test_sizes_without_a_unit_are_refused(text):
 
 def test_the_table_says_what_fits(tmp_path):
     tiny_config("llama").save_pretrained(tmp_path)
-    command = [sys.executable, "-m", "peft_prompt_ext.memory", str(tmp_path), "--card", "1MB", "--tokens", "16"]
+    command = [sys.executable, "-m", "peft_prompt_ext.cli", "memory", str(tmp_path), "--card", "1MB", "--tokens", "16"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
     assert "QLoRA" in ran.stdout and " no " in ran.stdout

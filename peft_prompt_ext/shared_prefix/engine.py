@@ -12,7 +12,8 @@ from typing import Any
 import torch
 
 from .interface import attach, get_attention
-from .kept_prefix import KeptPrefix, keep_prefix
+from .kept_prefix import keep_prefix
+from .packed_pass import KeptPrefix
 from .precision import precision_of
 from .probe import prove
 from .status import EngineStatus

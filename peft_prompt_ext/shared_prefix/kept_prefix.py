@@ -1,49 +1,29 @@
-"""Prompt keys and values kept for inference, where prompts do not change.
+"""Computes prompt keys and values for inference, where a prompt is a constant.
 
-Shapes: P virtual tokens, H hidden size, G key-value heads, D head size, V words.
+Shapes: P virtual tokens, H hidden size.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
 
 from . import forward
 from .layout import pack
-from .packed_pass import PackedPass
-
-
-KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # by attention module, [1, G, P, D]
-
-
-@dataclass
-class KeptPrefix:
-    """The keys and values of one prompt in one base model.
-
-    Attributes:
-        base_model: The base model.
-        prompt: The virtual tokens, [P, H].
-        keys_values: Keys and values of every layer.
-    """
-
-    base_model: Any
-    prompt: torch.Tensor
-    keys_values: KeysValues
-
-    @cached_property
-    def logits(self) -> torch.Tensor:
-        """Logits of the virtual tokens, [P, V]."""
-        return _prefill(self.base_model, self.prompt)[0].logits[0]
+from .packed_pass import KeptPrefix, KeysValues, PackedPass
 
 
 @torch.no_grad()
 def keep_prefix(base_model: Any, prompt: torch.Tensor) -> KeptPrefix:
     """Run a prompt [P, H] alone through the base model, without its head."""
-    return KeptPrefix(base_model, prompt.clone(), _prefill(base_model.base_model, prompt)[1])
+    prompt = prompt.clone()
+    return KeptPrefix(prompt, _prefill(base_model.base_model, prompt)[1], partial(_compute_logits, base_model, prompt))
+
+
+def _compute_logits(base_model: Any, prompt: torch.Tensor) -> torch.Tensor:
+    return _prefill(base_model, prompt)[0].logits[0]
 
 
 def _prefill(model: Any, prompt: torch.Tensor) -> tuple[Any, KeysValues]:

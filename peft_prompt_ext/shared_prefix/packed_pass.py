@@ -1,12 +1,17 @@
-"""The object that a forward pass over a packed batch passes to each layer's attention."""
+"""The object that a forward pass over a packed batch passes to each layer's attention.
+
+Shapes: P virtual tokens, H hidden size, G key-value heads, D head size, V words.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from .attention.sdpa import packed_attention
 from .layout import PackedLayout
@@ -14,7 +19,29 @@ from .layout import PackedLayout
 
 if TYPE_CHECKING:
     from .attention.select import AttentionCall
-    from .kept_prefix import KeptPrefix, KeysValues
+
+
+KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # by attention module, [1, G, P, D]
+
+
+@dataclass
+class KeptPrefix:
+    """The keys and values of one prompt in one base model.
+
+    Attributes:
+        prompt: The virtual tokens, [P, H].
+        keys_values: Keys and values of every layer.
+        compute_logits: Runs the prompt with the head.
+    """
+
+    prompt: torch.Tensor
+    keys_values: KeysValues
+    compute_logits: Callable[[], torch.Tensor]
+
+    @cached_property
+    def logits(self) -> torch.Tensor:
+        """Logits of the virtual tokens, [P, V]."""
+        return self.compute_logits()
 
 
 @dataclass(eq=False)

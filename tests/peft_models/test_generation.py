@@ -1084,7 +1084,9 @@ def test_a_window_that_is_shorter_than_the_models_is_no_room(pair, length):
 
 def test_a_step_of_continuous_batching_is_refused(pair):
     model, _ = pair()
-    with pytest.raises(ValueError, match=r"takes no cache|Pass a Cache of transformers"):  # from 5.24 on, every cache has this name
+    with pytest.raises(
+        ValueError, match=r"takes no cache|Pass a Cache of transformers"
+    ):  # from 5.24 on, every cache has this name
         model(input_ids=text(1), cache=object(), position_ids=torch.arange(TEXT)[None])
 
 

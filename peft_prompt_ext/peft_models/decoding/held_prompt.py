@@ -145,7 +145,7 @@ def count_seen(cache: Any, prompt: torch.Tensor) -> int | None:
 
     if not isinstance(cache, Cache):
         raise ValueError(
-            f"past_key_values is a {type(cache).__name__}. Pass a Cache of transformers, such as DynamicCache."
+            f"past_key_values is of type {type(cache).__name__}. Pass a Cache of transformers, such as DynamicCache."
         )
     held, length = get_held(cache), count_cached(cache)
     if held is not None and held.refusal is not None:
