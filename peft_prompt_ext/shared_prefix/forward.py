@@ -72,13 +72,13 @@ def causal_lm(
         places, targets = sources[labelled], _take(shift_labels, labelled.flatten().nonzero()[:, 0])
     wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
     output = _run_at(wanted, base_model, embeds, packed)
-    number, empty = upload(output.logits.device, number, sources < 0)
+    number, empty = upload(output.logits.device, number, (sources < 0).flatten().nonzero()[:, 0])
     loss = None
     if labels is not None:
         labelled_logits = output.logits[:, number[sources.numel() :]]
         loss = _compute_loss(base_model, labelled_logits, targets, num_items_in_batch)
-    logits = output.logits[0][number[: sources.numel()]].view(*sources.shape, -1)
-    return _replace(output, logits.masked_fill_(empty[..., None], 0), loss)
+    logits = output.logits[0][number[: sources.numel()]].index_fill_(0, empty, 0).view(*sources.shape, -1)
+    return _replace(output, logits, loss)
 
 
 def _run_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, packed: PackedPass) -> Any:
