@@ -974,7 +974,7 @@ def test_a_mask_that_hides_virtual_tokens_is_refused(pair):
 
 def test_a_tuple_is_no_cache(pair):
     model, _ = pair()
-    assert_cache_is_refused(model, ((torch.zeros(2, 1, P, 12),) * 2,) * 2, "is a tuple")
+    assert_cache_is_refused(model, ((torch.zeros(2, 1, P, 12),) * 2,) * 2, "is of type tuple")
 
 
 def test_the_cache_of_a_packed_batch_is_refused(pair):
