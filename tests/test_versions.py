@@ -67,7 +67,7 @@ def test_a_version_outside_the_range_is_one_clear_error(first, end):
 def test_a_development_version_counts_as_its_release(monkeypatch):
     monkeypatch.setattr("peft_prompt_ext._versions.version", lambda name: "0.21.3.dev0+local")
 
-    check_versions({"peft": ("0.21", "0.22")})
+    assert check_versions({"peft": ("0.21", "0.22")}) is None
 
 
 @pytest.mark.parametrize(
