@@ -10,7 +10,13 @@ from typing import Any
 from peft import PeftType, PromptTuningConfig, TaskType
 
 from . import prompt_record
+from ._choices import check_choice
 from .inits import get_scheme
+
+
+POSITIONS = ("prefix", "suffix")
+SUFFIX_TASKS = ("CAUSAL_LM", "SEQ_CLS")
+TEXT_CACHES = ("none", "memory", "disk")
 
 
 @dataclass
@@ -42,6 +48,19 @@ class PromptTuningExtConfig(PromptTuningConfig):
             predicted; `logits` are [1, L, V], in the order of the L labels. The loss is the same. Only packed batches
             of a causal language model with `labels` have fewer logits; a Trainer with label smoothing or a
             `compute_loss_func` passes no labels.
+        prompt_position (`str`, defaults to `"prefix"`):
+            `"prefix"`: the prompt stands in front of the text, as in PEFT. `"suffix"`: it stands behind the text and
+            in front of the answer, `[text | prompt | answer]`. The text then runs without gradients, and its keys and
+            values may be kept. The answer begins at a row's first label; a call that has none takes `answer_start`
+            ([B], the column of each row's first answer token). Only for decoders.
+        text_cache (`str`, defaults to `"memory"`):
+            With `"suffix"`, where keys and values of texts are kept between batches: `"none"`, `"memory"` or `"disk"`.
+            Texts run in evaluation mode (a kept text cannot have new dropout in each epoch).
+        text_cache_bytes (`int`, *optional*):
+            The most bytes to keep; by default a quarter of the free memory (or disk). Texts beyond it run again.
+        text_cache_dir (`str`, *optional*):
+            The folder for `"disk"`; by default one in the user's cache folder. It holds what the texts say, so only
+            the user can read it. Clear it with `peft_prompt_ext.clear_text_cache()`.
         virtual_columns (`bool`, defaults to `True`):
             `True`: outputs per token include the virtual tokens, [B, P+T, ...], as in PEFT. `False`: they are those of
             the text, [B, T, ...], as in the base model, and `logits_to_keep` counts the same columns. Attention
@@ -89,6 +108,14 @@ class PromptTuningExtConfig(PromptTuningConfig):
         default="all", metadata={"help": "Positions where the head runs in training: 'all' or 'supervised'"}
     )
 
+    prompt_position: str = field(
+        default="prefix", metadata={"help": "Where the prompt stands: 'prefix' or 'suffix' of the text"}
+    )
+    text_cache: str = field(
+        default="memory", metadata={"help": "With a suffix, where texts are kept: 'none', 'memory' or 'disk'"}
+    )
+    text_cache_bytes: int | None = field(default=None, metadata={"help": "The most bytes of kept texts"})
+    text_cache_dir: str | None = field(default=None, metadata={"help": "The folder of texts that are kept on disk"})
     virtual_columns: bool = field(
         default=True, metadata={"help": "Whether outputs per token include the virtual tokens"}
     )
@@ -148,6 +175,16 @@ class PromptTuningExtConfig(PromptTuningConfig):
                 raise ValueError(f"{name} ({getattr(self, name)!r}) must be True or False.")
         if self.train_logits not in ("all", "supervised"):
             raise ValueError(f"train_logits ({self.train_logits!r}) must be 'all' or 'supervised'.")
+        check_choice("prompt_position", self.prompt_position, POSITIONS)
+        check_choice("text_cache", self.text_cache, TEXT_CACHES)
+        most = self.text_cache_bytes
+        if most is not None and (not isinstance(most, int) or isinstance(most, bool) or most < 1):
+            raise ValueError(f"text_cache_bytes ({most!r}) must be a whole number of bytes, 1 or more.")
+        if self.prompt_position == "suffix" and self.task_type not in SUFFIX_TASKS:
+            raise ValueError(
+                f"prompt_position='suffix' needs a decoder: task_type {' or '.join(SUFFIX_TASKS)}, got "
+                f"{str(getattr(self.task_type, 'value', self.task_type))!r}. Use prompt_position='prefix'."
+            )
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields of stock PEFT, so that an adapter loads without this plugin."""

@@ -26,6 +26,7 @@ FIELDS = (
     "shared_prefix_probe",
     "train_logits",
     "virtual_columns",
+    "prompt_position",
 )
 _LONGEST_LIST = 1000
 

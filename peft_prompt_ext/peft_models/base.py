@@ -24,6 +24,7 @@ from .decoding.feed import count_given
 from .decoding.view import GuardedGeneration, unwrap
 from .fit import check_base, is_covered, list_names, make_trainable, remember_base
 from .peft_path import PeftPathMixin
+from .position import check_decoder
 from .tokens import cut_prompt
 
 
@@ -69,9 +70,11 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
         self._cut_prompt(output, text.shape[:2], self.active_peft_config.num_virtual_tokens)
         return output if self._wants_dict(return_dict) else output.to_tuple()
 
-    def _cut_prompt(self, output: Any, text: Sequence[int], prompt: int, leave: str = "") -> None:
+    def _cut_prompt(
+        self, output: Any, text: Sequence[int], prompt: int, leave: str = "", kept: torch.Tensor | None = None
+    ) -> None:
         names = [name for name in output if self._is_per_token(name) and "attentions" not in name and name != leave]
-        cut_prompt(output, names, text, prompt, self.predicts_next)
+        cut_prompt(output, names, text, prompt, self.predicts_next, kept)
 
     def _check_token_path(self, inputs: Mapping[str, Any]) -> None:
         """Raise ValueError for inputs other than text, or a base model that uses ids for more than word embeddings.
@@ -121,6 +124,7 @@ class PromptTuningMixin(GuardedGeneration, AdaptersMixin, PeftPathMixin):
             ValueError: The base model has no word embeddings, or the prompt cannot be initialised.
         """
         if isinstance(peft_config, PromptTuningExtConfig):
+            check_decoder(self.base_model, peft_config)
             fill_sizes(peft_config, self.base_model)
         base_model, names = self.base_model, [*self._heads, *(peft_config.modules_to_save or [])]
         if not peft_config.inference_mode:  # the modules of a saved adapter are fixed

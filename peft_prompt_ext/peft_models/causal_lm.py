@@ -5,7 +5,7 @@ Shapes: B rows, P virtual tokens, T text tokens, V words.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
 import peft
@@ -16,6 +16,7 @@ from .decoding.causal_lm import PromptedGeneration
 from .decoding.feed import count_given
 from .pad_side import BEHIND
 from .padding import is_padded, pads_behind
+from .position import is_suffix, predicting_columns
 from .tokens import VIRTUAL_TOKEN_VALUES
 
 
@@ -56,17 +57,44 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
         configs: dict[str, Any] = self.peft_config
         names = kwargs.get("adapter_names") or [self.active_adapter]
         prompt = max(configs[name].num_virtual_tokens if name in configs else 0 for name in names)
+        kwargs["answer_start"] = start = self._find_start(text, names, kwargs)
         if targets is not None and targets.shape == text.shape[:2] and not _selects_columns(kwargs):
             kwargs["shift_labels"] = torch.nn.functional.pad(targets, (prompt, 0), value=IGNORE_INDEX)
         has_seen_text = bool(count_given(kwargs))  # no virtual columns then
         if has_seen_text or getattr(self.active_peft_config, "virtual_columns", True):
             return super().forward(**kwargs)
         return_dict = kwargs.pop("return_dict", None)
-        if _selects_columns(kwargs):
-            kwargs["logits_to_keep"] = _shift_columns(kwargs["logits_to_keep"], text.shape[1], prompt)
+        keep, selects = kwargs.get("logits_to_keep", 0), _selects_columns(kwargs)
+        if selects and start is None:
+            kwargs["logits_to_keep"] = _shift_columns(keep, text.shape[1], prompt)
+        elif selects:
+            del kwargs["logits_to_keep"]  # the columns differ between the rows: compute all, then select
         output = super().forward(return_dict=True, **kwargs)
-        self._cut_prompt(output, text.shape[:2], prompt, leave="logits" if _selects_columns(kwargs) else "")
+        kept = None if start is None else predicting_columns(start, text.shape[1], prompt)
+        self._cut_prompt(
+            output, text.shape[:2], prompt, leave="logits" if selects and start is None else "", kept=kept
+        )
+        if selects and start is not None:
+            output["logits"] = output["logits"][:, keep if isinstance(keep, torch.Tensor) else slice(-keep, None)]
         return output if self._wants_dict(return_dict) else output.to_tuple()
+
+    def _find_start(self, text: torch.Tensor, names: Sequence[str], inputs: dict[str, Any]) -> torch.Tensor | None:
+        """Find where each row's prompt stands, [B] on the host; None if all are prefixes."""
+        answer_start, labels = inputs.pop("answer_start", None), inputs.get("labels")
+        behind = [name in self.peft_config and is_suffix(self.peft_config[name]) for name in names]
+        if not any(behind):
+            return None  # for a prefix it does not matter where the answer begins
+        if inputs.get("shift_labels") is not None:
+            raise ValueError("With prompt_position='suffix', pass labels [B, T] in place of shift_labels.")
+        trains = any(parameter.requires_grad for parameter in self.prompt_encoder.parameters())
+        learns = self.training or (torch.is_grad_enabled() and trains)
+        if labels is None and answer_start is None and learns:
+            raise ValueError(
+                "With prompt_position='suffix', a call in training needs labels, or answer_start [B] (the column of "
+                "each row's first answer token): without them the prompt would stand behind the answer. At "
+                "inference, call model.eval() and use torch.no_grad()."
+            )
+        return self._place_prompts(text, behind, inputs.get("attention_mask"), labels, answer_start)
 
     def _run_prompted(self, inputs: dict[str, Any]) -> Any:
         mask, labels, targets = (inputs.get(name) for name in ("attention_mask", "labels", "shift_labels"))

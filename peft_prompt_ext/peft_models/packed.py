@@ -18,6 +18,7 @@ from peft.utils import ModulesToSaveWrapper
 from ..shared_prefix.status import EngineStatus
 from .base import PromptTuningMixin
 from .decoding.feed import find_cache
+from .position import find_start
 from .tokens import PACKED_ROW_INPUTS, check_mask
 
 
@@ -123,6 +124,32 @@ class PackedMixin(PromptTuningMixin):
             **extras,
         )
 
+    def _place_prompts(
+        self,
+        text: torch.Tensor,
+        behind: Sequence[bool],
+        attention_mask: torch.Tensor | None,
+        labels: torch.Tensor | None = None,
+        answer_start: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Find where the prompt of each row stands, [B] on the host; see `position.find_start`."""
+        from ..shared_prefix.transfer import download
+
+        rows, columns = text.shape[:2]
+        check_mask(attention_mask, rows, columns)
+        if labels is not None and labels.shape != (rows, columns):
+            raise ValueError(f"labels are {list(labels.shape)}; wanted {[rows, columns]}, one for each text token.")
+        mask = attention_mask if attention_mask is not None else torch.ones(rows, columns, dtype=torch.long)
+        read = iter(download(*(x for x in (mask, labels, answer_start) if x is not None)))
+        mask = next(read)
+        labels, answer_start = (None if x is None else next(read) for x in (labels, answer_start))
+        if answer_start is not None and (answer_start.shape != (rows,) or bool((answer_start < 1).any())):
+            raise ValueError(
+                f"answer_start is {answer_start.tolist()}; wanted {rows} columns, each 1 or more: that of the row's "
+                "first answer token."
+            )
+        return find_start(mask, labels, answer_start, torch.tensor(list(behind)).expand(rows))
+
     def _plan(
         self,
         text: torch.Tensor | None,
@@ -132,6 +159,8 @@ class PackedMixin(PromptTuningMixin):
     ) -> Plan | EngineStatus:
         """Plan a packed batch, or return the status of a batch that takes PEFT's path."""
         obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
+        if extras.get("answer_start") is not None:
+            obstacle = "a prompt behind the text is not packed yet"
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
         status = self._prove()

@@ -18,6 +18,7 @@ from ..devices import device_of
 from ..sizes import max_positions
 from .pad_side import BEHIND, find_pad_side
 from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
+from .position import order_columns
 from .tokens import VIRTUAL_TOKEN_VALUES, check_mask, put_back, shift_column, shift_positions, widen
 
 
@@ -74,7 +75,8 @@ class PeftPathMixin(PeftModel):
         return self.get_base_model()(**inputs, **options)
 
     def _prepend_prompt(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-        """Put the prompt in front of the inputs per token. Returns those, [B, P+T, ...], and the other inputs."""
+        """Add the prompt to the inputs per token. Returns those, [B, P+T, ...], and the other inputs."""
+        start = inputs.pop("answer_start", None)
         ids, text = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         if ids is None and text is None:
             raise ValueError("The model got neither input_ids nor inputs_embeds. Pass one of them.")
@@ -88,11 +90,16 @@ class PeftPathMixin(PeftModel):
         tokens = widen(inputs, self._token_inputs, self._row_inputs, (rows, columns), prompt)
         if positions is not None:
             positions = shift_positions(positions, mask, rows, prompt)
-            if self._takes("position_ids"):
+            if start is not None and bool((positions[:, 0] != 0).any()):
+                raise ValueError("With prompt_position='suffix', position_ids have to count real tokens from 0.")
+            if start is None and self._takes("position_ids"):
                 tokens["position_ids"] = positions
         text = self.word_embeddings(ids) if text is None else text  # type: ignore[misc]
         virtual = self.get_prompt(batch_size=rows).to(text.device, text.dtype)
         tokens["inputs_embeds"] = torch.cat([virtual, text], dim=1)
+        if start is not None:
+            order = order_columns(start, columns, prompt)
+            tokens = {name: reorder(value, order.to(value.device)) for name, value in tokens.items()}
         return tokens, inputs
 
     def _drop_unused(self, inputs: dict[str, Any]) -> None:

@@ -12,6 +12,7 @@ import torch
 
 from .packed import PackedMixin
 from .pad_side import BEHIND, IN_FRONT
+from .position import is_suffix
 
 
 class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceClassification):
@@ -36,6 +37,12 @@ class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceC
         kwargs = self._name_arguments(args, kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._make_mask(kwargs["input_ids"])
+        text = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
+        if text is not None and self.active_adapter:
+            names = kwargs.get("adapter_names") or [self.active_adapter]
+            behind = [name in self.peft_config and is_suffix(self.peft_config[name]) for name in names]
+            if any(behind):
+                kwargs["answer_start"] = self._place_prompts(text, behind, kwargs.get("attention_mask"))
         return super().forward(**kwargs)
 
     def _make_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:

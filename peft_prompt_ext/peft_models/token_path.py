@@ -31,6 +31,7 @@ LOW_PRECISION_TOLERANCE = 1e-2
 # inputs that belong to the text in a model with images or sounds
 TEXT_INPUTS = {
     *PACKED_ROW_INPUTS,
+    "answer_start",
     *(
         "input_ids",
         "inputs",

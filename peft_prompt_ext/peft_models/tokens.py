@@ -158,7 +158,14 @@ def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) 
     return value
 
 
-def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: int, predicts_next: bool) -> None:
+def cut_prompt(
+    output: Any,
+    names: Iterable[str],
+    text: Sequence[int],
+    prompt: int,
+    predicts_next: bool,
+    kept: torch.Tensor | None = None,
+) -> None:
     """Cut the virtual tokens off an output's fields, so that column t belongs to text token t.
 
     Args:
@@ -167,6 +174,7 @@ def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: i
         text: B and T.
         prompt: P.
         predicts_next: Whether fields [B, P+T-1] are predictions of the next token.
+        kept: The column of each text token, [B, T]; by default the last ones.
     """
     rows, columns = text[0], prompt + text[1]
 
@@ -174,7 +182,11 @@ def cut_prompt(output: Any, names: Iterable[str], text: Sequence[int], prompt: i
         if isinstance(value, tuple):
             return tuple(cut(one, widths) for one in value)
         of_columns = isinstance(value, torch.Tensor) and value.dim() > 1 and len(value) == rows
-        return value[:, prompt:] if of_columns and value.shape[1] in widths else value
+        if not of_columns or value.shape[1] not in widths:
+            return value
+        return (
+            value[:, prompt:] if kept is None else reorder(value, kept[:, : value.shape[1] - prompt].to(value.device))
+        )
 
     for name in list(names):
         all_but_last = predicts_next and name not in {"logits", "hidden_states"}
