@@ -8,6 +8,7 @@ Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hi
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -18,7 +19,7 @@ from peft.utils import ModulesToSaveWrapper
 from ..shared_prefix.status import EngineStatus
 from .base import PromptTuningMixin
 from .decoding.feed import find_cache
-from .position import find_start
+from .position import find_start, is_suffix
 from .tokens import PACKED_ROW_INPUTS, check_mask
 
 
@@ -38,11 +39,14 @@ class Plan(NamedTuple):
         layout: The place of each token.
         names: The adapter of each row.
         status: The result of the proof.
+        texts: With prompts behind all texts, the key of each text in the cache (none if the text may not be kept);
+            None: trunks and branches run together.
     """
 
     layout: PackedLayout
     names: list[str]
     status: EngineStatus
+    texts: list[bytes] | None = None
 
 
 class PackedMixin(PromptTuningMixin):
@@ -101,8 +105,9 @@ class PackedMixin(PromptTuningMixin):
         if text is not None and find_cache(kwargs) is None:
             check_mask(attention_mask, *text.shape[:2])
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        start = kwargs.pop("answer_start", None)
         extras = {**outputs, "task_ids": task_ids, **kwargs}
-        plan = self._plan(text, attention_mask, adapter_names, extras)
+        plan = self._plan(text, attention_mask, adapter_names, extras, start)
         if isinstance(plan, Plan):
             self._engine.set_last_status(self.get_base_model(), plan.status)
             output = self._run_packed(plan, input_ids, inputs_embeds, labels, adapter_names, kwargs)
@@ -121,6 +126,7 @@ class PackedMixin(PromptTuningMixin):
             inputs_embeds=inputs_embeds,
             labels=labels,
             return_dict=return_dict,
+            answer_start=start,
             **extras,
         )
 
@@ -156,14 +162,16 @@ class PackedMixin(PromptTuningMixin):
         attention_mask: torch.Tensor | None,
         adapter_names: Sequence[str] | None,
         extras: dict[str, Any],
+        start: torch.Tensor | None,
     ) -> Plan | EngineStatus:
-        """Plan a packed batch, or return the status of a batch that takes PEFT's path."""
+        """Plan a packed batch, or return the status of a batch that takes PEFT's path.
+
+        `start` is the number of columns in front of each row's prompt, [B] on the host; None: 0 in all rows.
+        """
         obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
-        if extras.get("answer_start") is not None:
-            obstacle = "a prompt behind the text is not packed yet"
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
-        status = self._prove()
+        status = self._prove(behind=start is not None)
         if not status.packed:
             return status
         mask, texts = _read_batch(text, attention_mask, extras.get("position_ids"))
@@ -172,10 +180,45 @@ class PackedMixin(PromptTuningMixin):
         if bool(texts.any()) and not self._packs_packed_rows:
             return EngineStatus(False, "a row holds several texts")
         names = list(adapter_names) if adapter_names is not None else [self.active_adapter] * len(mask)
-        layout = self._lay_out(mask, names, texts)
-        self._check_length(layout.longest_text, max(layout.prompt_lengths))
+        if start is None:
+            plan = Plan(self._lay_out(mask, names, texts), names, status)
+        else:
+            if bool(texts.any()):
+                raise ValueError(
+                    "position_ids begin again at 0 inside a row, so the row holds several texts. With "
+                    "prompt_position='suffix' pass one text per row (TRL: packing=False, padding_free=False)."
+                )
+            plan = self._plan_behind(text, mask, names, status, start)
+        layout = plan.layout
+        configs: dict[str, Any] = self.peft_config
+        prompt = max((configs[name].num_virtual_tokens for name in names if name != BASE), default=0)
+        self._check_length(layout.longest_row - prompt, prompt)
         obstacle = _find_length_obstacle(layout, status) or self._find_unshared(names)
-        return Plan(layout, names, status) if obstacle is None else EngineStatus(False, obstacle)
+        return plan if obstacle is None else EngineStatus(False, obstacle)
+
+    def _plan_behind(
+        self, text: torch.Tensor, mask: torch.Tensor, names: list[str], status: EngineStatus, start: torch.Tensor
+    ) -> Plan:
+        """Plan a batch where some prompts stand behind the texts; rows with the same text share it."""
+        from ..shared_prefix.layout import pack_behind
+        from ..shared_prefix.transfer import download
+
+        lengths, prompt_of_row = self._list_prompts(mask, names)
+        runs_alone = bool((start > 0).all()) and not self._texts_learn(text)
+        keys: list[bytes] = []
+        if runs_alone and text.dim() == 2 and not _has_hooks(self.word_embeddings):
+            in_front = (mask != 0) & (torch.arange(mask.shape[1]) < start[:, None])
+            ids = download(text)[0]
+            keys = [row[real].numpy().tobytes() for row, real in zip(ids, in_front, strict=True)]
+        layout = pack_behind(mask, lengths, prompt_of_row, start, keys or range(len(mask)))
+        return Plan(layout, names, status, list(dict.fromkeys(keys)) if runs_alone else None)
+
+    def _texts_learn(self, text: torch.Tensor) -> bool:
+        """Whether texts need gradients: the input has some, or a module of the base model but a classifier's head."""
+        if not torch.is_grad_enabled():
+            return False
+        trained = (name for name, parameter in self.base_model.named_parameters() if parameter.requires_grad)
+        return text.requires_grad or any(name.split(".")[0] not in self._heads_of_rows for name in trained)
 
     def _find_obstacle(self, attention_mask: Any, extras: dict[str, Any]) -> str | None:
         """Find what a packed batch does not support in this call; None if nothing."""
@@ -200,24 +243,36 @@ class PackedMixin(PromptTuningMixin):
                 return "packed batches do not support fused_lm_head with hooks, a wrapped forward or shift_labels"
         return None
 
-    def _prove(self) -> EngineStatus:
-        """Prove that a batch may run packed, as the model is now."""
+    def _prove(self, behind: bool | None = None) -> EngineStatus:
+        """Prove that a batch may run packed, as the model is now; by default for the active prompt's position."""
         config = self.active_peft_config
         # a stock config has neither field
         if not getattr(config, "shared_prefix", True):
             return EngineStatus(False, "shared_prefix=False in the config")
         probe = getattr(config, "shared_prefix_probe", True)
-        return self._engine.prove(self.get_base_model(), self._packed_forward, self.word_embeddings, probe)
+        behind = is_suffix(config) if behind is None else behind
+        return self._engine.prove(self.get_base_model(), self._packed_forward, self.word_embeddings, probe, behind)
 
     def _status(self) -> EngineStatus:
         """Return the status of the last batch; without one, prove it."""
         if not getattr(self.active_peft_config, "shared_prefix", True):
             return self._prove()
-        return self._engine.get_last_status(self.get_base_model()) or self._prove()
+        status = self._engine.get_last_status(self.get_base_model()) or self._prove()
+        texts = self._engine.texts
+        return status if texts is None else replace(status, texts=texts.status)
 
     def _lay_out(self, attention_mask: torch.Tensor, names: list[str], texts: torch.Tensor) -> PackedLayout:
         from ..shared_prefix.layout import pack
 
+        lengths, prompt_of_row = self._list_prompts(attention_mask, names)
+        return pack(attention_mask, lengths, prompt_of_row, texts)
+
+    def _list_prompts(self, attention_mask: torch.Tensor, names: list[str]) -> tuple[tuple[int, ...], torch.Tensor]:
+        """List the lengths of a batch's prompts, and the number of each row's prompt among them, [B].
+
+        Raises:
+            ValueError: There is not one name for each row, or a name is unknown.
+        """
         if len(names) != len(attention_mask):
             raise ValueError(f"adapter_names has {len(names)} names, the batch has {len(attention_mask)} rows.")
         known = list(self.peft_config)
@@ -227,8 +282,7 @@ class PackedMixin(PromptTuningMixin):
         used = list(dict.fromkeys(names))
         configs: dict[str, Any] = self.peft_config
         lengths = tuple(0 if name == BASE else configs[name].num_virtual_tokens for name in used)
-        prompt_of_row = torch.tensor([used.index(name) for name in names], dtype=torch.long)
-        return pack(attention_mask, lengths, prompt_of_row, texts)
+        return lengths, torch.tensor([used.index(name) for name in names], dtype=torch.long)
 
     def _find_unshared(self, names: list[str]) -> str | None:
         """Find modules that differ between the adapters of a batch; None if all rows have the active adapter."""
@@ -265,11 +319,13 @@ class PackedMixin(PromptTuningMixin):
         words = inputs_embeds if inputs_embeds is not None else embed(input_ids)
         prompts = self._embed_prompts(plan.names, words)
         packed = PackedPass(plan.layout, ATTENTIONS[plan.status.attention or "sdpa"])
-        # fused_lm_head reads the prompt's hidden states
-        if self._may_keep(plan, prompts) and not options.get("fused_lm_head"):
-            packed.kept_prefixes = self._engine.keep(self.get_base_model(), embed, prompts)
-        text = words.flatten(0, 1)[plan.layout.to(words.device).source]  # [S, H]
-        embeds = torch.cat([*prompts.values(), text] if packed.kept_prefixes is None else [text])[None]
+        if plan.texts is not None:
+            embeds = self._embed_behind(plan, prompts, words, packed)
+        else:
+            # fused_lm_head reads the prompt's hidden states
+            if self._may_keep(plan, prompts) and not options.get("fused_lm_head"):
+                packed.trunks = self._engine.keep(self.get_base_model(), embed, prompts)
+            embeds = _embed(plan.layout, prompts, words)[packed.first_place :][None]
         try:
             return self._packed_forward(self.get_base_model(), embeds, packed, **options)
         except NotPackable as refusal:  # the probe did not detect it
@@ -279,7 +335,33 @@ class PackedMixin(PromptTuningMixin):
         """Whether the batch may use kept prefixes; the prompt of a row without text has to run."""
         if torch.is_grad_enabled() or self.training or not prompts or not plan.status.keeps_prompts:
             return False
-        return not bool((plan.layout.last < plan.layout.num_prompt_tokens).any())
+        behind = any(is_suffix(self.peft_config[name]) for name in prompts)
+        return not behind and not bool((plan.layout.last < plan.layout.num_trunk_tokens).any())
+
+    def _embed_behind(
+        self, plan: Plan, prompts: dict[str, torch.Tensor], words: torch.Tensor, packed: PackedPass
+    ) -> torch.Tensor:
+        """Embed the branches, [1, S, H], and give the pass its texts, which run without gradients or are kept."""
+        from ..shared_prefix.texts import Texts
+
+        tokens = _embed(plan.layout, prompts, words)
+        count = plan.layout.num_trunk_tokens
+        if not count:  # all texts are empty
+            return tokens[None]
+        base_model, config = self.get_base_model(), self.active_peft_config
+        cache = None
+        if plan.texts:
+            cache = self._engine.keep_texts(base_model, self.word_embeddings, plan.status.attention, config)
+        packed.trunks = Texts(
+            base_model,
+            packed.attention,
+            tokens[:count],
+            plan.layout.trunk_lengths,
+            cache,
+            plan.texts or (),
+            self._engine.expect_writes,
+        )
+        return tokens[count:][None]
 
     def _embed_prompts(self, names: list[str], like: torch.Tensor) -> dict[str, torch.Tensor]:
         """Get each adapter's virtual tokens, [P, H], on the device and in the dtype of `like`."""
@@ -312,8 +394,26 @@ def _read_batch(
     return mask, find_texts(read[-1].expand(shape), mask)
 
 
+def _embed(layout: PackedLayout, prompts: dict[str, torch.Tensor], words: torch.Tensor) -> torch.Tensor:
+    """Embed the packed sequence, [N, H], from prompts [P, H] and the padded batch's words [B, T, H]."""
+    from ..shared_prefix.repeat import repeat
+
+    flat, count = words.flatten(0, 1), sum(map(len, prompts.values()))
+    sources = layout.to(words.device).sources
+    if layout.trunk_lengths == tuple(map(len, prompts.values())) and not layout.has_prompts_behind:
+        return torch.cat([*prompts.values(), flat[sources[count:] - count]])
+    virtual = torch.cat([*prompts.values(), flat[:1]])  # a row at least
+    is_virtual = (sources < count)[:, None]
+    return torch.where(is_virtual, repeat(virtual, sources.clamp(max=count)), flat[(sources - count).clamp(min=0)])
+
+
+def _has_hooks(module: Any) -> bool:
+    """Whether a module has hooks, such as NEFTune's noise, so that equal tokens have different embeddings."""
+    return bool(module._forward_hooks or module._forward_pre_hooks)
+
+
 def _find_length_obstacle(layout: PackedLayout, status: EngineStatus) -> str | None:
-    row, packed = max(layout.prompt_lengths) + layout.longest_text, layout.position_ids.shape[1]
+    row, packed = layout.longest_row, layout.num_tokens
     if status.max_tokens is not None and row > status.max_tokens:
         return f"a row of {row} tokens is longer than {status.max_tokens}, its window or its short positions"
     if status.max_packed_tokens is not None and packed > status.max_packed_tokens:

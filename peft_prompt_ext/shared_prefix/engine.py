@@ -12,11 +12,13 @@ from typing import Any
 import torch
 
 from .interface import attach, get_attention
-from .kept_prefix import keep_prefix
-from .packed_pass import KeptPrefix
+from .kept_prefix import KeptPrefix, KeptPrefixes, keep_prefix
 from .precision import precision_of
 from .probe import prove
 from .status import EngineStatus
+from .text_cache import TextCache
+from .text_state import TextState, cache_options, make_cache
+from .texts import evaluation_mode
 from .watch import Watch
 
 
@@ -29,29 +31,35 @@ class Engine:
     Attributes:
         last: The base model's attention and the status in the last batch; None before a batch.
         prefixes: The kept prefix of each adapter, with its proof key; valid while the watch holds.
+        texts: The kept texts; None before the first.
     """
 
     def __init__(self) -> None:
         self.last: tuple[Any, EngineStatus] | None = None
         self.prefixes: dict[str, tuple[Any, KeptPrefix]] = {}
+        self.texts: TextCache | None = None
         self._proved: dict[Any, EngineStatus] = {}
         self._watch: Watch | None = None
+        self._text_state: TextState | None = None
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, ()
 
-    def prove(self, base_model: Any, forward: Callable[..., Any], words: Any, run: bool = True) -> EngineStatus:
-        """Prove that batches may run packed, once for each device, precision and attention.
+    def prove(
+        self, base_model: Any, forward: Callable[..., Any], words: Any, run: bool = True, behind: bool = False
+    ) -> EngineStatus:
+        """Prove that batches may run packed, once for each device, precision, attention and position of the prompt.
 
         Args:
             base_model: A model of transformers with its head.
             forward: See `probe.prove`.
             words: Its word embeddings.
             run: See `probe.prove`.
+            behind: See `probe.prove`.
         """
-        key = make_proof_key(base_model, words)
+        key = (*make_proof_key(base_model, words), behind)
         if key not in self._proved:
-            self._proved[key] = prove(base_model, forward, words, run)
+            self._proved[key] = prove(base_model, forward, words, run, behind)
         elif self._proved[key].packed:
             attach(base_model)
         return self._proved[key]
@@ -60,7 +68,8 @@ class Engine:
         """Switch to PEFT's path, and log why."""
         status = EngineStatus(False, str(refusal))
         logger.info("From now on, batches take PEFT's path: %s.", status.reason)
-        self._proved[make_proof_key(base_model, words)] = status
+        key = make_proof_key(base_model, words)
+        self._proved |= {(*key, False): status, (*key, True): status}
         return status
 
     def set_last_status(self, base_model: Any, status: EngineStatus) -> None:
@@ -71,7 +80,7 @@ class Engine:
         """Get the status of the last batch; None before a batch, or after a change of the attention."""
         return self.last[1] if self.last is not None and self.last[0] == get_attention(base_model) else None
 
-    def keep(self, base_model: Any, words: Any, prompts: Mapping[str, torch.Tensor]) -> list[KeptPrefix] | None:
+    def keep(self, base_model: Any, words: Any, prompts: Mapping[str, torch.Tensor]) -> KeptPrefixes | None:
         """Get the kept prefixes of prompts [P, H]; None if the base model does not allow it as it is now."""
         if self._watch is None or not self._watch.holds():
             self._watch, self.prefixes = Watch(base_model), {}
@@ -83,11 +92,43 @@ class Engine:
             if kept is None or kept[0] != key or not torch.equal(kept[1].prompt, prompt):
                 self.prefixes[name] = key, keep_prefix(base_model, prompt)
                 self._watch.expect()
-        return [self.prefixes[name][1] for name in prompts]
+        return KeptPrefixes(self.prefixes[name][1] for name in prompts)
+
+    def keep_texts(self, base_model: Any, words: Any, attention: Any, config: Any) -> TextCache | None:
+        """Get the cache of texts; None if the config or the base model, as it is now, does not allow one.
+
+        It is dropped if a weight, the precision or anything else that decides keys and values has changed.
+
+        Args:
+            base_model: A model of transformers with its head.
+            words: Its word embeddings.
+            attention: The name of the attention of packed batches.
+            config: The active adapter's config.
+
+        Raises:
+            ValueError: The folder of the cache cannot be used.
+        """
+        if getattr(config, "text_cache", "none") == "none":
+            self.texts = self._text_state = None
+            return None
+        backbone, key = base_model.base_model, (make_proof_key(base_model, words), attention, cache_options(config))
+        with evaluation_mode(backbone):
+            state = self._text_state
+            if state is None or not state.holds(backbone, key):
+                self._text_state = state = TextState(backbone, key)
+                self.texts = make_cache(state, config) if state.constant else None
+        return self.texts
+
+    def expect_writes(self) -> None:
+        """Accept the writes of a first pass of texts as those of every pass."""
+        if self._text_state is not None and self.texts is not None:
+            self._text_state.expect()
 
     def forget_prefixes(self) -> None:
-        """Drop all kept prefixes."""
+        """Drop all kept prefixes, and compare the weights before texts are used again."""
         self.prefixes, self._watch = {}, None
+        if self._text_state is not None:
+            self._text_state.is_checked = False
 
     def forget_proofs(self) -> None:
         """Drop all proofs, so that the probe runs again."""

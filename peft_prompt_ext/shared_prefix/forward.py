@@ -33,7 +33,7 @@ def causal_lm(
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H]; only text tokens if prefixes are kept.
+        embeds: [1, N, H]; only tokens of branches if the pass has constant trunks.
         packed: The batch's layout and attention.
         labels: [B, T], -100 at tokens without a label.
         logits_to_keep: The number of last columns, or the indices of columns, of [B, P+T]; 0: all.
@@ -61,7 +61,7 @@ def causal_lm(
         output = _run_at(places, base_model, embeds, packed)
         return _replace(output, output.logits, _compute_loss(base_model, output.logits, targets, num_items_in_batch))
 
-    sources = layout.column_sources()
+    sources = layout.columns
     if isinstance(logits_to_keep, torch.Tensor):
         keep = download(logits_to_keep)[0]
         sources = sources[:, keep.nonzero()[:, 0] if logits_to_keep.dtype == torch.bool else keep]
@@ -83,28 +83,27 @@ def causal_lm(
 
 def _run_at(places: torch.Tensor, base_model: Any, embeds: torch.Tensor, packed: PackedPass) -> Any:
     """Run the model, with its head only at the given places of the packed sequence: logits [1, L, V]."""
-    layout = packed.layout
-    if packed.kept_prefixes is None:
+    if packed.trunks is None:
         return run(base_model, embeds, packed, logits_to_keep=upload(embeds.device, places)[0])
-    in_text = places >= layout.num_prompt_tokens
-    wanted = upload(embeds.device, places[in_text] - layout.num_prompt_tokens)[0]
+    in_branch = places >= packed.first_place
+    in_trunks = packed.trunks.read(places[~in_branch])
+    wanted = upload(embeds.device, places[in_branch] - packed.first_place)[0]
     output = run(base_model, embeds, packed, logits_to_keep=wanted)
-    if bool(in_text.all()):
+    if in_trunks is None:
         return output
-    virtual = torch.cat([prefix.logits for prefix in packed.kept_prefixes])
-    kept = upload(virtual.device, places[~in_text])[0]
-    order = torch.cat([in_text.nonzero()[:, 0], (~in_text).nonzero()[:, 0]]).argsort()
-    together = torch.cat([output.logits[0], virtual[kept].to(output.logits)])
+    order = torch.cat([in_branch.nonzero()[:, 0], (~in_branch).nonzero()[:, 0]]).argsort()
+    together = torch.cat([output.logits[0], in_trunks.to(output.logits)])
     return _replace(output, together[upload(together.device, order)[0]][None], None)
 
 
 def _find_labelled(labels: torch.Tensor | None, layout: PackedLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Find the places that predict a label, on the host, and their labels; both [L]."""
-    places = layout.previous()
+    tokens = layout.places_of_text()
     if labels is None:
-        return places[:0], places[:0]
-    labelled = (download(labels)[0].flatten()[layout.source] != IGNORE_INDEX) & (places >= 0)
-    return places[labelled], _take(labels, layout.source[labelled])
+        return tokens.flatten()[:0], tokens.flatten()[:0]
+    before = torch.where(tokens >= 0, layout.previous()[tokens], -1)
+    labelled = (download(labels)[0] != IGNORE_INDEX) & (before >= 0)
+    return before[labelled], _take(labels, labelled.flatten().nonzero()[:, 0])
 
 
 def _take(labels: torch.Tensor, source: torch.Tensor) -> torch.Tensor:
@@ -121,7 +120,7 @@ def causal_lm_with_own_head(
 
     Args:
         base_model: A `...ForCausalLM` of transformers.
-        embeds: [1, N, H], including prompts.
+        embeds: [1, N, H]; only tokens of branches if the pass has constant trunks.
         packed: The batch's layout and attention.
         labels: [B, T], -100 at tokens without a label.
         **kwargs: Arguments of the forward, such as `fused_lm_head`.
@@ -137,8 +136,10 @@ def causal_lm_with_own_head(
     if labels is None or labels.shape != layout.shape:
         got = None if labels is None else list(labels.shape)
         raise ValueError(f"labels are {got}; wanted {list(layout.shape)}, one for each text token.")
-    name, places = base_model.base_model_prefix, layout.predicting()
+    name, places = base_model.base_model_prefix, layout.predicting() - packed.first_place
     backbone = base_model._modules[name]
+    if packed.trunks is not None:
+        packed.trunks.read(places[:0, 0])
 
     def run_unpacked(*_: Any, **__: Any) -> Any:
         output = run(backbone, embeds, packed)
@@ -149,8 +150,9 @@ def causal_lm_with_own_head(
     view, inside = copy(base_model), copy(backbone)  # copies, because a head may read other attributes
     inside.forward, inside._forward_hooks, inside._forward_pre_hooks = run_unpacked, {}, {}
     view._modules = {**base_model._modules, name: inside}
-    empty = labels.new_full((len(labels), places.shape[1] - labels.shape[1]), IGNORE_INDEX)
-    return base_model.forward.__func__(view, labels=torch.cat([empty, labels], dim=1), **kwargs)
+    wide = labels.new_full(places.shape, IGNORE_INDEX)
+    wide.scatter_(1, upload(labels.device, layout.text_columns)[0], labels)
+    return base_model.forward.__func__(view, labels=wide, **kwargs)
 
 
 def sequence_classification(
@@ -165,7 +167,7 @@ def sequence_classification(
 
     Args:
         base_model: A `...ForSequenceClassification` of transformers with the head `score`.
-        embeds: [1, N, H]; only text tokens if prefixes are kept, and then every row needs a real token.
+        embeds: [1, N, H]; only tokens of branches if the pass has constant trunks, and then every row needs one.
         packed: The batch's layout and attention.
         labels: [B], or [B, C] for several labels per row.
         num_items_in_batch: Passed by the Trainer; ignored, because classification losses of transformers are means.
@@ -177,10 +179,10 @@ def sequence_classification(
     from transformers.modeling_outputs import SequenceClassifierOutputWithPast
 
     backbone = getattr(base_model, base_model.base_model_prefix)
+    if packed.trunks is not None:
+        packed.trunks.read(packed.layout.columns[:0, 0])
     states = run(backbone, embeds, packed).last_hidden_state[0]
-    layout = packed.layout.to(states.device)
-    first = 0 if packed.kept_prefixes is None else layout.num_prompt_tokens  # place of the first hidden state
-    hidden = states[layout.last - first]  # [B, H]
+    hidden = states[packed.layout.to(states.device).last - packed.first_place]  # [B, H]
     has_own_heads = adapter_names is not None and isinstance(base_model.score, ModulesToSaveWrapper)
     logits = base_model.score(hidden, **({"adapter_names": adapter_names} if has_own_heads else {}))
     loss = None

@@ -158,11 +158,11 @@ def _attend(
         if module in packed.keys_values:
             raise NotPackable("it runs an attention layer twice")
         packed.keys_values[module] = key, value
-    if packed.kept_prefixes:
-        keys, values = zip(*(prefix.keys_values[module] for prefix in packed.kept_prefixes), strict=True)
-        key, value = torch.cat([*keys, key], dim=2), torch.cat([*values, value], dim=2)
+    kept = None if packed.trunks is None else packed.trunks.get(module)
     if packed.calls is not None:
         tensors = tuple((x.shape[1], x.shape[3], x.dtype) for x in (query, key, value))
         packed.calls.append(AttentionCall(query.device, tensors, tuple(sorted(options.items()))))
     dropout = dropout if module.training else 0.0
+    if kept is not None:
+        options["kept"] = kept
     return packed.attention(query, key, value, packed.layout.to(query.device), dropout=dropout, **options)

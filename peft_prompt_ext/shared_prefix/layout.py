@@ -1,15 +1,19 @@
-"""Index maths of a padded batch as one packed sequence `[prompt_1 | prompt_2 | ... | text_1 | text_2 | ...]`.
+"""Index maths of a padded batch as one packed sequence `[trunk_1 | trunk_2 | ... | branch_1 | branch_2 | ...]`.
+
+A branch sees its trunk and itself, a trunk sees itself. With a prompt in front of the texts (a prefix), prompts are
+trunks and texts are branches. With a prompt behind the texts (a suffix), texts are trunks, and a branch is the prompt
+and the answer of a row.
 
 All indices are computed on the host and copied to a device in one transfer, because a read from a device waits for
 all its pending work.
 
-Shapes: B rows and T columns of the batch, R texts, K prompts, P_k virtual tokens of prompt k, P the longest prompt,
-S real text tokens, M tokens of the longest text, N = sum P_k + S packed tokens. A row has one text, several if the
-caller packed them, or none.
+Shapes: B rows and T columns of the batch, K trunks, L tokens of the longest trunk, R branches, M tokens of the longest
+branch, S tokens of all branches, N tokens of trunks and branches, P virtual tokens of the longest prompt.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,42 +22,49 @@ import torch
 from .transfer import upload
 
 
+_ON_HOST = {"columns", "text_columns"}
+
+
 @dataclass(eq=False)
 class PackedLayout:
-    """Index tensors of one batch, with texts in the order of the batch. A place is an index of the packed sequence.
+    """Index tensors of one batch. A place is an index of the packed sequence.
 
     Attributes:
-        prompt_lengths: P_k of each prompt.
+        trunk_lengths: The number of tokens of each trunk.
         shape: (B, T).
-        longest_text: M.
-        lengths: P_k as a tensor, [K].
-        prompt_of_row: The prompt of each row, [B].
-        prompt_of_text: The prompt of each text, [R].
-        text: The text of each text token, [S].
-        source: Index of each text token in the flattened batch, [S].
-        within: Index of each text token in its text, [S].
-        position_ids: 0.. for each prompt, P_k.. for the tokens of a text with prompt k, [1, N].
-        prompts: Place of each prompt's tokens, aligned left; any place after its end, [K, P].
-        prefix: The same, aligned right: the last column is the token before the text, [K, P].
-        texts: Place of each text's tokens; any place after its end, [R, M].
-        last: Place of each row's last real token, or of its prompt's last token in a row without text, [B].
+        longest_branch: M.
+        lengths: `trunk_lengths` as a tensor, [K].
+        trunk_of_branch: [R].
+        branch: The branch of each branch token, [S].
+        within: Index of each branch token in its branch, [S].
+        sources: Index of each token in `[virtual tokens of all prompts | flattened batch]`, [N].
+        position_ids: 0.. for each trunk, and counted on from there for its branches, [1, N].
+        trunks: Place of each trunk's tokens, aligned left; any place after its end, [K, L].
+        trunk_ends: The same, aligned right: the last column is the token before the branch, [K, L].
+        branches: Place of each branch's tokens; any place after its end, [R, M].
+        last: Place of each row's last token, [B].
+        columns: Place of each column of the outputs, [B, P+T]; -1 at pads. Always on the host.
+        text_columns: Column of the outputs of each text token, [B, T]. Always on the host.
+        has_prompts_behind: Whether trunks are texts, in some rows at least.
         derived: Indices that an attention derives from the layout, for all layers.
     """
 
-    prompt_lengths: tuple[int, ...]
+    trunk_lengths: tuple[int, ...]
     shape: tuple[int, int]
-    longest_text: int
+    longest_branch: int
     lengths: torch.Tensor
-    prompt_of_row: torch.Tensor
-    prompt_of_text: torch.Tensor
-    text: torch.Tensor
-    source: torch.Tensor
+    trunk_of_branch: torch.Tensor
+    branch: torch.Tensor
     within: torch.Tensor
+    sources: torch.Tensor
     position_ids: torch.Tensor
-    prompts: torch.Tensor
-    prefix: torch.Tensor
-    texts: torch.Tensor
+    trunks: torch.Tensor
+    trunk_ends: torch.Tensor
+    branches: torch.Tensor
     last: torch.Tensor
+    columns: torch.Tensor
+    text_columns: torch.Tensor
+    has_prompts_behind: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
     _copies: dict[torch.device, PackedLayout] = field(default_factory=dict, repr=False)
@@ -62,10 +73,11 @@ class PackedLayout:
     def to(self, device: torch.device | str | int) -> PackedLayout:
         """Get the layout with its tensors on a device; one copy per device."""
         device = torch.empty(0, device=device).device  # "cuda" is the current one
-        if device == self.texts.device:
+        if device == self.branches.device:
             return self
         if device not in self._copies:
-            tensors = {f.name: value for f in fields(self) if isinstance(value := getattr(self, f.name), torch.Tensor)}
+            names = [f.name for f in fields(self) if f.name not in _ON_HOST]
+            tensors = {name: value for name in names if isinstance(value := getattr(self, name), torch.Tensor)}
             uploaded: dict[str, Any] = dict(zip(tensors, upload(device, *tensors.values()), strict=True))
             self._copies[device] = replace(self, **uploaded, derived={}, _masks={}, _host=self.on_host())
         return self._copies[device]
@@ -75,40 +87,50 @@ class PackedLayout:
         return self._host or self
 
     @property
-    def num_prompt_tokens(self) -> int:
-        """The number of virtual tokens of all prompts, which is the place of the first text token."""
-        return sum(self.prompt_lengths)
+    def num_trunk_tokens(self) -> int:
+        """The number of tokens of all trunks, which is the place of the first branch token."""
+        return sum(self.trunk_lengths)
+
+    @property
+    def num_tokens(self) -> int:
+        """N."""
+        return self.position_ids.shape[1]
+
+    @property
+    def longest_row(self) -> int:
+        """The number of tokens of the longest trunk with its longest branch."""
+        return int(self.on_host().position_ids.max()) + 1 if self.num_tokens else 0
 
     @property
     def flat(self) -> torch.Tensor:
-        """Index of each text token in the flattened `texts`, [S]."""
-        return self.text * self.longest_text + self.within
+        """Index of each branch token in the flattened `branches`, [S]."""
+        return self.branch * self.longest_branch + self.within
 
     def mask(self, sliding_window: int | None = None) -> torch.Tensor:
-        """Make the mask of the keys of `[prefix | text]` that each text token sees.
+        """Make the mask of the keys of `[trunk | branch]` that each branch token sees.
 
         Returns:
-            Bool, [M, P+M] if all prompts have one length, else [R, 1, M, P+M].
+            Bool, [M, L+M] if all trunks have one length, else [R, 1, M, L+M].
         """
         if sliding_window not in self._masks:
-            longest = self.prefix.shape[1]
-            key = torch.arange(longest + self.longest_text, device=self.texts.device)
+            longest = self.trunk_ends.shape[1]
+            key = torch.arange(longest + self.longest_branch, device=self.branches.device)
             mask = causal(key[longest:], key, sliding_window)
-            if len(set(self.prompt_lengths)) > 1:
-                missing = longest - self.lengths[self.prompt_of_text]
+            if len(set(self.trunk_lengths)) > 1:
+                missing = longest - self.lengths[self.trunk_of_branch]
                 mask = mask & (key >= missing[:, None])[:, None, None]
             self._masks[sliding_window] = mask
         return self._masks[sliding_window]
 
     def spans(self, sliding_window: int | None = None) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Find the two spans of places that a token sees: in its text's prompt, and in its own text (or prompt).
+        """Find the two spans of places that a token sees: in its branch's trunk, and in its own branch (or trunk).
 
         Returns:
-            Start and end of the first span, which may be empty and is for virtual tokens; start of the second span,
-            which ends with the token. Each [N].
+            Start and end of the first span, which is empty for tokens of trunks; start of the second span, which ends
+            with the token. Each [N].
         """
-        which = self.prompt_of_text[self.text]
-        none = which.new_zeros(self.num_prompt_tokens)
+        which = self.trunk_of_branch[self.branch]
+        none = which.new_zeros(self.num_trunk_tokens)
         length, end = (torch.cat([none, x[which]]) for x in (self.lengths, self.lengths.cumsum(0)))
         start, position = end - length, self.position_ids[0]
         place = torch.arange(len(position), device=position.device)
@@ -118,31 +140,24 @@ class PackedLayout:
             own = torch.maximum(own, place - sliding_window + 1)
         return start, end, own
 
-    def column_sources(self) -> torch.Tensor:
-        """Find the place of each column of the padded batch `[prompt | text]`, [B, P+T]; -1 at pads.
+    def previous(self) -> torch.Tensor:
+        """Find the place of the token before each token, [N]; -1 before a first token."""
+        ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, -1)
+        places = torch.arange(len(self.branch), device=ends.device) + self.num_trunk_tokens - 1
+        in_branches = torch.where(self.within == 0, ends[self.trunk_of_branch[self.branch]], places)
+        in_trunks = torch.arange(self.num_trunk_tokens, device=ends.device) - 1
+        first = self.lengths.cumsum(0) - self.lengths
+        in_trunks[first[self.lengths > 0]] = -1
+        return torch.cat([in_trunks, in_branches])
 
-        Shorter prompts are aligned right, next to the text.
-        """
-        (rows, columns), longest = self.shape, self.prefix.shape[1]
-        missing = longest - self.lengths
-        prefix = self.prefix.masked_fill(torch.arange(longest, device=missing.device) < missing[:, None], -1)
-        texts = self.source.new_full((rows * columns,), -1)
-        texts[self.source] = torch.arange(len(self.source), device=texts.device) + self.num_prompt_tokens
-        return torch.cat([prefix[self.prompt_of_row], texts.view(rows, columns)], dim=1)
+    def places_of_text(self) -> torch.Tensor:
+        """Find the place of each text token, [B, T]; -1 at pads."""
+        return self.columns.gather(1, self.text_columns)
 
     def predicting(self) -> torch.Tensor:
         """Find the place of the token that predicts the next column, [B, P+T]; -1 if the next column is a pad."""
-        (rows, columns), longest = self.shape, self.prefix.shape[1]
-        before = self.source.new_full((rows * columns,), -1)
-        before[self.source] = self.previous()
-        whole = torch.cat([before.new_full((rows, longest), -1), before.view(rows, columns)], dim=1)
-        return torch.cat([whole[:, 1:], whole.new_full((rows, 1), -1)], dim=1)
-
-    def previous(self) -> torch.Tensor:
-        """Find the place of the token before each text token, [S]; -1 before a first token without a prompt."""
-        ends = torch.where(self.lengths > 0, self.lengths.cumsum(0) - 1, -1)
-        places = torch.arange(len(self.text), device=ends.device) + self.num_prompt_tokens - 1
-        return torch.where(self.within == 0, ends[self.prompt_of_text[self.text]], places)
+        columns = torch.cat([self.columns[:, 1:], self.columns.new_full((len(self.columns), 1), -1)], dim=1)
+        return torch.where(columns >= 0, self.on_host().previous()[columns], -1)
 
 
 def causal(query: torch.Tensor, key: torch.Tensor, sliding_window: int | None) -> torch.Tensor:
@@ -181,52 +196,138 @@ def pack(
     prompt_of_row: torch.Tensor | None = None,
     begins: torch.Tensor | None = None,
 ) -> PackedLayout:
-    """Make the layout of a batch. All tensors are on the host.
+    """Make the layout of a batch with prompts in front of the texts. All tensors are on the host.
+
+    A row has one branch, several if it holds several texts, or none.
 
     Args:
         attention_mask: [B, T], nonzero at real tokens; pads may be anywhere.
-        prompt_lengths: P_k of each prompt; 0 for rows without a prompt.
+        prompt_lengths: The number of virtual tokens of each prompt; 0 for rows without a prompt.
         prompt_of_row: The prompt of each row, [B]; by default the first.
         begins: True at the first token of a row's second and further texts, [B, T]; by default none.
     """
     real = attention_mask != 0
     if prompt_of_row is None:
         prompt_of_row = torch.zeros(len(real), dtype=torch.long)
-    lengths = torch.tensor(prompt_lengths)
-    ends = lengths.cumsum(0)
     total, longest = sum(prompt_lengths), max(prompt_lengths)
-    slot = torch.arange(longest)
-    # after the end, any valid place
-    prompts = ((ends - lengths)[:, None] + slot).clamp(max=max(total - 1, 0))
-    prefix = (ends[:, None] + slot - longest).clamp(min=0)
-
     row, column = real.nonzero(as_tuple=True)
-    place = torch.arange(len(row))
+    place = torch.arange(len(row)) + total
     first = row != row.roll(1)
     first[:1] = True
     if begins is not None:
         first |= begins[row, column]
-    text, starts = first.cumsum(0) - 1, place[first]
-    within = place - starts[text]
-    counts = text.bincount(minlength=len(starts))
-    longest_text = int(counts.max()) if len(counts) else 0
-    texts = torch.zeros(len(starts), longest_text, dtype=torch.long)
-    texts[text, within] = place + total
-    prompt_of_text = prompt_of_row[row[starts]]
-    last = (ends - 1)[prompt_of_row].scatter_reduce(0, row, place + total, "amax")
-    return PackedLayout(
-        prompt_lengths=prompt_lengths,
+    lengths = torch.tensor(prompt_lengths)
+    ends = lengths.cumsum(0)
+    slot = torch.arange(longest)
+    prefix = torch.where(slot < longest - lengths[:, None], -1, ends[:, None] + slot - longest)
+    columns = torch.cat([prefix[prompt_of_row], torch.full(real.shape, -1)], dim=1)
+    columns[row, column + longest] = place
+    return _assemble(
+        trunk_lengths=prompt_lengths,
+        first=first,
+        trunk_of_branch=prompt_of_row[row[first]],
         shape=(real.shape[0], real.shape[1]),
-        longest_text=longest_text,
-        lengths=lengths,
-        prompt_of_row=prompt_of_row,
-        prompt_of_text=prompt_of_text,
-        text=text,
-        source=row * real.shape[1] + column,
-        within=within,
-        position_ids=torch.cat([*map(torch.arange, prompt_lengths), within + lengths[prompt_of_text[text]]])[None],
-        prompts=prompts,
-        prefix=prefix,
-        texts=texts,
+        sources=torch.cat([torch.arange(total), row * real.shape[1] + column + total]),
+        last=(ends - 1)[prompt_of_row].scatter_reduce(0, row, place, "amax"),
+        columns=columns,
+        text_columns=(torch.arange(real.shape[1]) + longest).expand(real.shape),
+    )
+
+
+def pack_behind(
+    attention_mask: torch.Tensor,
+    prompt_lengths: tuple[int, ...],
+    prompt_of_row: torch.Tensor,
+    start: torch.Tensor,
+    text_of_row: Sequence[Any],
+) -> PackedLayout:
+    """Make the layout of a batch where some prompts stand behind the texts. All tensors are on the host.
+
+    Args:
+        attention_mask: [B, T], nonzero at real tokens; pads may be anywhere.
+        prompt_lengths: The number of virtual tokens of each prompt; 0 for rows without a prompt.
+        prompt_of_row: The prompt of each row, [B].
+        start: The number of the row's columns in front of the prompt, [B]; 0: the prompt is a prefix.
+        text_of_row: Rows with equal values here have the same tokens in front of their prompts, and share a trunk.
+    """
+    real, (rows, columns) = attention_mask != 0, attention_mask.shape
+    total, longest = sum(prompt_lengths), max(prompt_lengths)
+    ends = torch.tensor(prompt_lengths).cumsum(0)
+    virtual = [torch.arange(int(end) - length, int(end)) for end, length in zip(ends, prompt_lengths, strict=True)]
+    column = torch.arange(columns)
+    text_columns = column + longest * (column >= start[:, None])
+    trunks: dict[Any, tuple[int, torch.Tensor]] = {}
+    branches, trunk_of_branch = [], []
+    for row in range(rows):
+        prompt, tokens = int(prompt_of_row[row]), row * columns + total + column
+        in_front = tokens[real[row] & (column < start[row])]
+        behind = tokens[real[row] & (column >= start[row])]
+        is_prefix = not start[row]
+        key = ("prompt", prompt) if is_prefix else ("text", text_of_row[row])
+        number, _ = trunks.setdefault(key, (len(trunks), virtual[prompt] if is_prefix else in_front))
+        branches.append(behind if is_prefix else torch.cat([virtual[prompt], behind]))
+        trunk_of_branch.append(number)
+    trunk_lengths = tuple(len(tokens) for _, tokens in trunks.values())
+    counts = torch.tensor([len(branch) for branch in branches])
+    place = sum(trunk_lengths) + counts.cumsum(0) - counts
+    trunk_ends = torch.tensor(trunk_lengths).cumsum(0)
+    outputs, last = torch.full((rows, longest + columns), -1), torch.zeros(rows, dtype=torch.long)
+    for row, (number, branch) in enumerate(zip(trunk_of_branch, branches, strict=True)):
+        length, begin, end = prompt_lengths[int(prompt_of_row[row])], int(start[row]), int(trunk_ends[number])
+        behind = text_columns[row, real[row] & (column >= begin)]
+        slots = torch.arange(begin + longest - length, begin + longest)
+        in_front = text_columns[row, real[row] & (column < begin)]
+        where = torch.cat([slots, behind] if not begin else [in_front, slots, behind])
+        in_trunk = torch.arange(end - trunk_lengths[number], end)
+        outputs[row, where] = torch.cat([in_trunk, place[row] + torch.arange(len(branch))])
+        last[row] = place[row] + len(branch) - 1 if len(branch) else end - 1
+    first = torch.zeros(int(counts.sum()), dtype=torch.bool)
+    begun = counts > 0
+    first[(place - sum(trunk_lengths))[begun]] = True
+    return _assemble(
+        trunk_lengths=trunk_lengths,
+        first=first,
+        trunk_of_branch=torch.tensor(trunk_of_branch)[begun],
+        shape=(rows, columns),
+        sources=torch.cat([*(tokens for _, tokens in trunks.values()), *branches]),
         last=last,
+        columns=outputs,
+        text_columns=text_columns,
+        has_prompts_behind=True,
+    )
+
+
+def pack_trunks(lengths: Sequence[int]) -> PackedLayout:
+    """Make the layout of trunks alone."""
+    return pack(torch.ones(0, 0), tuple(lengths))
+
+
+def _assemble(
+    *, trunk_lengths: tuple[int, ...], first: torch.Tensor, trunk_of_branch: torch.Tensor, **others: Any
+) -> PackedLayout:
+    """Make a layout from its trunks and branches; `first` is True at the first token of each branch, [S]."""
+    lengths = torch.tensor(trunk_lengths, dtype=torch.long)
+    ends, total, longest = lengths.cumsum(0), sum(trunk_lengths), max(trunk_lengths, default=0)
+    slot = torch.arange(longest)
+    place = torch.arange(len(first))
+    branch, starts = first.cumsum(0) - 1, place[first]
+    within = place - starts[branch]
+    counts = branch.bincount(minlength=len(starts))
+    longest_branch = int(counts.max()) if len(counts) else 0
+    branches = torch.zeros(len(starts), longest_branch, dtype=torch.long)
+    branches[branch, within] = place + total
+    positions = [*map(torch.arange, trunk_lengths), within + lengths[trunk_of_branch[branch]]]
+    return PackedLayout(
+        trunk_lengths=trunk_lengths,
+        longest_branch=longest_branch,
+        lengths=lengths,
+        trunk_of_branch=trunk_of_branch,
+        branch=branch,
+        within=within,
+        position_ids=torch.cat(positions)[None],
+        # after the end, any valid place
+        trunks=((ends - lengths)[:, None] + slot).clamp(max=max(total - 1, 0)),
+        trunk_ends=(ends[:, None] + slot - longest).clamp(min=0),
+        branches=branches,
+        **others,
     )

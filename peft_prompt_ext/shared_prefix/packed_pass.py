@@ -1,14 +1,13 @@
 """The object that a forward pass over a packed batch passes to each layer's attention.
 
-Shapes: P virtual tokens, H hidden size, G key-value heads, D head size, V words.
+Shapes: G key-value heads, D head size, V words, n places.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import nn
@@ -21,27 +20,21 @@ if TYPE_CHECKING:
     from .attention.select import AttentionCall
 
 
-KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # by attention module, [1, G, P, D]
+KeysValues = dict[nn.Module, tuple[torch.Tensor, torch.Tensor]]  # by attention module, [1, G, tokens, D] each
 
 
-@dataclass
-class KeptPrefix:
-    """The keys and values of one prompt in one base model.
+class Trunks(Protocol):
+    """Keys and values of all trunks of a batch, as constants: then only the branches run."""
 
-    Attributes:
-        prompt: The virtual tokens, [P, H].
-        keys_values: Keys and values of every layer.
-        compute_logits: Runs the prompt with the head.
-    """
+    def read(self, places: torch.Tensor) -> torch.Tensor | None:
+        """Get the keys and values ready before a pass, and compute the logits [n, V] at places [n] of the trunks.
 
-    prompt: torch.Tensor
-    keys_values: KeysValues
-    compute_logits: Callable[[], torch.Tensor]
+        Returns:
+            None without places.
+        """
 
-    @cached_property
-    def logits(self) -> torch.Tensor:
-        """Logits of the virtual tokens, [P, V]."""
-        return self.compute_logits()
+    def get(self, module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Get an attention module's keys and values, [1, G, tokens of all trunks, D] each."""
 
 
 @dataclass(eq=False)
@@ -51,13 +44,18 @@ class PackedPass:
     Attributes:
         layout: The place of each token.
         attention: The attention function, with the signature of `attention.sdpa.packed_attention`.
-        kept_prefixes: The kept prefix of each prompt with tokens, in order; then only text tokens run.
+        trunks: If given, the trunks are constants, and only the branches' tokens run.
         calls: If given, each layer's attention call is appended.
         keys_values: If given, each layer's keys and values are stored.
     """
 
     layout: PackedLayout
     attention: Callable[..., torch.Tensor] = packed_attention
-    kept_prefixes: list[KeptPrefix] | None = None
+    trunks: Trunks | None = None
     calls: list[AttentionCall] | None = None
     keys_values: KeysValues | None = None
+
+    @property
+    def first_place(self) -> int:
+        """The place of the first token that runs."""
+        return 0 if self.trunks is None else self.layout.num_trunk_tokens

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import inspect
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -17,25 +17,33 @@ import torch
 from ..devices import device_of
 from ..quantization import ignore_outliers
 from ..sizes import max_positions
-from .attention.select import AttentionCall, list_candidates, select
+from .attention.select import ATTENTIONS, AttentionCall, list_candidates, select
 from .interface import NotPackable, attach
-from .kept_prefix import keep_prefix
-from .layout import pack
+from .kept_prefix import KeptPrefixes, keep_prefix
+from .layout import pack, pack_behind
 from .lengths import FAR, Trial, find_longest
 from .packed_pass import PackedPass
 from .precision import Tolerance
 from .status import EngineStatus
+from .texts import Texts, evaluation_mode
 
 
 logger = logging.getLogger(__name__)
 
 PROMPT_LENGTH = 3
 ROW_LENGTHS = (5, 1, 9)
+TEXT_LENGTHS = (4, 1, 7)  # the rest of a row is the answer
 TOLERANCE = Tolerance(float32=1e-4, reduced=1e-2, low=5e-2)  # for the logits
 
 
 @torch.compiler.disable  # the probe of a compiled model is not traced
-def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, run: bool = True) -> EngineStatus:
+def prove(
+    base_model: Any,
+    packed_forward: Callable[..., Any],
+    word_embeddings: Any,
+    run: bool = True,
+    behind: bool = False,
+) -> EngineStatus:
     """Prove that a model's batches may run packed.
 
     Args:
@@ -44,6 +52,7 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
             [B, P+T, V] or [B, C].
         word_embeddings: Its word embeddings.
         run: Whether to run the ragged batch. Without it, only the config is checked, and attention is SDPA.
+        behind: Whether prompts stand behind the texts: a batch of these runs too.
 
     Raises:
         ValueError: The environment variable is not the name of an attention.
@@ -55,6 +64,8 @@ def prove(base_model: Any, packed_forward: Callable[..., Any], word_embeddings: 
         status = EngineStatus(True, "not probed", keeps_prompts=True, attention="sdpa")
         if run:
             status = _probe(base_model, packed_forward, word_embeddings, names)
+            if behind:
+                status = _probe_behind(base_model, packed_forward, word_embeddings, status)
     except NotPackable as refusal:
         status = EngineStatus(False, str(refusal))
     except Exception as error:  # an unknown architecture may raise any error
@@ -89,7 +100,7 @@ def _probe(
     mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
     calls: list[AttentionCall] = []
     batch = PackedPass(pack(mask, (PROMPT_LENGTH,)), calls=calls)
-    with _eval_mode(base_model), ignore_outliers(base_model):
+    with evaluation_mode(base_model), ignore_outliers(base_model):
         embeds = word_embeddings(ids[None])
         prompt, *texts = embeds[0].split((PROMPT_LENGTH, *ROW_LENGTHS))
         packed = _run_packed(base_model, partial(packed_forward, base_model, embeds, batch), calls)
@@ -114,10 +125,49 @@ def _probe(
         max_positions(base_model) or FAR,
         tolerance == TOLERANCE.float32,
     )
-    with _eval_mode(base_model), ignore_outliers(base_model):
+    with evaluation_mode(base_model), ignore_outliers(base_model):
         row, packs = find_longest(trial)
     attention, refused = select(attentions, calls)
     return EngineStatus(True, "; ".join([figure, *refused]), row, keeps, attention, packs)
+
+
+@torch.no_grad()
+def _probe_behind(
+    base_model: Any, packed_forward: Callable[..., Any], word_embeddings: Any, status: EngineStatus
+) -> EngineStatus:
+    """Compare rows `[text | prompt | answer]`, whose texts run in a pass of their own, with each row alone."""
+    device = device_of(word_embeddings)
+    generator = torch.Generator().manual_seed(1)
+    mask = torch.arange(max(ROW_LENGTHS)) < torch.tensor(ROW_LENGTHS)[:, None]
+    ids = torch.randint(word_embeddings.num_embeddings, mask.shape, generator=generator)
+    is_classifier = hasattr(base_model, "score")
+    starts = ROW_LENGTHS if is_classifier else TEXT_LENGTHS
+    layout = pack_behind(mask, (PROMPT_LENGTH,), torch.zeros(len(mask), dtype=torch.long), torch.tensor(starts), "abc")
+    with evaluation_mode(base_model), ignore_outliers(base_model):
+        words = word_embeddings(ids.to(device))
+        prompt = words[0, :PROMPT_LENGTH]
+        packed = torch.cat([prompt, words.flatten(0, 1)])[layout.to(device).sources]
+        count = layout.num_trunk_tokens
+        texts = Texts(base_model, ATTENTIONS[status.attention or "sdpa"], packed[:count], layout.trunk_lengths)
+        run = PackedPass(layout, texts.attention, trunks=texts)
+        try:
+            got = packed_forward(base_model, packed[None, count:], run).logits.float()
+        except NotPackable:
+            raise
+        except Exception as failure:
+            raise NotPackable(f"texts cannot run alone ({type(failure).__name__}: {failure})") from failure
+        alone = [
+            base_model(inputs_embeds=torch.cat([row[:start], prompt, row[start:length]])[None], use_cache=False)
+            .logits[0]
+            .float()
+            for row, start, length in zip(words, starts, ROW_LENGTHS, strict=True)
+        ]
+    error = _relative_error(got, alone)
+    low = torch.is_autocast_enabled(device.type) or getattr(base_model, "hf_quantizer", None) is not None
+    figure = f"relative error {error:.1e} with the prompt behind texts of {', '.join(map(str, starts))} tokens"
+    if not error <= TOLERANCE.of(device, words.dtype, low):
+        raise NotPackable(f"{figure}: its layers do not see the text that ran before")
+    return replace(status, reason=f"{status.reason}; {figure}")
 
 
 def _relative_error(got: torch.Tensor, rows: list[torch.Tensor]) -> float:
@@ -132,7 +182,7 @@ def _run_kept(
 ) -> torch.Tensor | None:
     """Compute logits of the ragged batch with a kept prefix; None if the model does not support it."""
     try:
-        packed = PackedPass(pack(mask, (len(prompt),)), kept_prefixes=[keep_prefix(base_model, prompt)])
+        packed = PackedPass(pack(mask, (len(prompt),)), trunks=KeptPrefixes([keep_prefix(base_model, prompt)]))
         return packed_forward(base_model, text[None], packed).logits.float()
     except Exception as error:  # kept prefixes are optional
         logger.debug("Prompts are not kept: %s", error)
@@ -152,14 +202,3 @@ def _run_packed(base_model: Any, run: Callable[[], Any], calls: list[AttentionCa
     if not calls or len(calls) % layers:  # some layers attend twice
         raise NotPackable(f"{len(calls)} {use}")
     return logits
-
-
-@contextmanager
-def _eval_mode(model: Any) -> Iterator[None]:
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True

@@ -42,11 +42,16 @@ def gives_nan(*args, **options):
     return reference.packed_attention(*args, **options) * torch.nan
 
 
-def takes_the_first_queries_for_the_texts(query, key, value, layout, **options):
-    if query.shape[2] == key.shape[2]:
-        return reference.packed_attention(query, key, value, layout, **options)
-    whole = torch.cat([query, query], 2)[:, :, : key.shape[2]]
-    return reference.packed_attention(whole, key, value, layout, **options)[:, : query.shape[2]]
+def swaps_the_kept_keys_and_values(*args, kept=None, **options):
+    if kept is not None:
+        keys, values = kept
+        kept = torch.nn.functional.pad(values, (0, keys.shape[3] - values.shape[3])), keys[..., : values.shape[3]]
+    return reference.packed_attention(*args, kept=kept, **options)
+
+
+def stops_the_gradient_beside_kept_trunks(query, key, value, layout, kept=None, **options):
+    value = value if kept is None else value.detach() + 0 * value
+    return reference.packed_attention(query, key, value, layout, kept=kept, **options)
 
 
 WRONG = {
@@ -55,7 +60,8 @@ WRONG = {
     forgets_the_window: "relative error",
     stops_the_gradient_of_the_keys: "relative error",
     gives_nan: "relative error nan",
-    takes_the_first_queries_for_the_texts: "relative error",
+    swaps_the_kept_keys_and_values: "relative error",
+    stops_the_gradient_beside_kept_trunks: "relative error",
 }
 
 
@@ -197,7 +203,7 @@ def wrong_for_few_queries(query, *args, **options):
 
 def wrong_without_a_prompt(query, key, value, layout, **options):
     out = reference.packed_attention(query, key, value, layout, **options)
-    return out * 2 if 0 in layout.prompt_lengths else out
+    return out * 2 if 0 in layout.trunk_lengths else out
 
 
 @pytest.mark.parametrize("wrong", [wrong_for_few_queries, wrong_without_a_prompt])

@@ -17,7 +17,7 @@ from peft_prompt_ext.shared_prefix.attention import flex, reference, sdpa, selec
 from peft_prompt_ext.shared_prefix.layout import pack
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
 from tests.shared_prefix.helpers import assert_rows_equal_those_alone, mixed_model, padded
-from tests.shared_prefix.test_packed_attention import layouts, tokens
+from tests.shared_prefix.test_packed_attention import assert_equal_with_kept_trunks, layouts, tokens
 
 
 pytestmark = [
@@ -52,17 +52,11 @@ def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, sof
 
 @settings(max_examples=20, deadline=None)
 @given(layouts(), WINDOWS)
-def test_queries_of_the_text_alone_give_the_texts_outputs(case, sliding_window):
+def test_branches_with_kept_trunks_have_their_outputs_and_gradients(case, sliding_window):
     layout, _ = case
-    if not len(layout.text):
+    if not len(layout.branch):
         return
-    query, key, value = (x.detach() for x in tokens(layout))
-    query = query[:, :, layout.num_prompt_tokens :]
-    fast, slow = (
-        function(query, key, value, layout, sliding_window=sliding_window)
-        for function in (flex.packed_attention, reference.packed_attention)
-    )
-    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+    assert_equal_with_kept_trunks(flex.packed_attention, layout, sliding_window=sliding_window)
 
 
 def test_dropout_is_not_lost():
@@ -87,7 +81,7 @@ def dense(number, blocks):
 def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, sliding_window, text_alone):
     layout, _ = case
     count = layout.position_ids.shape[1]
-    queries = len(layout.text) if text_alone else count
+    queries = len(layout.branch) if text_alone else count
     if not queries:
         return
     with pytest.MonkeyPatch.context() as patch:
@@ -100,7 +94,7 @@ def test_blocks_hold_all_that_is_seen_and_whole_blocks_nothing_else(case, slidin
     assert torch.equal(part | whole, tiles.flatten(2).any(-1))
     assert tiles[whole].all()
     # a block is whole if one span covers it
-    if len(layout.prompt_lengths) == 1 and layout.num_prompt_tokens % 3 == 0:
+    if len(layout.trunk_lengths) == 1 and layout.num_trunk_tokens % 3 == 0:
         assert torch.equal(whole, tiles.flatten(2).all(-1))
 
 

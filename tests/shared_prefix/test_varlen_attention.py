@@ -12,7 +12,7 @@ from peft_prompt_ext.shared_prefix.attention import reference, sdpa, select, var
 from peft_prompt_ext.shared_prefix.layout import causal, pack
 from tests.helpers import one_thread, prompted  # noqa: F401
 from tests.shared_prefix.helpers import assert_rows_equal_those_alone, padded
-from tests.shared_prefix.test_packed_attention import layouts, tokens
+from tests.shared_prefix.test_packed_attention import assert_equal_with_kept_trunks, layouts, tokens
 
 
 def each_alone(query, key, value, parts, scaling, sliding_window):
@@ -57,16 +57,11 @@ def test_outputs_and_gradients_equal_the_dense_oracles(case, sliding_window, sca
 
 @settings(max_examples=50, deadline=None)
 @given(layouts())
-def test_queries_of_the_text_alone_give_the_texts_outputs(case):
+def test_branches_with_kept_trunks_have_their_outputs_and_gradients(case):
     layout, _ = case
-    if not len(layout.text):
+    if not len(layout.branch):
         return
-    query, key, value = (x.detach() for x in tokens(layout))
-    query = query[:, :, layout.num_prompt_tokens :]
-    fast, slow = (
-        function(query, key, value, layout) for function in (varlen.packed_attention, reference.packed_attention)
-    )
-    torch.testing.assert_close(fast, slow, rtol=1e-9, atol=1e-9)
+    assert_equal_with_kept_trunks(varlen.packed_attention, layout)
 
 
 def test_dropout_is_not_lost():

@@ -28,6 +28,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: PackedLayout,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -42,8 +43,10 @@ def packed_attention(
     if sinks is not None:
         raise NotImplementedError("FlexAttention has no sinks")
     if dropout:
-        return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window, softcap)
-    kind = sliding_window, query.shape[2] == key.shape[2]
+        return sdpa.packed_attention(query, key, value, layout, kept, scaling, dropout, sliding_window, softcap)
+    if kept is not None:
+        key, value = (torch.cat([trunks.to(x.dtype), x], dim=2) for trunks, x in zip(kept, (key, value), strict=True))
+    kind = sliding_window, kept is None
     if kind not in layout.derived:
         layout.derived[kind] = make_block_mask(layout, query.shape[2], sliding_window)
     out = _get_flex_attention(query.device.type)(
@@ -98,13 +101,13 @@ def make_block_mask(layout: PackedLayout, queries: int, sliding_window: int | No
     """
     from torch.nn.attention.flex_attention import BlockMask
 
-    place = torch.arange(layout.position_ids.shape[1], device=layout.texts.device)
+    place = torch.arange(layout.num_tokens, device=layout.branches.device)
     start, end, own, place = (x[-queries:] for x in (*layout.spans(sliding_window), place))
 
     def sees(_batch: torch.Tensor, _head: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:
         return ((start[q] <= k) & (k < end[q])) | ((own[q] <= k) & (k <= place[q]))
 
-    length = layout.position_ids.shape[1]
+    length = layout.num_tokens
     first = torch.arange(0, length, BLOCK, device=place.device)  # [Y]
     behind = first + BLOCK
     spans = [(x[:, None], y[:, None]) for x, y in ((start, end), (own, place + 1))]  # [Q, 1]

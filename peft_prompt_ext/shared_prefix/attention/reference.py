@@ -15,12 +15,15 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: PackedLayout,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
     """See `sdpa.packed_attention`; allocates scores [A, N, N]."""
+    if kept is not None:
+        key, value = (torch.cat(pair, dim=2) for pair in zip(kept, (key, value), strict=True))
     groups = query.shape[1] // key.shape[1]
     key, value = key[0].repeat_interleave(groups, 0), value[0].repeat_interleave(groups, 0)  # [A, N, D]
     scores = query[0] @ key.transpose(1, 2) * (scaling if scaling is not None else query.shape[-1] ** -0.5)
@@ -35,12 +38,11 @@ def packed_attention(
 
 def make_mask(layout: PackedLayout, sliding_window: int | None = None) -> torch.Tensor:
     """Make the mask of the keys (columns) that each packed token (row) sees, bool [N, N]."""
-    device = layout.text.device
-    lengths = torch.tensor(layout.prompt_lengths, device=device)
-    number = torch.arange(len(lengths), device=device)
-    prompt = torch.cat([number.repeat_interleave(lengths), layout.prompt_of_text[layout.text]])
-    row = torch.cat([torch.full((layout.num_prompt_tokens,), -1, device=device), layout.text])  # -1: a virtual token
-    same_prompt = prompt[:, None] == prompt[None]
-    same_row_or_prefix = (row[None] == -1) | (row[:, None] == row[None])
+    device = layout.branch.device
+    number = torch.arange(len(layout.lengths), device=device)
+    trunk = torch.cat([number.repeat_interleave(layout.lengths), layout.trunk_of_branch[layout.branch]])
+    branch = torch.cat([torch.full((layout.num_trunk_tokens,), -1, device=device), layout.branch])  # -1: a trunk
+    same_trunk = trunk[:, None] == trunk[None]
+    same_branch_or_trunk = (branch[None] == -1) | (branch[:, None] == branch[None])
     position = layout.position_ids[0]
-    return same_prompt & same_row_or_prefix & causal(position, position, sliding_window)
+    return same_trunk & same_branch_or_trunk & causal(position, position, sliding_window)

@@ -1,7 +1,7 @@
-"""Causal attention over a packed sequence: a prompt sees itself, a text sees its prompt and itself.
+"""Causal attention over a packed sequence: a trunk sees itself, a branch sees its trunk and itself.
 
-Shapes: N packed tokens, K prompts of at most P tokens, B rows of at most M tokens, A query heads, G key-value heads,
-D head size.
+Shapes: N packed tokens, K trunks of at most L tokens, R branches of at most M tokens, S tokens of all branches,
+A query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
@@ -19,19 +19,21 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: PackedLayout,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
     softcap: float | None = None,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Compute attention; masks are at most [M, P+M], one per row if prompts have several lengths.
+    """Compute attention; masks are at most [M, L+M], one per branch if trunks have several lengths.
 
     Args:
-        query: [1, A, N, D], or only the text tokens.
-        key: [1, G, N, D].
-        value: [1, G, N, D].
+        query: [1, A, N, D]; with `kept`, of the branches alone, [1, A, S, D].
+        key: [1, G, N or S, D], of the same tokens.
+        value: [1, G, N or S, D], of the same tokens.
         layout: The place of each token.
+        kept: Keys and values of the trunks' tokens, [1, G, N-S, D] each; they are constants.
         scaling: Factor of the scores, by default D**-0.5.
         dropout: Probability of dropping an attention weight.
         sliding_window: The number of tokens that a token sees, including itself.
@@ -39,19 +41,20 @@ def packed_attention(
         sinks: [A], an extra score of each head in the softmax, without a value (gpt-oss).
 
     Returns:
-        [1, N, A, D], with as many tokens as `query`.
+        [1, N or S, A, D], with as many tokens as `query`.
     """
-    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [tokens, heads, D]
     options = {"scaling": scaling, "dropout": dropout, "softcap": softcap, "sinks": sinks}
+    trunks = (key, value) if kept is None else tuple(x[0].transpose(0, 1).to(key.dtype) for x in kept)
     parts = []
-    if len(query) == len(key) and layout.num_prompt_tokens:
-        parts.append(_attend_prompts(query, key, value, layout, sliding_window, options))
-    if len(layout.text):
-        parts.append(_attend_texts(query, key, value, layout, sliding_window, options))
+    if kept is None and layout.num_trunk_tokens:
+        parts.append(_attend_trunks(query, key, value, layout, sliding_window, options))
+    if len(layout.branch):
+        parts.append(_attend_branches(query, key, value, trunks, layout, sliding_window, options))
     return torch.cat(parts)[None]
 
 
-def _attend_prompts(
+def _attend_trunks(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
@@ -59,66 +62,71 @@ def _attend_prompts(
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Compute the attention of the virtual tokens, [sum P_k, A, D]."""
-    longest = layout.prompts.shape[1]
-    if len(layout.prompts) == 1:
+    """Compute the attention of the trunks' tokens, [N-S, A, D]."""
+    longest = layout.trunks.shape[1]
+    if len(layout.trunks) == 1:
         query, key, value = (x[None, :longest] for x in (query, key, value))
     else:
-        query, key, value = (x[layout.prompts] for x in (query, key, value))  # [K, P, heads, D]
+        query, key, value = (x[layout.trunks] for x in (query, key, value))  # [K, L, heads, D]
     mask = None
     if sliding_window is not None and sliding_window < longest:
         position = torch.arange(longest, device=query.device)
         mask = causal(position, position, sliding_window)
     out = _attend(query, key, value, mask, options)
-    if len(layout.prompts) == 1:
+    if len(layout.trunks) == 1:
         return out[0]
-    return torch.cat([prompt[:length] for prompt, length in zip(out, layout.prompt_lengths, strict=True)])
+    return torch.cat([trunk[:length] for trunk, length in zip(out, layout.trunk_lengths, strict=True)])
 
 
-def _attend_texts(
+def _attend_branches(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
+    trunks: tuple[torch.Tensor, ...],
     layout: PackedLayout,
     sliding_window: int | None,
     options: dict[str, Any],
 ) -> torch.Tensor:
-    """Compute the attention of the text tokens, [S, A, D]."""
-    if sliding_window is not None and sliding_window >= layout.prefix.shape[1] + layout.texts.shape[1]:
+    """Compute the attention of the branches' tokens, [S, A, D]."""
+    if sliding_window is not None and sliding_window >= layout.trunk_ends.shape[1] + layout.longest_branch:
         sliding_window = None
-    keys, values = (torch.cat([_expand_prefixes(x, layout), _Pad.apply(x, layout)], dim=1) for x in (key, value))
-    if len(query) == len(key):
-        query = _Pad.apply(query, layout)
-    else:
-        query = query[(layout.texts - layout.num_prompt_tokens).clamp(min=0)]
-    out = _attend(query, keys, values, layout.mask(sliding_window), options)  # [B, M, A, D]
-    return out.flatten(0, 1)[layout.flat]
+    first = len(key) - len(layout.branch)  # index of the first branch token
+    keys, values = (
+        torch.cat([_expand_trunks(trunk, layout), _Pad.apply(x, layout, first)], dim=1)
+        for trunk, x in zip(trunks, (key, value), strict=True)
+    )
+    out = _attend(_Pad.apply(query, layout, first), keys, values, layout.mask(sliding_window), options)
+    return out.flatten(0, 1)[layout.flat]  # from [R, M, A, D]
 
 
-def _expand_prefixes(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-    """Get the prompt's keys (or values) for each row: [N, G, D] -> [B, P, G, D]."""
-    if len(layout.prefix) == 1:
-        return x[None, : layout.prefix.shape[1]].expand(len(layout.texts), -1, -1, -1)
-    return x[layout.prefix][layout.prompt_of_text]
+def _expand_trunks(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
+    """Get the trunk's keys (or values) for each branch: [N-S or more, G, D] -> [R, L, G, D]."""
+    if len(layout.trunk_ends) == 1:
+        return x[None, : layout.trunk_ends.shape[1]].expand(len(layout.branches), -1, -1, -1)
+    if "trunk_ends_of_branches" not in layout.derived:
+        layout.derived["trunk_ends_of_branches"] = layout.trunk_ends[layout.trunk_of_branch]
+    return x[layout.derived["trunk_ends_of_branches"]]
 
 
 class _Pad(torch.autograd.Function):
-    """Pad the text tokens to rows: [N, heads, D] -> [B, M, heads, D].
+    """Pad the branches' tokens to one length: [first + S, heads, D] -> [R, M, heads, D].
 
     Pads contain values of other tokens; no real token sees them, so they have no gradient. The backward pass is a
-    gather too, where autograd would add up all B*M tokens.
+    gather too, where autograd would add up all R*M tokens.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
-        ctx.layout = layout
-        return x[layout.texts]
+    def forward(ctx: Any, x: torch.Tensor, layout: PackedLayout, first: int) -> torch.Tensor:
+        ctx.layout, ctx.first = layout, first
+        missing = layout.num_trunk_tokens - first
+        return x[layout.branches if not missing else (layout.branches - missing).clamp(min=0)]
 
     @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        layout = ctx.layout
-        text = grad.flatten(0, 1)[layout.flat]
-        return torch.cat([text.new_zeros(layout.num_prompt_tokens, *text.shape[1:]), text]), None
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:
+        branches = grad.flatten(0, 1)[ctx.layout.flat]
+        if ctx.first:
+            branches = torch.cat([branches.new_zeros(ctx.first, *branches.shape[1:]), branches])
+        return branches, None, None
 
 
 def _attend(

@@ -29,7 +29,7 @@ ATTENTIONS: dict[str, Callable[..., torch.Tensor]] = {
 CANDIDATES = {"cuda": ("varlen", "flex")}
 
 TOLERANCE = Tolerance(float32=1e-5, reduced=1e-2, low=2e-2)  # for the result and the gradients
-# Lengths of prompts, lengths of texts, the prompt of each text. The first has blocks of flex.BLOCK tokens that are
+# Lengths of trunks, lengths of branches, the trunk of each branch. The first has blocks of flex.BLOCK tokens that are
 # seen fully, partly and not at all; the others have few queries, which take other kernels.
 BATCHES = (
     ((130, 3), (300, 40, 1, 77), (0, 0, 1, 1)),
@@ -101,7 +101,7 @@ def differs(function: Callable[..., torch.Tensor], call: AttentionCall) -> str |
     for prompts, texts, prompt_of_row in BATCHES:
         mask = torch.arange(max(texts)) < torch.tensor(texts)[:, None]
         layout = pack(mask, prompts, torch.tensor(prompt_of_row)).to(call.device)
-        count = layout.position_ids.shape[1]
+        count = layout.num_tokens
         tokens = [  # with the strides of a projection's output: [1, N, A, D] transposed
             torch.randn(1, count, heads, size, generator=generator).to(call.device, dtype).transpose(1, 2)
             for heads, size, dtype in call.tensors
@@ -118,13 +118,21 @@ def differs(function: Callable[..., torch.Tensor], call: AttentionCall) -> str |
 def _run(
     function: Callable[..., torch.Tensor], tokens: list[torch.Tensor], layout: PackedLayout, options: dict[str, Any]
 ) -> list[torch.Tensor]:
-    """Compute the result, its gradients, and the result for the queries of the text tokens."""
+    """Compute the result and its gradients, of all tokens and of the branches with constant trunks."""
+    count = layout.num_trunk_tokens
+    _, *trunks = (x[:, :, :count] for x in tokens)
+    branches = [x[:, :, count:] for x in tokens]
+    return [
+        *_differentiate(function, tokens, layout, options),
+        *_differentiate(function, branches, layout, {**options, "kept": tuple(trunks)}),
+    ]
+
+
+def _differentiate(
+    function: Callable[..., torch.Tensor], tokens: list[torch.Tensor], layout: PackedLayout, options: dict[str, Any]
+) -> list[torch.Tensor]:
     with torch.enable_grad():
         inputs = [x.clone().requires_grad_() for x in tokens]
         out = function(*(x * 1 for x in inputs), layout, **options)  # non-leaf tensors, as in a layer
         weight = torch.arange(out.numel(), device=out.device, dtype=torch.float64).sin().view(out.shape)
-        gradients = torch.autograd.grad((out * weight).sum(), inputs)
-    query, key, value = tokens
-    with torch.no_grad():
-        text = function(query[:, :, layout.num_prompt_tokens :], key, value, layout, **options)
-    return [out.detach(), *gradients, text]
+        return [out.detach(), *torch.autograd.grad((out * weight).sum(), inputs)]

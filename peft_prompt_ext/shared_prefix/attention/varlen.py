@@ -1,19 +1,20 @@
 """Attention over a packed sequence with FlashAttention for sequences of several lengths, without pads or masks.
 
-A text is the end of the sequence `[its prompt | text]`, and FlashAttention aligns the last query with the last key, so
-one call computes texts and prompts. A prompt's keys and values are repeated for each of its texts, with the G heads
-of grouped queries.
+A branch is the end of the sequence `[its trunk | branch]`, and FlashAttention aligns the last query with the last key,
+so one call computes branches and trunks. A trunk's keys and values are repeated for each of its branches, with the G
+heads of grouped queries.
 
 Shapes: N packed tokens, Q queries, L keys, A query heads, G key-value heads, D head size.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
 from ..layout import PackedLayout
+from ..repeat import repeat
 from ..transfer import upload
 from . import sdpa
 
@@ -44,6 +45,7 @@ def packed_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     layout: PackedLayout,
+    kept: tuple[torch.Tensor, torch.Tensor] | None = None,
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
@@ -60,13 +62,15 @@ def packed_attention(
     if softcap is not None or sinks is not None:
         raise NotImplementedError("FlashAttention in PyTorch supports neither soft-capping nor sinks")
     if dropout:
-        return sdpa.packed_attention(query, key, value, layout, scaling, dropout, sliding_window)
+        return sdpa.packed_attention(query, key, value, layout, kept, scaling, dropout, sliding_window)
+    if kept is not None:
+        key, value = (torch.cat([trunks.to(x.dtype), x], dim=2) for trunks, x in zip(kept, (key, value), strict=True))
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [N, heads, D]
-    kind = "varlen", len(query) < len(key)
+    kind = "varlen", kept is not None
     if kind not in layout.derived:
-        layout.derived[kind] = make_sequences(layout, text_alone=kind[1])
+        layout.derived[kind] = make_sequences(layout, branches_alone=kind[1])
     parts = layout.derived[kind]
-    key, value = (_Repeat.apply(x, parts.keys) for x in (key, value))
+    key, value = (repeat(x, parts.keys) for x in (key, value))
     return flash_attention(query, key, value, parts, scaling, sliding_window)[None]
 
 
@@ -90,41 +94,23 @@ def flash_attention(
     )[0]
 
 
-def make_sequences(layout: PackedLayout, text_alone: bool) -> Sequences:
-    """Make the sequences of the prompts, unless only texts run, and of each text with its prompt."""
+def make_sequences(layout: PackedLayout, branches_alone: bool) -> Sequences:
+    """Make the sequences of the trunks, unless only branches run, and of each branch with its trunk."""
     host = layout.on_host()
-    virtual = host.num_prompt_tokens
-    prompts = host.lengths[:0] if text_alone else host.lengths[host.lengths > 0]
-    starts = torch.cat([prompts.cumsum(0) - prompts, (host.lengths.cumsum(0) - host.lengths)[host.prompt_of_text]])
-    prefix = torch.cat([prompts, host.lengths[host.prompt_of_text]])
-    tokens = torch.cat([torch.zeros_like(prompts), host.text.bincount()])
-    behind = virtual + tokens.cumsum(0) - tokens
-    length = prefix + tokens
+    trunks = host.lengths[:0] if branches_alone else host.lengths[host.lengths > 0]
+    starts = torch.cat([trunks.cumsum(0) - trunks, (host.lengths.cumsum(0) - host.lengths)[host.trunk_of_branch]])
+    in_front = torch.cat([trunks, host.lengths[host.trunk_of_branch]])
+    tokens = torch.cat([torch.zeros_like(trunks), host.branch.bincount(minlength=len(host.trunk_of_branch))])
+    behind = host.num_trunk_tokens + tokens.cumsum(0) - tokens
+    length = in_front + tokens
     which = torch.repeat_interleave(length)
     within = torch.arange(len(which)) - (length.cumsum(0) - length)[which]
-    in_prompt = within < prefix[which]
-    keys = torch.where(in_prompt, starts[which] + within, (behind - prefix)[which] + within)
-    queries = torch.cat([prompts, tokens[len(prompts) :]])
-    keys, query_ends, key_ends = upload(layout.texts.device, keys, _find_ends(queries), _find_ends(length))
+    in_trunk = within < in_front[which]
+    keys = torch.where(in_trunk, starts[which] + within, (behind - in_front)[which] + within)
+    queries = torch.cat([trunks, tokens[len(trunks) :]])
+    keys, query_ends, key_ends = upload(layout.branches.device, keys, _find_ends(queries), _find_ends(length))
     return Sequences(keys, query_ends, key_ends, int(queries.max()), int(length.max()))
 
 
 def _find_ends(counts: torch.Tensor) -> torch.Tensor:
     return torch.cat([counts.new_zeros(1), counts.cumsum(0)]).int()
-
-
-class _Repeat(torch.autograd.Function):
-    """Select tokens, some repeatedly: [N, heads, D], [L] -> [L, heads, D]. Gradients are summed in float32."""
-
-    @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(places)
-        ctx.count = len(x)
-        return x.index_select(0, places)
-
-    @staticmethod
-    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None]:
-        (places,) = ctx.saved_tensors
-        dtype = torch.promote_types(grad.dtype, torch.float32)
-        total = grad.new_zeros(ctx.count, *grad.shape[1:], dtype=dtype)
-        return total.index_add_(0, places, grad.to(dtype)).to(grad.dtype), None
