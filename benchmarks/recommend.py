@@ -10,8 +10,6 @@ one task, LoRA is taken, because inference servers load it, and of several what 
 import argparse
 import os
 import sys
-from collections.abc import Callable
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +89,7 @@ def _obstacle(summary: Any, variant: str, score: Any, tasks: list[str], options:
     for count, limit, what in ((memory, options.memory, "memory"), (storage, options.storage, "storage")):
         if limit is not None and count > limit:
             return f"needs {size(count)} of {what}"
-    return f"scores {percent(score)}" if score.mean < (options.least_score or 0.0) else ""
+    return f"scores {percent(score)}" if score.mean < options.least_score else ""
 
 
 def _cheapest(summary: Any, variants: list[str], tasks: list[str], options: Any) -> tuple[str, dict[str, str]]:
@@ -119,35 +117,22 @@ def _options(arguments: list[str]) -> argparse.Namespace:
         "python -m benchmarks recommend", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--memory", type=_size, help="of the device, such as 8GB: the model and its training")
-    parser.add_argument("--tasks", type=_count, default=1, help="how many will be trained: for --storage, and a tie")
+    parser.add_argument("--tasks", type=int, default=1, help="how many will be trained: for --storage, and a tie")
     parser.add_argument("--storage", type=_size, help="such as 1GB: the model and what every task stores")
-    parser.add_argument("--least_score", type=_score, help="as a fraction: 0.8; the mean of the tasks' main metrics")
+    parser.add_argument("--least_score", type=float, default=0.0, help="such as 0.8: the mean of the main metrics")
     parser.add_argument("--task", nargs="+", help="those like yours; by default those of the report's means")
     parser.add_argument("--prefer", choices=[*COLUMNS, "score"], default="time", help="what decides a tie")
     parser.add_argument("--results", nargs="+", type=Path, help="stores; by default those in benchmarks/results")
     parser.add_argument("--all", action="store_true", help="a line for every method")
-    return parser.parse_args(arguments)
+    options = parser.parse_args(arguments)
+    if options.tasks < 1:
+        parser.error(f"--tasks: wanted a number of tasks, 1 or more; got {options.tasks}")
+    if not 0 <= options.least_score <= 1:
+        parser.error(f"--least_score: wanted a score from 0 to 1, such as 0.8; got {options.least_score}")
+    return options
 
 
 def _size(text: str) -> int:
-    from peft_prompt_ext.memory import parse_bytes
+    from peft_prompt_ext.cli import to_bytes
 
-    try:
-        return parse_bytes(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"wanted a size such as '8GB' or '24GiB'; got {text!r}") from None
-
-
-def _count(text: str) -> int:
-    return int(_number(text, "a number of tasks, 1 or more", lambda value: value >= 1 and value == int(value)))
-
-
-def _score(text: str) -> float:
-    return _number(text, "a score from 0 to 1, such as 0.8", lambda value: 0 <= value <= 1)
-
-
-def _number(text: str, wanted: str, allowed: Callable[[float], bool]) -> float:
-    with suppress(ValueError, OverflowError):
-        if allowed(value := float(text)):
-            return value
-    raise argparse.ArgumentTypeError(f"wanted {wanted}; got {text!r}")
+    return to_bytes(text)

@@ -18,7 +18,7 @@ from .harness.store import RERUN, Event, RunStore, StoreError, wanted
 def main(arguments: list[str]) -> None:
     """Run what the arguments ask for, and print how each run ended."""
     from .harness.execute import Grid, run_local
-    from .harness.suite import SuiteError, load_suites, run_id
+    from .harness.suite import SuiteError, check_data, load_suites, run_id
 
     options = _options(arguments)
     results = options.results or Path("outputs/benchmarks", f"{options.suite[0].stem}.jsonl")
@@ -72,18 +72,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--report", type=Path, metavar="FOLDER", help="then write the report there")
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
     return parser.parse_args(arguments)
-
-
-def check_data(specs: list[Any], data_dir: str | None) -> None:
-    """Raise SuiteError if a folder of `data` is missing, or the folder above it is not named."""
-    from .harness.suite import SuiteError
-
-    folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
-    for folder in sorted(folders - {None}):
-        if data_dir is None:
-            raise SuiteError(f"the suite reads rows of {folder}: give --data_dir, the folder above it")
-        if not Path(data_dir, folder).is_dir():
-            raise SuiteError(f"there is no folder {Path(data_dir, folder)}: --data_dir must hold {folder}")
 
 
 def describe(spec: Any) -> str:

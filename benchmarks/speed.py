@@ -78,8 +78,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
 
 def _suite_rows(options: argparse.Namespace) -> Iterator[Row]:
     from .harness.step_times import time_suite
-    from .harness.suite import SuiteError, load_suites
-    from .run import check_data
+    from .harness.suite import SuiteError, check_data, load_suites
 
     try:
         specs, _ = load_suites(options.suite)

@@ -112,7 +112,7 @@ def memory_parser() -> argparse.ArgumentParser:
   peft-prompt-ext memory smollm2-135m --card 8GB --batch 16 --tokens 256""",
     )
     parser.add_argument("model", help="an embedded default, a folder or a Hub name")
-    parser.add_argument("--card", type=_to_bytes, metavar="SIZE", help="memory of the device, such as 8GB")
+    parser.add_argument("--card", type=to_bytes, metavar="SIZE", help="memory of the device, such as 8GB")
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="text tokens of a row (default: %(default)s)")
     parser.add_argument("--num_virtual_tokens", type=int, default=20, help="(default: %(default)s)")
@@ -121,7 +121,8 @@ def memory_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _to_bytes(text: str) -> int:
+def to_bytes(text: str) -> int:
+    """A size such as 8GB, from a command line."""
     from .memory import parse_bytes
 
     try:

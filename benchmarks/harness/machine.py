@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import time
 from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,15 @@ def touch(model: Any) -> None:
 
     for parameter in model.parameters():
         parameter.detach().view(torch.uint8).max()
+
+
+def clock() -> float:
+    """Seconds on a clock that is read when the GPU, if there is one, has done all that it was given."""
+    import torch
+
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
 def reset_peak(device: str) -> int:
@@ -59,17 +69,14 @@ def _status_bytes(name: str) -> int:
 
 def machine(device: str) -> dict[str, Any]:
     """Versions and machine of a row, and what the threads of PyTorch depend on."""
-    import peft
     import torch
-    import transformers
 
-    versions = {"peft": peft.__version__, "transformers": transformers.__version__, "torch": torch.__version__}
     return {
         "machine": torch.cuda.get_device_name() if device == "cuda" else _cpu_name(),
         "capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "thread_variables": {key: os.environ[key] for key in sorted(os.environ) if key.startswith(THREAD_VARIABLES)},
-        "versions": versions,
+        "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
     }
 
 
@@ -98,7 +105,6 @@ def environment(
         "device": device,
         "dtype": dtype,
         "python": sys.version.split()[0],
-        "versions": {found.name: found.version for found in distributions() if found.name in PACKAGES},
         "scored_rows_sha256": _rows_hash(scored),
         "train_rows_sha256": None if train is None else _rows_hash(train),
         "weights_sha256": _weights_hash(model) or revision,

@@ -151,9 +151,7 @@ def measure(spec: Spec, folder: Path, data_dir: str | None) -> tuple[Result, dic
 
 
 def _stored_bytes(job: Any, method: str) -> int:
-    """What one task has to keep: the adapter's file, the whole model, or the head."""
-    if method == "zero_shot":
-        return 0
+    """What one task has to keep: the adapter's file, the whole model, the head, or nothing."""
     if method == "linear_probe":
         return sum(p.numel() * p.element_size() for p in job.trainer.model.parameters() if p.requires_grad)
     return sum(path.stat().st_size for path in Path(job.trainer.args.output_dir).glob("*.safetensors"))

@@ -3,8 +3,9 @@
 Forward passes without gradients, as in serving; the two are interleaved in one process.
 """
 
-import time
 from typing import Any
+
+from .machine import clock
 
 
 def compare(
@@ -54,9 +55,7 @@ def compare(
     with torch.inference_mode():
         difference = float((mixed() - single()).abs().max())
         for key, function in list(zip(times, (mixed, single), strict=True)) * repeats:
-            start = time.perf_counter()
+            start = clock()
             function()
-            if torch.cuda.is_available():
-                torch.cuda.synchronize()
-            times[key].append(time.perf_counter() - start)
+            times[key].append(clock() - start)
     return {**times, "largest_difference": difference}

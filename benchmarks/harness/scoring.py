@@ -2,10 +2,11 @@
 
 import json
 import statistics
-import time
 from collections import Counter
 from contextlib import nullcontext
 from typing import Any, NamedTuple
+
+from .machine import clock
 
 
 CURVE_SAMPLES = 128  # rows of a score on the way: on all of them the scoring would take longer than the training
@@ -86,10 +87,8 @@ def inference_times(job: Any) -> dict[str, float]:
     with torch.no_grad():
         for name, (candidate, context) in list(zip(times, ((model, nullcontext), bare), strict=True)) * 4:
             with context():
-                start = time.perf_counter()
+                start = clock()
                 family.score(candidate, batch)
-                if torch.cuda.is_available():
-                    torch.cuda.synchronize()
-                times[name].append(time.perf_counter() - start)
+                times[name].append(clock() - start)
     medians = {name: statistics.median(values[1:]) for name, values in times.items()}
     return {**medians, "inference_batch_size": INFERENCE_BATCH_SIZE}

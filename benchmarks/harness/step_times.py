@@ -6,7 +6,6 @@ compared by their own seconds. `python -m benchmarks speed --suite SUITE.yaml` w
 
 import json
 import statistics
-import time
 from collections.abc import Iterable, Iterator, Mapping
 from itertools import cycle
 from pathlib import Path
@@ -14,7 +13,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from .job import prepare
-from .machine import code, machine
+from .machine import clock, code, machine
 from .suite import Spec, source_spec
 
 
@@ -59,9 +58,9 @@ def _time_steps(kinds: list[Spec], folder: Path, data_dir: str | None) -> list[d
             device = job.trainer.args.device.type
         except (Exception, SystemExit) as error:  # a wrong flag exits
             row["error"] = f"{type(error).__name__}: {error}"
-    for row, clock in clocks * TIMED_STEPS:
+    for row, steps in clocks * TIMED_STEPS:
         if row["error"] is None:
-            row["steps_s"].append(next(clock))
+            row["steps_s"].append(next(steps))
     for row in rows:
         row["step_s"] = statistics.fmean(row["steps_s"]) if row["steps_s"] else None
         row |= {**now, "device": device, **machine(device)}
@@ -78,12 +77,10 @@ def _steps(job: Any) -> Iterator[float]:
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     batches = list(trainer.get_train_dataloader())[: trainer.args.max_steps]
     for number in cycle(range(TIMED_STEPS)):
-        start = time.perf_counter()
+        start = clock()
         batch = trainer._prepare_inputs(batches[number * len(batches) // TIMED_STEPS])
         trainer.compute_loss(model, batch).backward()
         torch.nn.utils.clip_grad_norm_(trained, trainer.args.max_grad_norm or float("inf"))
         optimizer.step()
         model.zero_grad()
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
-        yield time.perf_counter() - start
+        yield clock() - start

@@ -4,7 +4,6 @@ Shapes: B rows, P virtual tokens.
 """
 
 import random
-import time
 from typing import Any
 
 
@@ -20,7 +19,7 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
 
     from peft_prompt_ext.assets import resolve
 
-    from .machine import machine, peak, reset_peak, touch
+    from .machine import clock, machine, peak, reset_peak, touch
     from .mixed import compare
 
     transformers.utils.logging.set_verbosity_error()
@@ -40,11 +39,9 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     touch(model)
     before, times = reset_peak(device), []
     for _ in range(1 + spec["steps"]):
-        start = time.perf_counter()
+        start = clock()
         step()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+        times.append(clock() - start)
         model.zero_grad()
     return {
         **spec,

@@ -67,6 +67,14 @@ def load_suites(paths: Iterable[str | Path]) -> tuple[list[Spec], float]:
     return list(specs.values()), max(float(_read(path).get("time_limit_s", TIME_LIMIT_S)) for path in paths)
 
 
+def check_data(specs: list[Spec], data_dir: str | None) -> None:
+    """Raise SuiteError if a folder of `data` is not below --data_dir."""
+    folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
+    for folder in sorted(folders - {None}):
+        if data_dir is None or not Path(data_dir, folder).is_dir():
+            raise SuiteError(f"give --data_dir, a folder that must hold {folder}; got {data_dir}")
+
+
 def load_suite(path: str | Path) -> list[Spec]:
     """Read one suite; an unknown name or a value of the wrong kind is a SuiteError."""
     suite = _read(Path(path))

@@ -1,13 +1,11 @@
 """What is measured while a run trains: time and memory of the steps alone, and scores on the way."""
 
 import statistics
-import time
 from typing import Any
 
-import torch
 from transformers import TrainerCallback
 
-from .machine import peak, reset_peak
+from .machine import clock, peak, reset_peak
 
 
 class Watch(TrainerCallback):
@@ -44,13 +42,11 @@ class Watch(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Start the first stretch."""
         self.before = reset_peak(self.device)
-        self.mark = time.perf_counter()
+        self.mark = clock()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> Any:
         """One step, its batch's collation included."""
-        if self.device == "cuda":
-            torch.cuda.synchronize()
-        now = time.perf_counter()
+        now = clock()
         self.step_times.append(now - self.mark)
         self.mark = now
         self.steps, self.tokens = state.global_step, int(state.num_input_tokens_seen)
@@ -65,7 +61,7 @@ class Watch(TrainerCallback):
         """Keep the score, and start the next stretch."""
         self.point((metrics or {})[self.main_key])
         reset_peak(self.device)
-        self.mark = time.perf_counter()
+        self.mark = clock()
 
     def point(self, score: float) -> None:
         """One point of the learning curve."""

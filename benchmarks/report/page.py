@@ -42,6 +42,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
     """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
     prompt = summary.best("prompt_tuning")
     inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
+    engine = [tables.engine_cpu(summary), PADDED, tables.engine_gpu(summary), tables.mixed(summary)] if is_own else []
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),
@@ -59,7 +60,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
         _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
         _fold("The base model in 4 bits", tables.bits(summary)),
         _fold("Score over seconds of training", CURVES),
-        _engine(summary) if is_own else "",
+        _fold("The engine: training steps and mixed-task batches", *engine) if engine else "",
         _fold("Runs by method", tables.runs_by_task(summary)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
@@ -153,12 +154,6 @@ def _diverged(summary: Summary) -> str:
         f"{100 * row.score:.1f} % trained; the median seed has {100 * row.median:.1f} %."
         for row in summary.diverged.itertuples()
     )
-
-
-def _engine(summary: Summary) -> str:
-    """The project's own measurements of the engine."""
-    parts = tables.engine_cpu(summary), PADDED, tables.engine_gpu(summary), tables.mixed(summary)
-    return _fold("The engine: training steps and mixed-task batches", *parts)
 
 
 def html(text: str, folder: Path) -> str:

@@ -11,7 +11,6 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pandas as pd
-from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 
 from .load import NAMES
@@ -94,7 +93,6 @@ def _curve(runs: pd.DataFrame) -> pd.Series | None:
 def _svg(figure: Any, name: str) -> str:
     """Without the date, with ids that no other picture has, and the theme's colours."""
     buffer = io.StringIO()
-    FigureCanvasSVG(figure)
     metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
     with matplotlib.rc_context({"svg.hashsalt": name}):
         figure.savefig(buffer, format="svg", transparent=True, metadata=metadata)
