@@ -154,7 +154,7 @@ def _floor(model: Any, batch: Any, attention: str | None) -> Any:
     attach(model)
     layout = pack(batch["attention_mask"].cpu(), (0,))
     packed = PackedPass(layout, ATTENTIONS[attention or "sdpa"])
-    ids = batch["input_ids"].flatten()[layout.source.to(batch["input_ids"].device)]
+    ids = batch["input_ids"].flatten()[layout.sources.to(batch["input_ids"].device)]
 
     def step() -> None:
         embeds = model.get_input_embeddings()(ids)[None].detach().requires_grad_()
