@@ -345,7 +345,11 @@ import json, sys
 folder, older = sys.argv[1:]
 if older:
     sys.path.insert(0, older)
-    import peft_prompt_ext
+    try:
+        import peft_prompt_ext
+    except ImportError as error:  # its own check of versions
+        print(json.dumps({"unsupported": str(error)}))
+        sys.exit()
     assert peft_prompt_ext.__file__.startswith(older)
 
 import torch
@@ -379,7 +383,7 @@ for name, call in calls.items():
         errors[name] = [type(error).__name__, str(error)]
 unchanged = torch.equal(before, model.prompt_encoder["default"].embedding.weight)
 assert ("peft_prompt_ext" in sys.modules) == bool(older)
-print(json.dumps([errors, unchanged, list(model.peft_config)]))
+print(json.dumps({"errors": errors, "is_unchanged": unchanged, "adapters": list(model.peft_config)}))
 """
 
 
@@ -408,8 +412,11 @@ def test_stock_peft_and_older_versions_refuse_a_suffix(saved, older, pytestconfi
     ran = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath, env=environment)
 
     assert ran.returncode == 0, ran.stderr
-    errors, is_unchanged, adapters = json.loads(ran.stdout.splitlines()[-1])
-    assert is_unchanged and adapters == ["default"]
+    report = json.loads(ran.stdout.splitlines()[-1])
+    if report.get("unsupported", "").startswith("peft_prompt_ext supports"):
+        pytest.skip(f"the older version does not run here: {report['unsupported']}")
+    errors = report.pop("errors")
+    assert report == {"is_unchanged": True, "adapters": ["default"]}
     for name in ("the config", "the model", "the auto model", "a new name"):
         kind, message = errors.pop(name)
         assert kind == "ValueError" and message.startswith(SENTENCE), name
