@@ -13,7 +13,7 @@ from .quantization import load_frozen_backbone  # noqa: E402
 from .shared_prefix.status import EngineStatus  # noqa: E402
 
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "EngineStatus",
     "MemoryEstimate",

@@ -2,6 +2,8 @@
 
 - PEFT's tables of tuners and model classes: `register_peft_method` accepts only new enum members.
 - `PeftModel.from_pretrained`: PEFT raises for every trainable prompt before any class is built.
+- `PeftConfigMixin.from_peft_type`, `PeftModel.add_adapter` and the functions that get and set the tensors of a saved
+  adapter: a prompt behind the text has other files, so that stock PEFT does not load it as a prefix.
 - `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
 - `LabelSmoother.__call__` and `Trainer.compute_loss`: a Trainer compares PEFT's logits [B, P+T, V] with labels [B, T],
   and its default learning rate is too low for a prompt.
@@ -20,8 +22,18 @@ from functools import partial, wraps
 from typing import Any, cast
 
 import peft
+import peft.peft_model
+import peft.utils
+from peft.config import PeftConfigMixin
 
 
+_REPLACED: dict[str, tuple[Any, ...]] = {  # name: its owners, where PEFT and other libraries look it up
+    "from_pretrained": (peft.PeftModel,),
+    "add_adapter": (peft.PeftModel,),
+    "from_peft_type": (PeftConfigMixin,),
+    "get_peft_model_state_dict": (peft, peft.utils, peft.peft_model),
+    "set_peft_model_state_dict": (peft, peft.utils, peft.peft_model),
+}
 _originals: dict[tuple[Any, str], tuple[Any, Any]] = {}  # (owner, name): original, replacement
 _tables: list[tuple[dict[Any, Any], dict[Any, Any]]] = []  # table, original entries
 _filters: list[tuple[logging.Logger, logging.Filter]] = []
@@ -42,7 +54,7 @@ def is_in_place(owner: Any, name: str) -> bool:
 
 
 def replace(owner: Any, name: str, replacement: Any) -> None:
-    """Replace an attribute of a library's class."""
+    """Replace an attribute of a library's class or module."""
     _originals[owner, name] = vars(owner)[name], replacement
     setattr(owner, name, replacement)
 
@@ -60,13 +72,13 @@ def is_active() -> bool:
     return bool(_tables)
 
 
-def activate(tuner: Any, classes: Mapping[str, Any], from_pretrained: Callable[..., Any]) -> None:
+def activate(tuner: Any, classes: Mapping[str, Any], calls: Mapping[str, Callable[..., Any]]) -> None:
     """Put the plugin's classes into PEFT's tables. A second call changes nothing.
 
     Args:
         tuner: The class of soft prompts.
         classes: The model class of each task type.
-        from_pretrained: Called with PEFT's own function and the arguments of `PeftModel.from_pretrained`.
+        calls: What runs in place of each name in `_REPLACED`, with PEFT's own function as the first argument.
     """
     if is_active():
         return
@@ -77,13 +89,21 @@ def activate(tuner: Any, classes: Mapping[str, Any], from_pretrained: Callable[.
     for table, entries in changes:
         _tables.append((table, {key: table[key] for key in entries}))
         table.update(entries)
-    own = vars(peft.PeftModel)["from_pretrained"]
+    for name, owners in _REPLACED.items():
+        for owner in owners:
+            if not is_in_place(owner, name):  # else another library wrapped it, and it was not restored
+                replace(owner, name, _wrap(vars(owner)[name], calls[name]))
 
-    def load(cls: Any, *args: Any, **kwargs: Any) -> Any:
+
+def _wrap(own: Any, call: Callable[..., Any]) -> Any:
+    if not isinstance(own, classmethod):
+        return wraps(own)(lambda *args, **kwargs: (partial(call, own) if is_active() else own)(*args, **kwargs))
+
+    def run(cls: Any, *args: Any, **kwargs: Any) -> Any:
         stock = own.__get__(None, cls)
-        return from_pretrained(stock, *args, **kwargs) if is_active() else stock(*args, **kwargs)
+        return call(stock, *args, **kwargs) if is_active() else stock(*args, **kwargs)
 
-    replace(peft.PeftModel, "from_pretrained", classmethod(wraps(own.__func__)(load)))
+    return classmethod(wraps(own.__func__)(run))
 
 
 def deactivate() -> None:

@@ -12,6 +12,7 @@ from peft import PeftType, PromptTuningConfig, TaskType
 from . import prompt_record
 from ._choices import check_choice
 from .inits import get_scheme
+from .saved_position import write_task
 
 
 POSITIONS = ("prefix", "suffix")
@@ -187,7 +188,10 @@ class PromptTuningExtConfig(PromptTuningConfig):
             )
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields of stock PEFT, so that an adapter loads without this plugin."""
+        """Return the fields of stock PEFT, so that an adapter loads without this plugin.
+
+        With `prompt_position="suffix"` it must not, so the task type is a sentence that stock PEFT prints and refuses.
+        """
         stock = {f.name: getattr(self, f.name) for f in fields(PromptTuningConfig)}
         if self.prompt_tuning_init == "TEXT":
             # PromptTuningConfig refuses TEXT without a tokenizer name
@@ -196,6 +200,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
                 stock["prompt_tuning_init"] = "RANDOM"
         if stock["prompt_tuning_init"] != "TEXT":
             stock["tokenizer_kwargs"] = None  # PromptTuningConfig refuses it for any other scheme
+        if self.prompt_position == "suffix":
+            stock["task_type"] = write_task(self.task_type)
         return stock
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: Any) -> None:
@@ -219,13 +225,16 @@ class PromptTuningExtConfig(PromptTuningConfig):
             **kwargs: Passed to `huggingface_hub.hf_hub_download`.
 
         Raises:
-            ValueError: The adapter has no config, or it is not a prompt-tuning adapter.
+            ValueError: The adapter has no config, it is not a prompt-tuning adapter, or its record is another
+                adapter's.
         """
         name = str(pretrained_model_name_or_path)
         stock = PromptTuningConfig.from_pretrained(name, subfolder=subfolder, **kwargs)
         if stock.peft_type != PeftType.PROMPT_TUNING:
             raise ValueError(f"{name!r} is a {PeftType(stock.peft_type).value} adapter, not PROMPT_TUNING.")
-        return cls.from_stock(stock, prompt_record.read(name, subfolder=subfolder, **kwargs))
+        record = prompt_record.read(name, subfolder=subfolder, **kwargs)
+        _check_position(name, _position_of(stock), record)
+        return cls.from_stock(stock, record)
 
     @classmethod
     def from_stock(cls, stock: PromptTuningConfig, record: dict[str, Any] | None) -> PromptTuningExtConfig:
@@ -237,6 +246,7 @@ class PromptTuningExtConfig(PromptTuningConfig):
         config = cls(task_type=stock.task_type or TaskType.CAUSAL_LM, num_virtual_tokens=stock.num_virtual_tokens)
         for f in fields(PromptTuningConfig):
             setattr(config, f.name, getattr(stock, f.name))
+        config.prompt_position = _position_of(stock)
         config.prompt_tuning_init = str(getattr(stock.prompt_tuning_init, "value", stock.prompt_tuning_init))
         for name in prompt_record.FIELDS:
             if record and name in record:
@@ -244,3 +254,18 @@ class PromptTuningExtConfig(PromptTuningConfig):
         config.init_record = record
         config.base_fingerprint = (record or {}).get("base_model")
         return config
+
+
+def _position_of(config: PromptTuningConfig) -> str:
+    return getattr(config, "prompt_position", "prefix")  # PEFT's own config has no such field
+
+
+def _check_position(name: str, position: str, record: dict[str, Any] | None) -> None:
+    """Raise ValueError if the record and the config of a saved adapter name two positions."""
+    recorded = (record or {}).get("prompt_position", position)
+    if recorded != position:
+        raise ValueError(
+            f"{name!r} has the files of two adapters: adapter_config.json is of a {position} of the text, "
+            f"{prompt_record.FILE_NAME} of a {recorded}. Save the adapter again, or delete {prompt_record.FILE_NAME}, "
+            "which says how the prompt was initialised."
+        )

@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import subprocess
@@ -9,7 +10,7 @@ from peft import LoraConfig, PeftModel, PeftType, PrefixTuningConfig, PromptTuni
 
 from peft_prompt_ext import peft_models
 from peft_prompt_ext.encoder import PromptEmbedding
-from tests.helpers import one_thread  # noqa: F401
+from tests.helpers import one_thread, prompted  # noqa: F401
 
 
 # PEFT's results, one line for each model, in a process with or without the plugin.
@@ -117,8 +118,10 @@ def test_lora_and_stock_prompts_are_bit_identical_with_and_without_the_plugin(wi
     assert with_plugin["lines"] == without["lines"]
 
 
-def test_the_import_changes_two_tables_and_one_method_of_peft(without, with_plugin):
-    expected = {"PROMPT_TUNING", "from_pretrained", *(task.value for task in TaskType)}
+def test_the_import_changes_two_tables_three_methods_and_two_functions_of_peft(without, with_plugin):
+    expected = {"PROMPT_TUNING", *(task.value for task in TaskType)}
+    expected |= {"from_pretrained", "from_peft_type", "add_adapter"}
+    expected |= {"get_peft_model_state_dict", "set_peft_model_state_dict"}
 
     assert without["changed"] == []
     assert {name.split(".")[-1] for name in with_plugin["changed"]} == expected
@@ -178,6 +181,18 @@ def test_deactivating_twice_and_activating_again_works(seam):
     assert peft.PEFT_TYPE_TO_TUNER_MAPPING[PeftType.PROMPT_TUNING] is PromptEmbedding
     assert peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING["CAUSAL_LM"] is peft_models.PeftModelForCausalLM
     assert PeftModel.from_pretrained.__func__ is not stock
+
+
+def test_a_function_that_another_library_has_wrapped_is_replaced_once(seam, build_model, monkeypatch):
+    ours = peft.set_peft_model_state_dict
+    monkeypatch.setattr(peft, "set_peft_model_state_dict", functools.wraps(ours)(lambda *a, **k: ours(*a, **k)))
+    theirs = peft.set_peft_model_state_dict
+    seam.deactivate()
+    peft_models.register()
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+
+    assert peft.set_peft_model_state_dict is theirs
+    peft.set_peft_model_state_dict(model, peft.get_peft_model_state_dict(model))
 
 
 @pytest.mark.parametrize(

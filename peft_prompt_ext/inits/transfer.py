@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from .._choices import check_choice
 from .._hub import find_file
 from ..prompt_record import FILE_NAME, parse
+from ..saved_position import TENSORS
 from .base import InitContext, register_init
 from .fingerprint import check_saved
 
@@ -130,9 +131,11 @@ def _load_prompt(ctx: InitContext, source: str, check_base_model: bool) -> torch
             "pickle can run code. Load the adapter in PEFT and save it again."
         )
     try:
-        prompt = load_file(path).get("prompt_embeddings")
+        tensors = load_file(path)
     except SafetensorError as error:
         raise ValueError(f"TRANSFER: {str(path)!r} is not a valid safetensors file: {error}") from error
+    # the vectors of a prefix can start a suffix, and the other way round
+    prompt = next((tensors[name] for name in TENSORS.values() if name in tensors), None)
     if prompt is None or prompt.ndim != 2:
         raise ValueError(f"TRANSFER: source ({source!r}) has no `prompt_embeddings` of shape [P, H].")
     if prompt.shape[1] != ctx.token_dim:

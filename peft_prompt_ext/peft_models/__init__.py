@@ -11,6 +11,7 @@ from .. import _seam
 from ..encoder import PromptEmbedding
 from .causal_lm import PeftModelForCausalLM
 from .load import load
+from .saving import add_adapter, get_state, read_config, set_state
 from .seq2seq import PeftModelForSeq2SeqLM
 from .seq_cls import PeftModelForSequenceClassification
 from .token_tasks import (
@@ -32,4 +33,11 @@ CLASSES: dict[str, Any] = {
 
 def register() -> None:
     """Register these classes with PEFT."""
-    _seam.activate(PromptEmbedding, CLASSES, load)
+    calls: dict[str, Any] = {
+        "from_pretrained": load,
+        "add_adapter": add_adapter,
+        "from_peft_type": read_config,
+        "get_peft_model_state_dict": get_state,
+        "set_peft_model_state_dict": set_state,
+    }
+    _seam.activate(PromptEmbedding, CLASSES, calls)

@@ -13,6 +13,7 @@ from ..config import PromptTuningExtConfig
 from ..devices import keep_dispatched
 from .base import PromptTuningMixin
 from .fit import check_base, make_trainable
+from .position import is_suffix
 
 
 def load(
@@ -49,8 +50,8 @@ def _is_prompt_tuning(config: PeftConfig | None, model_id: str, kwargs: dict[str
 
 
 def _read_plugin_config(model_id: str, kwargs: dict[str, Any]) -> PromptTuningExtConfig | None:
-    """Read the config of an adapter that this plugin saved; None for other adapters."""
+    """Read the config of an adapter that this plugin saved; None for other adapters, which PEFT reads."""
     if not _is_prompt_tuning(None, model_id, kwargs):
         return None
     config = PromptTuningExtConfig.from_pretrained(model_id, **hub_arguments(kwargs, "subfolder"))
-    return None if config.init_record is None else config
+    return None if config.init_record is None and not is_suffix(config) else config
