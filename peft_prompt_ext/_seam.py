@@ -5,8 +5,9 @@
 - `PeftConfigMixin.from_peft_type`, `PeftModel.add_adapter` and the functions that get and set the tensors of a saved
   adapter: a prompt behind the text has other files, so that stock PEFT does not load it as a prefix.
 - `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
-- `LabelSmoother.__call__` and `Trainer.compute_loss`: a Trainer compares PEFT's logits [B, P+T, V] with labels [B, T],
-  and its default learning rate is too low for a prompt.
+- `LabelSmoother.__call__`, `Trainer.compute_loss` and `Trainer.prediction_step`: a Trainer compares PEFT's logits
+  [B, P+T, V] with labels [B, T], its default learning rate is too low for a prompt, and a loss of its own takes the
+  labels that say where a suffix stands.
 - The logger of bitsandbytes' matrix products: it repeats one message for every product.
 
 A replacement calls the original for models and adapters of other libraries. `deactivate` restores the originals.
@@ -151,6 +152,8 @@ def prepare_trainer() -> None:
     trainer = getattr(sys.modules.get("transformers.trainer"), "Trainer", None)
     if trainer is not None and not is_in_place(trainer, "compute_loss"):
         replace(trainer, "compute_loss", _prepare_loss(trainer.compute_loss))
+    if trainer is not None and not is_in_place(trainer, "prediction_step"):
+        replace(trainer, "prediction_step", _prepare_prediction(trainer.prediction_step))
 
 
 def _cut_prompt_columns(original: Any) -> Any:
@@ -176,6 +179,9 @@ def _prepare_loss(original: Any) -> Any:
         if model.training:
             _check_rate(self, prompted)
         smoother: Any = self.label_smoother
+        if (smoother is not None or self.compute_loss_func is not None) and prompted.has_suffix:
+            # the model gets no labels, so they cannot say where the answer begins
+            inputs = {**inputs, **prompted.find_answer_start(inputs)}
         if smoother is None or self.compute_loss_func is not None:
             return original(self, model, inputs, *args, **kwargs)
         # with a loss function of its own, the Trainer does not read the model's name
@@ -186,6 +192,21 @@ def _prepare_loss(original: Any) -> Any:
             self.compute_loss_func = None
 
     return compute_loss
+
+
+def _prepare_prediction(original: Any) -> Any:
+    @wraps(original)
+    def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+        prompted = self.accelerator.unwrap_model(model, keep_torch_compile=False)
+        if not getattr(prompted, "has_suffix", False) or inputs.get("labels") is None:
+            return original(self, model, inputs, *args, **kwargs)
+        prompted.has_answers = True  # so a call without labels, by a loss of the user's own, is refused
+        try:
+            return original(self, model, inputs, *args, **kwargs)
+        finally:
+            prompted.has_answers = False
+
+    return prediction_step
 
 
 def _check_rate(trainer: Any, model: Any) -> None:

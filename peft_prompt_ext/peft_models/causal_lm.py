@@ -87,7 +87,7 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
         if inputs.get("shift_labels") is not None:
             raise ValueError("With prompt_position='suffix', pass labels [B, T] in place of shift_labels.")
         trains = any(parameter.requires_grad for parameter in self.prompt_encoder.parameters())
-        learns = self.training or (torch.is_grad_enabled() and trains)
+        learns = self.training or self.has_answers or (torch.is_grad_enabled() and trains)
         if labels is None and answer_start is None and learns:
             raise ValueError(
                 "With prompt_position='suffix', a call in training needs labels, or answer_start [B] (the column of "

@@ -7,7 +7,7 @@ Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hi
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -16,6 +16,7 @@ import torch
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 
+from ..labels import IGNORE_INDEX
 from ..shared_prefix.status import EngineStatus
 from .base import PromptTuningMixin
 from .decoding.feed import find_cache
@@ -55,6 +56,7 @@ class PackedMixin(PromptTuningMixin):
     _packed_arguments: ClassVar[set[str]] = set()
     _packs_packed_rows: ClassVar[bool] = False
     _heads_of_rows: ClassVar[set[str]] = set()  # modules that `_packed_forward` can select for each row
+    has_answers = False  # whether the batch has labels, in a step of a Trainer that may not pass them
     _engine: Engine
 
     @staticmethod
@@ -129,6 +131,20 @@ class PackedMixin(PromptTuningMixin):
             answer_start=start,
             **extras,
         )
+
+    @property
+    def has_suffix(self) -> bool:
+        """Whether the active prompt stands behind the text."""
+        return bool(self.active_adapter) and is_suffix(self.active_peft_config)
+
+    def find_answer_start(self, inputs: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+        """Find the columns of a batch's first labels, as the argument `answer_start`, for a call without labels."""
+        labels = inputs.get("labels")
+        if labels is None or not self.predicts_next or inputs.get("answer_start") is not None:
+            return {}
+        labelled = labels != IGNORE_INDEX
+        start = torch.where(labelled.any(1), labelled.int().argmax(1), labels.shape[1])
+        return {"answer_start": start}
 
     def _place_prompts(
         self,

@@ -1,6 +1,6 @@
 """Keys and values of texts that are kept between batches, within a budget of bytes.
 
-A text's keys and values are one flat tensor, layer after layer, so that a file or a transfer has one part.
+A text's keys and values are one flat tensor of bytes, layer after layer, so that a file or a transfer has one part.
 
 Shapes: G key-value heads, D head size, T tokens of a text.
 """
@@ -8,14 +8,34 @@ Shapes: G key-value heads, D head size, T tokens of a text.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from math import prod
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
 from .packed_pass import KeysValues
 from .status import KeptTexts
+
+
+ALIGNED = 16  # bytes, so that each part can be viewed in its dtype
+
+
+class Form(NamedTuple):
+    """The form of a layer's keys or values, [1, G, T, D].
+
+    Attributes:
+        heads: G.
+        size: D.
+        dtype: The dtype; keys and values may differ under autocast.
+    """
+
+    heads: int
+    size: int
+    dtype: torch.dtype
+
+    def size_of(self, tokens: int) -> int:
+        """Bytes for T tokens."""
+        return self.heads * self.size * tokens * self.dtype.itemsize
 
 
 @dataclass
@@ -35,7 +55,7 @@ class TextCache:
     hits: int = 0
     misses: int = 0
     num_bytes: int = 0
-    _shapes: list[tuple[nn.Module, tuple[int, int], tuple[int, int]]] | None = None  # module, (G, D) of each
+    _forms: list[tuple[nn.Module, list[Form]]] | None = field(default=None, repr=False)
 
     @property
     def status(self) -> KeptTexts:
@@ -43,33 +63,39 @@ class TextCache:
         place = str(getattr(self.store, "folder", "memory"))
         return KeptTexts(self.hits, self.misses, self.num_bytes, self.budget, place)
 
-    def get(self, key: bytes, device: torch.device) -> KeysValues | None:
-        """Get a text's keys and values on a device; None if they are not kept."""
-        flat = self.store.get(key) if self._shapes is not None else None
+    def get(self, key: bytes, tokens: int, device: torch.device) -> KeysValues | None:
+        """Get the keys and values of a text of T tokens on a device; None if they are not kept."""
+        flat = self.store.get(key) if self._forms is not None else None
         if flat is None:
             self.misses += 1
             return None
         self.hits += 1
-        return self._unflatten(flat.to(device, non_blocking=True))
+        return self._unflatten(flat.to(device, non_blocking=True), tokens)
 
     def put(self, key: bytes, keys_values: KeysValues) -> None:
         """Keep a text's keys and values, [1, G, T, D] each, if the budget allows it."""
+        forms = [(m, [Form(x.shape[1], x.shape[3], x.dtype) for x in pair]) for m, pair in keys_values.items()]
+        if self._forms is None:
+            self._forms = forms
         tensors = [tensor for pair in keys_values.values() for tensor in pair]
-        size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        shapes = [(m, (k.shape[1], k.shape[3]), (v.shape[1], v.shape[3])) for m, (k, v) in keys_values.items()]
-        if self._shapes is None:
-            self._shapes = shapes
-        if self.num_bytes + size > self.budget or len({x.dtype for x in tensors}) != 1 or self._shapes != shapes:
+        sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED for tensor in tensors]
+        if self._forms != forms or self.num_bytes + sum(sizes) > self.budget or key in self.store:
             return
-        if key not in self.store:
-            self.store[key] = torch.cat([tensor.flatten() for tensor in tensors]).cpu()
-            self.num_bytes += size
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        for part, tensor in zip(flat.split(sizes), tensors, strict=True):
+            part[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
+        self.store[key] = flat
+        self.num_bytes += len(flat)
 
-    def _unflatten(self, flat: torch.Tensor) -> KeysValues:
-        shapes: Any = self._shapes
-        tokens = len(flat) // sum(prod(shape) for _, *pair in shapes for shape in pair)
-        sizes = [prod(shape) * tokens for _, *pair in shapes for shape in pair]
+    def _unflatten(self, flat: torch.Tensor, tokens: int) -> KeysValues:
+        forms: Any = self._forms
+        each = [form for _, pair in forms for form in pair]
+        sizes = [-(-form.size_of(tokens) // ALIGNED) * ALIGNED for form in each]
         parts = iter(flat.split(sizes))
         return {
-            module: tuple(next(parts).view(1, heads, tokens, size) for heads, size in pair) for module, *pair in shapes
+            module: tuple(
+                next(parts)[: form.size_of(tokens)].view(form.dtype).view(1, form.heads, tokens, form.size)
+                for form in pair
+            )
+            for module, pair in forms
         }

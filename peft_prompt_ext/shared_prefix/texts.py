@@ -53,7 +53,8 @@ class Texts:
         """See `packed_pass.Trunks`; with places, all texts run again."""
         kept: list[KeysValues | None] = [None] * len(self.lengths)
         if self.cache is not None and not len(places):
-            kept = [self.cache.get(key, self.embeds.device) for key in self.keys]
+            pairs = zip(self.keys, self.lengths, strict=True)
+            kept = [self.cache.get(key, tokens, self.embeds.device) for key, tokens in pairs]
         missing = [number for number, text in enumerate(kept) if text is None]
         if not missing:
             self._parts = [text for text in kept if text is not None]

@@ -4,10 +4,12 @@ import copy
 
 import pytest
 import torch
+from transformers import Trainer, TrainingArguments
 
-from peft_prompt_ext import engine_status
+from peft_prompt_ext import PromptTuningExtConfig, engine_status
+from peft_prompt_ext._versions import checkpoint_activations
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
-from tests.peft_models.suffix import MASKS, assert_equals_rows_alone, make_suffix_batch
+from tests.peft_models.suffix import MASKS, assert_equals_rows_alone, make_suffix_batch, run_alone
 from tests.zoo import DECODERS
 
 
@@ -175,3 +177,259 @@ def test_rows_that_share_a_text_read_it_once(build_model):
     assert counted == [7, 3 * (VIRTUAL + 5)]
     assert_equals_rows_alone(model, batch)
     assert out.logits.shape == (3, VIRTUAL + 12, 331)
+
+
+def suffix_rows(size=8):
+    batch = make_suffix_batch("none", seed=4)
+    return [{name: value[i % 3].tolist() for name, value in batch.items()} for i in range(size)]
+
+
+def make_suffix_trainer(model, folder, kind=Trainer, **changes):
+    values = {"max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 0.05, "report_to": "none"}
+    values |= {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    compute_loss_func = changes.pop("compute_loss_func", None)
+    args = TrainingArguments(str(folder), **values, **changes)
+    extra = {} if compute_loss_func is None else {"compute_loss_func": compute_loss_func}
+    return kind(model, args, train_dataset=suffix_rows(), eval_dataset=suffix_rows(), **extra)
+
+
+def cross_entropy(outputs, labels, num_items_in_batch=None):
+    logits = outputs["logits"][:, -labels.shape[1] - 1 : -1]
+    return torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())
+
+
+@pytest.mark.parametrize("how", [{"label_smoothing_factor": 1e-9}, {"compute_loss_func": cross_entropy}])
+def test_losses_outside_the_model_put_the_prompt_in_front_of_the_answer(build_model, tmp_path, how):
+    losses = []
+    for changes in ({}, how):
+        model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+        trainer = make_suffix_trainer(model, tmp_path, **changes)
+        evaluated = trainer.evaluate()["eval_loss"]
+        trainer.train()
+        losses.append([evaluated, *(row["loss"] for row in trainer.state.log_history if "loss" in row)])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **_):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        loss = cross_entropy(outputs, labels)
+        return (loss, outputs) if return_outputs else loss
+
+
+@pytest.mark.parametrize("run", ["train", "evaluate"])
+def test_a_trainer_that_keeps_the_labels_to_itself_is_refused(build_model, tmp_path, run):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    with pytest.raises(ValueError, match="needs labels, or answer_start"):
+        getattr(make_suffix_trainer(model, tmp_path, OwnLoss), run)()
+
+
+def test_calls_without_labels(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    batch = make_suffix_batch("left")
+    inputs = {name: batch[name] for name in ("input_ids", "attention_mask")}
+    for mode in (True, False):
+        model.train(mode)
+        with pytest.raises(ValueError, match="needs labels, or answer_start"):
+            model(**inputs)
+    start = (batch["labels"] != -100).int().argmax(1)
+    out = model(**inputs, answer_start=start)
+    torch.testing.assert_close(out.logits, model(**batch).logits)
+    with pytest.raises(ValueError, match="each 1 or more"):
+        model(**inputs, answer_start=torch.zeros(3, dtype=torch.long))
+    with pytest.raises(ValueError, match="has a label at column"):
+        model(**batch, answer_start=start + 1)
+    with torch.no_grad():
+        out = model(**inputs)
+    behind = dict(batch, labels=torch.full_like(batch["labels"], -100))
+    _, logits, columns = run_alone(model.get_base_model(), [prompt_of(model)] * 3, behind)
+    for got, want, where in zip(out.logits, logits, columns, strict=True):
+        torch.testing.assert_close(got[where], want, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("labels", ["every token", "in front"])
+def test_labels_without_a_text_in_front_are_refused(build_model, labels):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    batch = make_suffix_batch("none")
+    batch["labels"] = batch["input_ids"].clone()
+    if labels == "in front":
+        batch["labels"][:, 3:] = -100
+    with pytest.raises(ValueError, match="Row 0 has no text in front of its answer"):
+        model(**batch)
+
+
+@pytest.mark.parametrize("what", ["shift_labels", "several texts"])
+def test_what_a_suffix_does_not_take_is_refused(build_model, what):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    batch = make_suffix_batch("none")
+    if what == "shift_labels":
+        batch["shift_labels"], wanted = batch.pop("labels"), "pass labels"
+    else:
+        batch["position_ids"], wanted = torch.arange(6).repeat(2).expand(3, -1), "holds several texts"
+        del batch["attention_mask"]
+    with pytest.raises(ValueError, match=wanted):
+        model(**batch)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+@pytest.mark.parametrize("kind", MASKS)
+@pytest.mark.parametrize("architecture", ["llama", "gpt2"])
+def test_a_classifier_reads_the_last_virtual_token(build_model, architecture, kind, shared_prefix):
+    base_model = build_model(architecture, "SEQ_CLS", **NO_DROPOUT.get(architecture, {}))
+    model = prompted(base_model, "SEQ_CLS", prompt_position="suffix", shared_prefix=shared_prefix)
+    batch = make_suffix_batch(kind)
+    batch["labels"] = torch.tensor([0, 1, 1])
+    logits = []
+    for row in range(3):
+        text = base_model.get_input_embeddings()(batch["input_ids"][row, batch["attention_mask"][row].bool()])
+        logits.append(base_model(inputs_embeds=torch.cat([text, prompt_of(model)])[None]).logits[0])
+    loss = torch.nn.functional.cross_entropy(torch.stack(logits), batch["labels"])
+    trained = [prompt_of(model), *(p for n, p in model.named_parameters() if "modules_to_save" in n)]
+    wanted = torch.autograd.grad(loss, trained)
+    out = model(**batch)
+    assert engine_status(model).packed == shared_prefix
+    torch.testing.assert_close(out.logits, torch.stack(logits), rtol=0, atol=1e-4)
+    got = torch.autograd.grad(out.loss, trained)
+    assert abs(out.loss - loss) <= 1e-5 * loss
+    for mine, other in zip(got, wanted, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+    if shared_prefix:
+        for _ in range(2):  # the first loss of all has set the config's problem_type, so its texts were dropped
+            model(**batch)
+        assert texts_of(model).hits == 3
+
+
+def mixed_positions(build_model, architecture="llama"):
+    model = prompted(build_model(architecture), "CAUSAL_LM", prompt_position="suffix", num_virtual_tokens=9)
+    for name, position, size in (("b", "suffix", 3), ("c", "prefix", 9), ("d", "prefix", 2)):
+        changes = {"num_virtual_tokens": size, "prompt_tuning_init_seed": size, "prompt_position": position}
+        config = PromptTuningExtConfig(task_type="CAUSAL_LM", prompt_tuning_init="RANDOM_UNIFORM", **changes)
+        model.add_adapter(name, config)
+    model.set_requires_grad(["default", "b", "c", "d"])
+    return model
+
+
+@pytest.mark.parametrize("names", ["default b b", "default c b", "d c d", "default __base__ c", "b b b"])
+@pytest.mark.parametrize("kind", ["left", "holes"])
+def test_a_batch_of_both_positions_equals_each_row_alone(build_model, kind, names):
+    model, batch, names = mixed_positions(build_model), make_suffix_batch(kind), names.split()
+    used = [name for name in dict.fromkeys(names) if name != "__base__"]
+    prompts = {name: prompt_of(model, name) for name in used}
+    total, rows = 0.0, []
+    for row, name in enumerate(names):
+        real = batch["attention_mask"][row].bool()
+        ids, labels = batch["input_ids"][row, real], batch["labels"][row, real]
+        text = model.get_base_model().get_input_embeddings()(ids)
+        prompt = prompts.get(name, text[:0])
+        position = model.peft_config[name].prompt_position if name in prompts else "prefix"
+        split = int((labels != -100).int().argmax()) if position == "suffix" else 0
+        embeds = torch.cat([text[:split], prompt, text[split:]])[None]
+        logits = model.get_base_model()(inputs_embeds=embeds).logits[0]
+        places = (labels != -100).nonzero()[:, 0] + len(prompt) - 1
+        total = total + torch.nn.functional.cross_entropy(logits[places], labels[labels != -100], reduction="sum")
+        rows.append(logits[places])
+    loss = total / (batch["labels"] != -100).sum()
+    wanted = torch.autograd.grad(loss, list(prompts.values()))
+    out = model(**batch, adapter_names=names)
+    got = torch.autograd.grad(out.loss, list(prompts.values()))
+    assert abs(out.loss - loss) <= 1e-5 * loss
+    for mine, other in zip(got, wanted, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+    longest = out.logits.shape[1] - 12
+    for row, want in enumerate(rows):
+        columns = (batch["labels"][row] != -100).nonzero()[:, 0] + longest - 1
+        if kind != "holes":  # where a pad may stand in front of a label
+            torch.testing.assert_close(out.logits[row, columns], want.detach(), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("shared_prefix", [True, False])
+def test_outputs_without_virtual_columns(build_model, shared_prefix):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", shared_prefix=shared_prefix)
+    batch = make_suffix_batch("holes")
+    start = (batch["labels"] != -100).int().argmax(1)
+    whole = model(**batch).logits
+    model.peft_config["default"].virtual_columns = False
+    out = model(**batch)
+    assert out.logits.shape[1] == 12
+    for row, begin in enumerate(start.tolist()):
+        assert torch.equal(out.logits[row, : begin - 1], whole[row, : begin - 1])
+        assert torch.equal(out.logits[row, begin - 1 :], whole[row, begin - 1 + VIRTUAL :])
+    torch.testing.assert_close(model(**batch, logits_to_keep=3).logits, out.logits[:, -3:])
+    named = torch.tensor([3, 0, 7])
+    torch.testing.assert_close(model(**batch, logits_to_keep=named).logits, out.logits[:, named])
+
+
+def test_what_trains_inside_the_base_model_gets_its_gradient(build_model):
+    """A layer of the base model that trains sees the text, so the text runs with gradients and is not kept."""
+    base_model = build_model("llama")
+    model = prompted(base_model, "CAUSAL_LM", prompt_position="suffix")
+    weight = base_model.model.layers[0].self_attn.q_proj.weight.requires_grad_()
+    batch = make_suffix_batch("right")
+    loss, *_ = run_alone(base_model, [prompt_of(model)] * 3, batch)
+    wanted = torch.autograd.grad(loss, [weight, prompt_of(model)])
+    got = torch.autograd.grad(model(**batch).loss, [weight, prompt_of(model)])
+    for mine, other in zip(got, wanted, strict=True):
+        assert (mine - other).norm() <= 1e-5 * other.norm()
+    assert texts_of(model) is None
+
+
+def test_noise_in_the_embeddings_is_new_in_each_step(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix").train()
+    model.get_base_model().get_input_embeddings().register_forward_hook(
+        lambda module, _, output: output + torch.randn_like(output) * module.training  # as NEFTune does
+    )
+    batch = make_suffix_batch("none")
+    assert model(**batch).loss != model(**batch).loss
+    assert texts_of(model) is None
+
+
+def test_dropout_reaches_the_branches_and_leaves_the_texts_alone(build_model):
+    model = prompted(build_model("gpt2"), "CAUSAL_LM", prompt_position="suffix", train_logits="supervised").train()
+    batch = make_suffix_batch("none")
+    assert model(**batch).loss != model(**batch).loss
+    assert texts_of(model).hits == 3
+    assert all(module.training for module in model.modules())
+
+
+@pytest.mark.parametrize("how", ["hidden states", "attentions", "no engine"])
+def test_peft_path_is_in_natural_order(build_model, how):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    batch = make_suffix_batch("right")
+    wanted = model(**batch)
+    options = {"hidden states": {"output_hidden_states": True}, "attentions": {"output_attentions": True}}
+    if how == "no engine":
+        model.peft_config["default"].shared_prefix = False
+    out = model(**batch, **options.get(how, {}))
+    assert not engine_status(model).packed
+    torch.testing.assert_close(out.loss, wanted.loss)
+    start = (batch["labels"] != -100).int().argmax(1)
+    for row, begin in enumerate(start.tolist()):
+        real = batch["attention_mask"][row].bool()
+        columns = torch.cat([real[:begin], torch.ones(VIRTUAL, dtype=torch.bool), real[begin:]])
+        torch.testing.assert_close(out.logits[row, columns], wanted.logits[row, columns], rtol=0, atol=1e-4)
+        if how == "hidden states":
+            virtual = out.hidden_states[0][row, begin : begin + VIRTUAL]
+            torch.testing.assert_close(virtual, prompt_of(model))
+
+
+def test_gradient_checkpointing_gives_the_same_gradient(build_model):
+    gradients = []
+    for checkpointed in (False, True):
+        model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix").train()
+        if checkpointed:
+            checkpoint_activations(model.get_base_model())
+        model(**make_suffix_batch("right")).loss.backward()
+        gradients.append(prompt_of(model).grad)
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("low", [torch.bfloat16, torch.float16])
+def test_autocast_and_its_texts(build_model, low):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", train_logits="supervised").train()
+    batch = make_suffix_batch("right")
+    exact = model(**batch).loss
+    for hits in (0, 3):
+        with torch.autocast("cpu", low):
+            torch.testing.assert_close(model(**batch).loss.float(), exact, rtol=2e-2, atol=2e-2)
+        assert texts_of(model).hits == hits  # those in float32 are of no use
