@@ -135,7 +135,7 @@ def test_sampling_of_one_row(pair, architecture):
 
 
 @two
-@pytest.mark.parametrize("kind", ["none", "left"])
+@kinds
 @pytest.mark.parametrize("way", ["assistant", "the base model assists", "lookup"])
 def test_candidates_stand_behind_the_prompt(pair, architecture, kind, way):
     model, base = pair(architecture)
@@ -245,7 +245,7 @@ def test_real_tokens_have_their_count_in_the_row_as_position(pair, kind):
         assert [int(at[row, -1]) for at in noted[1:]] == list(range(count + P, count + P + NEW - 1))
 
 
-@pytest.mark.parametrize("options", [{}, {"num_beams": 2}], ids=str)
+@pytest.mark.parametrize("options", [{}, {"num_beams": 2}, {"use_cache": False}], ids=str)
 @kinds
 def test_hidden_states_and_weights_have_text_then_prompt(pair, kind, options):
     model, base = pair(attn_implementation="eager")
@@ -255,15 +255,23 @@ def test_hidden_states_and_weights_have_text_then_prompt(pair, kind, options):
 
     together = model.generate(ids, attention_mask=mask, **{**OPTIONS, **asked})
 
-    beams = options.get("num_beams", 1)
-    for row, one in enumerate(run_alone(base, ids, mask, **asked)):
-        places = torch.cat([mask[row].nonzero()[:, 0], TEXT + torch.arange(P)])
-        for step in range(NEW):
-            keys = torch.cat([places, torch.arange(P + TEXT, P + TEXT + step)])
-            queries = places if step == 0 else torch.tensor([0])
-            hidden, weights = together.hidden_states[step][-1], together.attentions[step][-1]
-            torch.testing.assert_close(hidden[row * beams, queries], one.hidden_states[step][-1][0])
-            torch.testing.assert_close(weights[row * beams][:, queries][:, :, keys], one.attentions[step][-1][0])
+    steps = 1 if "num_beams" in options else NEW  # beams of a row begin alike
+    for row in range(3):
+        number = row * options.get("num_beams", 1)
+        answer = together.sequences[row, TEXT : TEXT + steps - 1]
+        embeds = torch.cat([embed_row(base, ids[row], mask[row]), base.get_input_embeddings()(answer)[None]], dim=1)
+        alone = base(inputs_embeds=embeds, output_hidden_states=True, output_attentions=True)
+        places = torch.cat([mask[row].nonzero()[:, 0], TEXT + torch.arange(P + steps - 1)])
+        for step in range(steps):
+            keys = places[: len(places) - steps + 1 + step]
+            hidden, weights = together.hidden_states[step][-1][number], together.attentions[step][-1][number]
+            new = step > 0 and "use_cache" not in options
+            queries, counted = (
+                (torch.tensor([0]), slice(len(keys) - 1, len(keys))) if new else (keys, slice(len(keys)))
+            )
+            torch.testing.assert_close(hidden[queries], alone.hidden_states[-1][0, counted])
+            want = alone.attentions[-1][0, :, counted, : len(keys)]
+            torch.testing.assert_close(weights[:, queries][:, :, keys], want)
 
 
 def test_weights_of_a_window_need_no_pads(pair):

@@ -310,23 +310,38 @@ def _put_back(value: Any, where: Place) -> Any:
     """
     if isinstance(value, tuple | list):
         return type(value)(_put_back(part, where) for part in value)
-    whole, back = where.back, where.back_now
-    if not isinstance(value, torch.Tensor) or whole is None or back is None:
+    whole = where.back
+    if (
+        whole is None
+        or not isinstance(value, torch.Tensor)
+        or value.dim() not in {2, 3, 4}
+        or len(value) != len(whole)
+    ):
         return value
-    rows = len(whole)
-    if value.dim() in {2, 3} and value.shape[:2] == back.shape:
-        return reorder(value, back)
-    if value.dim() != 4 or len(value) != rows:
-        return value
+    if value.dim() < 4:
+        back = _find_back(where, whole, value.shape[1])
+        return value if back is None else reorder(value, back)
     if value.shape[3] < where.width:
         raise ValueError(
             "Attention weights of layers with a sliding window are not available for padded rows. Make batches of "
             "texts of one length, or set output_attentions=False."
         )
-    if value.shape[2] == where.now:
+    back = _find_back(where, whole, value.shape[2])
+    if back is not None:
         value = reorder(value.transpose(1, 2), back).transpose(1, 2)
-    later = torch.arange(where.width, value.shape[3], device=back.device).expand(rows, -1)
-    return reorder(value.transpose(1, 3), torch.cat([whole, later], dim=1)).transpose(1, 3)
+    return reorder(value.transpose(1, 3), _add_later(whole, value.shape[3])).transpose(1, 3)
+
+
+def _find_back(where: Place, whole: torch.Tensor, columns: int) -> torch.Tensor | None:
+    """Find the order of the columns of a call, or of a later one that reads the whole text again; None: only new."""
+    if columns == where.now:
+        return where.back_now
+    return _add_later(whole, columns) if where.begins and columns > where.now else None
+
+
+def _add_later(whole: torch.Tensor, columns: int) -> torch.Tensor:
+    later = torch.arange(whole.shape[1], columns, device=whole.device).expand(len(whole), -1)
+    return torch.cat([whole, later], dim=1)
 
 
 def _make_loop_error(what: str) -> NotImplementedError:

@@ -22,7 +22,7 @@ _ATTRIBUTE = "_peft_prompt_ext_held"
 
 @dataclass(frozen=True)
 class Block:
-    """Text columns of one call with pads. In the cache, each row's pads come first, then its real tokens.
+    """Text columns of one call up to its last pad. In the cache, each row's pads come first, then its real tokens.
 
     Attributes:
         start: The first column. The first block of a text includes the prompt, behind the pads.
@@ -313,7 +313,8 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
     blocks = [_crop(block, before, mask) for block in old_blocks]
     fresh = mask[:, before:] != 0
     if not bool(fresh.all()):
-        blocks.append(Block(before, before + new, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
+        last = int((~fresh).any(0).nonzero()[-1])  # real columns behind it stay in place, and may be cropped
+        blocks.append(Block(before, before + last + 1, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
     padded = bool((mask == 0).any())
     if not blocks and not in_front:
         return Place(virtual, seen is None, before, new, mask, padded=padded, holes=padded)
