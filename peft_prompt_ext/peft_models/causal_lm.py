@@ -84,6 +84,7 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
         behind = [name in self.peft_config and is_suffix(self.peft_config[name]) for name in names]
         if not any(behind):
             return None  # for a prefix it does not matter where the answer begins
+        self._check_is_no_step(inputs)
         if inputs.get("shift_labels") is not None:
             raise ValueError("With prompt_position='suffix', pass labels [B, T] in place of shift_labels.")
         trains = any(parameter.requires_grad for parameter in self.prompt_encoder.parameters())

@@ -178,6 +178,15 @@ def test_an_assistant_gets_the_mask_of_the_text(pair):
         assert torch.equal(seen[0], LEFT[:1]) and got == alone(model, ids, LEFT[:1])
 
 
+@pytest.mark.parametrize("side", MASKS)
+def test_candidates_of_a_padded_row_are_accepted_as_without_its_pads(pair, side):
+    model, _ = pair()
+    mask = MASKS[side][:1]
+    ids = (text(1) % 2 + 20).masked_fill(mask == 0, 2)  # repeated words, so that lookup finds some
+    got = new_tokens(model, ids, attention_mask=mask, prompt_lookup_num_tokens=3)
+    assert got == alone(model, ids, mask)
+
+
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
 def test_an_assistant_may_have_a_tokenizer_of_its_own(pair, build_model, tokenizer, options):
     bpe = ByteLevelBPETokenizer()
@@ -223,13 +232,14 @@ def test_no_text_begins_with_the_bos_token(pair):
     assert model.generate(**OPTIONS).tolist() == model.generate(torch.tensor([[0]]), **OPTIONS).tolist()
 
 
+@pytest.mark.parametrize("use_cache", [True, False])
 @pytest.mark.parametrize("side", [None, "left", "right"])
-def test_scores_and_hidden_states_stand_where_the_caller_has_them(pair, side):
+def test_scores_and_hidden_states_stand_where_the_caller_has_them(pair, side, use_cache):
     model, _ = pair(attn_implementation="eager")
     mask = torch.ones_like(LEFT) if side is None else MASKS[side]
     ids = text(3).masked_fill(mask == 0, 2)
     asked = {**OPTIONS, "return_dict_in_generate": True, "output_scores": True, "output_logits": True}
-    asked |= {"output_hidden_states": True, "output_attentions": True}
+    asked |= {"output_hidden_states": True, "output_attentions": True, "use_cache": use_cache}
 
     together = model.generate(ids, attention_mask=mask, **asked)
 
@@ -239,7 +249,7 @@ def test_scores_and_hidden_states_stand_where_the_caller_has_them(pair, side):
         for step in range(NEW):
             torch.testing.assert_close(together.scores[step][row], one.scores[step][0])
             keys = torch.cat([places, torch.arange(P + TEXT, P + TEXT + step)])
-            queries = places if step == 0 else torch.tensor([0])
+            queries = keys if step == 0 or not use_cache else torch.tensor([0])
             hidden, weights = together.hidden_states[step][-1][row], together.attentions[step][-1][row]
             torch.testing.assert_close(hidden[queries], one.hidden_states[step][-1][0])
             torch.testing.assert_close(weights[:, queries][:, :, keys], one.attentions[step][-1][0])

@@ -19,7 +19,10 @@ from ..packed import PackedMixin
 from ..padding import reorder
 from .feed import CACHES, PromptFeed, cache_name, check_rows, find_cache, get_place, has_keys, take_cache
 from .held_prompt import HeldPrompt, Place, count_text, drop_virtual, get_held, set_held
-from .modes import allow_candidates, check_mode, make_room
+from .modes import allow_candidates, check_mode, check_suffix, make_room
+
+
+_BEHIND = "its prompt stands behind the text (prompt_position='suffix'), and no answer follows; use generate"
 
 
 class PromptedGeneration(PackedMixin):
@@ -52,9 +55,10 @@ class PromptedGeneration(PackedMixin):
         output = super().forward(input_ids, attention_mask, inputs_embeds, labels, return_dict=True, **kwargs)
         if kwargs.get("use_cache") is None:
             learns, text = self.training or labels is not None, input_ids if input_ids is not None else inputs_embeds
+            is_behind = kwargs.get("answer_start") is not None
             if wants_dict and not learns:
-                self._refuse_cache_of_packed(output)
-            self._mark_default_cache(output, text, attention_mask, learns)
+                self._refuse_cache_of_packed(output, is_behind)
+            self._mark_default_cache(output, text, attention_mask, learns, is_behind)
         return output if wants_dict else output.to_tuple()
 
     def _is_step(self, inputs: Mapping[str, Any]) -> bool:
@@ -62,6 +66,12 @@ class PromptedGeneration(PackedMixin):
             return True
         # a cache of None is the first call of a loop
         return not inputs.keys().isdisjoint(CACHES) and inputs.get("use_cache") is None and self._returns_cache()
+
+    def _check_is_no_step(self, inputs: Mapping[str, Any]) -> None:
+        """Raise NotImplementedError for a step of a loop, whose prompt stands behind a text of unknown length."""
+        if inputs.get("adapter_names") is None and self._is_step(inputs):
+            given = [name for name in ("use_cache", *CACHES) if name in inputs]
+            raise _make_loop_error(f"a call with {' and '.join(given) or 'inputs of such a loop'}")
 
     def _returns_cache(self) -> bool:
         """Whether the base model returns a cache by default."""
@@ -137,7 +147,7 @@ class PromptedGeneration(PackedMixin):
             inputs["inputs_embeds"] = feed.put_in(feed.embed(ids) if text is None else text, where)
         return where, ids
 
-    def _refuse_cache_of_packed(self, output: Any) -> None:
+    def _refuse_cache_of_packed(self, output: Any, is_behind: bool) -> None:
         """Return an unusable cache after a packed batch, where the base model returns one by default.
 
         So a loop that relies on that default gets an error.
@@ -149,15 +159,19 @@ class PromptedGeneration(PackedMixin):
             from transformers import DynamicCache
 
             output[name] = DynamicCache()
-            refusal = "it comes from a packed batch, which fills no cache; pass use_cache=True"
+            refusal = (
+                _BEHIND if is_behind else "it comes from a packed batch, which fills no cache; pass use_cache=True"
+            )
             set_held(output[name], HeldPrompt(torch.empty(0), refusal=refusal))
 
-    def _mark_default_cache(self, output: Any, text: Any, attention_mask: Any, learns: bool) -> None:
+    def _mark_default_cache(self, output: Any, text: Any, attention_mask: Any, learns: bool, is_behind: bool) -> None:
         """Mark the cache that the base model returns by default with its prompt, or as unusable."""
         stored = find_cache(output)
         if torch.compiler.is_compiling() or stored is None or get_held(stored) is not None:
             return
-        if not learns and (attention_mask is None or bool(attention_mask.all())):
+        if is_behind:
+            set_held(stored, HeldPrompt(text.new_empty(0), refusal=_BEHIND))
+        elif not learns and (attention_mask is None or bool(attention_mask.all())):
             feed = PromptFeed(self)
             feed.mark(stored, feed.place(None, text.shape[1], None), text if text.dim() == 2 else None)
         else:
@@ -187,8 +201,11 @@ class PromptedGeneration(PackedMixin):
 
         Raises:
             ValueError: The cache does not have the active prompt, or the mask does not fit the text.
+            NotImplementedError: The prompt stands behind the text.
         """
         feed = PromptFeed(self)
+        if feed.is_suffix:
+            raise _make_loop_error("prepare_inputs_for_generation")
         stored = take_cache(feed.base_model, kwargs)
         seen = feed.count_seen(stored)
         text = inputs_embeds if inputs_embeds is not None and is_first_iteration else input_ids
@@ -209,6 +226,8 @@ class PromptedGeneration(PackedMixin):
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class. With the cache of an earlier call, pass the whole text, or an attention mask over it.
+
+        With `prompt_position="suffix"`, rows are `[text | prompt | answer]`, and the cache cannot be continued.
 
         Returns:
             As the base model's `generate`, without virtual tokens.
@@ -241,7 +260,7 @@ class PromptedGeneration(PackedMixin):
             if held is not None:
                 refusal = "it has the last rows of a beam search, which are not the returned sequences"
                 set_held(stored, replace(held, refusal=refusal))
-        if feed.first is not None and feed.first.order is not None and not isinstance(output, torch.Tensor):
+        if feed.first is not None and feed.first.blocks and not isinstance(output, torch.Tensor):
             for name in ("hidden_states", "attentions"):
                 if output.get(name) is not None:
                     output[name] = _put_back(output[name], feed.first)
@@ -251,6 +270,9 @@ class PromptedGeneration(PackedMixin):
         """Check the text that `generate` gets, and cut virtual tokens off its mask."""
         feed, stored = PromptFeed(self), take_cache(self.get_base_model(), kwargs)
         virtual, seen, feed.chunks = len(feed.prompt), feed.count_seen(stored) or 0, config.prefill_chunk_size
+        if feed.is_suffix:
+            check_suffix(config, seen)
+            virtual = 0  # the caller's mask and positions have no virtual tokens
         ids: Any = kwargs.get("input_ids") if kwargs.get("inputs") is None else kwargs["inputs"]
         embeds, mask = kwargs.get("inputs_embeds"), kwargs.get("attention_mask")
         if seen and (feed.chunks is not None or config.token_healing):
@@ -269,7 +291,7 @@ class PromptedGeneration(PackedMixin):
             each = max(config.num_beams, config.num_return_sequences)
             check_rows(stored, len(ids if embeds is None else embeds), each)
         feed.left_out = total - (ids.shape[1] if ids is not None else total * (embeds is None))
-        feed.masked = mask is not None
+        feed.masked, feed.in_front = mask is not None, total * feed.is_suffix
         self._check_length(total)
         if mask is not None:
             kwargs["attention_mask"] = mask = drop_virtual(mask, total, virtual)
@@ -282,25 +304,51 @@ class PromptedGeneration(PackedMixin):
 
 
 def _put_back(value: Any, where: Place) -> Any:
-    """Restore the caller's order of columns in tensors [B, columns, ...] and weights [B, heads, columns, keys]."""
+    """Restore the caller's order of columns in tensors [B, columns, ...] and weights [B, heads, columns, keys].
+
+    It is `[text | prompt]` with a suffix.
+    """
     if isinstance(value, tuple | list):
         return type(value)(_put_back(part, where) for part in value)
-    if not isinstance(value, torch.Tensor) or where.order is None or where.order_now is None:
+    whole = where.back
+    if (
+        whole is None
+        or not isinstance(value, torch.Tensor)
+        or value.dim() not in {2, 3, 4}
+        or len(value) != len(whole)
+    ):
         return value
-    rows, back = len(where.order), where.order_now.argsort(1)
-    if value.dim() in {2, 3} and value.shape[:2] == back.shape:
-        return reorder(value, back)
-    if value.dim() != 4 or len(value) != rows:
-        return value
+    if value.dim() < 4:
+        back = _find_back(where, whole, value.shape[1])
+        return value if back is None else reorder(value, back)
     if value.shape[3] < where.width:
         raise ValueError(
             "Attention weights of layers with a sliding window are not available for padded rows. Make batches of "
             "texts of one length, or set output_attentions=False."
         )
-    if value.shape[2] == where.now:
+    back = _find_back(where, whole, value.shape[2])
+    if back is not None:
         value = reorder(value.transpose(1, 2), back).transpose(1, 2)
-    later = torch.arange(where.width, value.shape[3], device=back.device).expand(rows, -1)
-    return reorder(value.transpose(1, 3), torch.cat([where.order.argsort(1), later], dim=1)).transpose(1, 3)
+    return reorder(value.transpose(1, 3), _add_later(whole, value.shape[3])).transpose(1, 3)
+
+
+def _find_back(where: Place, whole: torch.Tensor, columns: int) -> torch.Tensor | None:
+    """Find the order of the columns of a call, or of a later one that reads the whole text again; None: only new."""
+    if columns == where.now:
+        return where.back_now
+    return _add_later(whole, columns) if where.begins and columns > where.now else None
+
+
+def _add_later(whole: torch.Tensor, columns: int) -> torch.Tensor:
+    later = torch.arange(whole.shape[1], columns, device=whole.device).expand(len(whole), -1)
+    return torch.cat([whole, later], dim=1)
+
+
+def _make_loop_error(what: str) -> NotImplementedError:
+    return NotImplementedError(
+        f"prompt_position='suffix' does not support a decoding loop of the caller's own, got {what}. Use generate, or "
+        "pass the whole text in each call, without a cache."
+    )
 
 
 def _place_labels(labels: torch.Tensor, where: Place) -> torch.Tensor:
@@ -323,10 +371,10 @@ def _check_positions(given: torch.Tensor | None, where: Place) -> None:
         ]
         if bool((offset == 0).all()) or bool((offset == where.virtual).all()):
             return
+    other = f" (or from {where.virtual}, the number of virtual tokens)" if where.virtual else ""
     raise ValueError(
-        f"position_ids {tuple(given.shape)} do not count each row's real tokens from 0 (or from {where.virtual}, the "
-        "number of virtual tokens). With generate or a cache no other positions are supported: leave position_ids "
-        "out, and pass one text per row."
+        f"position_ids {tuple(given.shape)} do not count each row's real tokens from 0{other}. With generate or a "
+        "cache no other positions are supported: leave position_ids out, and pass one text per row."
     )
 
 

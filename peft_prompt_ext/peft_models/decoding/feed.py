@@ -15,6 +15,7 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 
 from ..padding import reorder
+from ..position import is_suffix
 from .held_prompt import HeldPrompt, Place, count_cached, count_seen, get_held, place, set_held
 from .view import unwrap
 
@@ -33,6 +34,8 @@ class PromptFeed:
         left_out: The number of text tokens that are missing in the ids of `generate`.
         masked: Whether the caller gave an attention mask; if so, no mask in a step means no pads.
         chunks: The number of text tokens that `generate` reads at once; None: all.
+        is_suffix: Whether the prompt stands behind the text.
+        in_front: With a suffix, the number of text columns in front of the prompt; else 0.
     """
 
     def __init__(self, model: Any) -> None:
@@ -42,12 +45,13 @@ class PromptFeed:
         self.embed = model.word_embeddings
         self.first: Place | None = None
         self.left_out, self.masked, self.chunks = 0, False, None
+        self.is_suffix, self.in_front = is_suffix(model.active_peft_config), 0
         self._detached_prompt = self.prompt.detach().clone()
         self._heads: dict[ModulesToSaveWrapper, Any] | None = None
 
     def count_seen(self, stored: Any) -> int | None:
         """See `held_prompt.count_seen`."""
-        return count_seen(stored, self._detached_prompt)
+        return count_seen(stored, self._detached_prompt, self.in_front)
 
     def place(self, stored: Any, new: int, mask: torch.Tensor | None) -> Place:
         """See `held_prompt.place`.
@@ -57,7 +61,7 @@ class PromptFeed:
             NotImplementedError: The base model would count pads behind text, or cannot continue from its states with
                 more than one token.
         """
-        where = place(stored, self.count_seen(stored), new, mask, len(self.prompt))
+        where = place(stored, self.count_seen(stored), new, mask, len(self.prompt), self.in_front)
         room = _find_room(stored, self.base_model.config)
         if where.width > room:
             raise ValueError(
@@ -155,6 +159,8 @@ class PromptFeed:
             new = text.shape[1] + (self.left_out if text is input_ids else 0) - seen
         if attention_mask is None and self.masked:
             attention_mask = input_ids.new_ones(len(text), seen + new) if seen else None
+        if attention_mask is None and self.in_front:
+            attention_mask = input_ids.new_ones(len(text), seen + new)
         where = self.place(stored, new, attention_mask)
         if self.chunks is not None and where.blocks:
             raise ValueError(
@@ -243,7 +249,7 @@ class PromptFeed:
         return result
 
     def put_in(self, text: torch.Tensor, where: Place) -> torch.Tensor:
-        """Put the prompt in front of the text's embeddings [B, T, H] if the text begins, and reorder the columns."""
+        """Add the prompt to the text's embeddings [B, T, H] if the text begins, and put the columns in order."""
         if where.begins:
             text = torch.cat([self.prompt.to(text).expand(len(text), -1, -1), text], dim=1)
         return text if where.order_now is None else reorder(text, where.order_now)
@@ -252,7 +258,7 @@ class PromptFeed:
         """Mark a cache, if there is one, with its content after a call; `ids` are those of the whole text."""
         if stored is None:
             return
-        set_held(stored, HeldPrompt(self._detached_prompt, where.width, where.blocks, ids))
+        set_held(stored, HeldPrompt(self._detached_prompt, where.width, where.blocks, ids, in_front=where.in_front))
 
 
 def get_place(inputs: Mapping[str, Any]) -> Place | None:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..padding import real_last, reorder
+from ..position import order_columns
 
 
 _ATTRIBUTE = "_peft_prompt_ext_held"
@@ -21,10 +22,10 @@ _ATTRIBUTE = "_peft_prompt_ext_held"
 
 @dataclass(frozen=True)
 class Block:
-    """Text columns of one call with pads. In the cache, each row's pads come first, then its real tokens.
+    """Text columns of one call up to its last pad. In the cache, each row's pads come first, then its real tokens.
 
     Attributes:
-        start: The first column. In the first block of a text, the prompt is between pads and real tokens.
+        start: The first column. The first block of a text includes the prompt, behind the pads.
         stop: The column after the last one.
         is_reordered: Whether pads behind real tokens were moved.
     """
@@ -44,6 +45,7 @@ class HeldPrompt:
         blocks: The columns with pads.
         text: The ids of the text, [B, S or more]; None: unknown.
         refusal: The reason if the cache cannot be continued, else None.
+        in_front: See `Place`.
     """
 
     prompt: torch.Tensor
@@ -51,6 +53,7 @@ class HeldPrompt:
     blocks: tuple[Block, ...] = ()
     text: torch.Tensor | None = None
     refusal: str | None = None
+    in_front: int = 0
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,7 @@ class Place:
         blocks: The columns with pads, including those of this call.
         padded: Whether the text has pads.
         holes: Whether the text has pads that are not in front of a whole row.
+        in_front: The number of text columns in front of the prompt: 0, or with a suffix those that `generate` got.
     """
 
     virtual: int
@@ -78,6 +82,7 @@ class Place:
     blocks: tuple[Block, ...] = ()
     padded: bool = False
     holes: bool = False
+    in_front: int = 0
 
     @property
     def width(self) -> int:
@@ -106,7 +111,22 @@ class Place:
     @property
     def order_now(self) -> torch.Tensor | None:
         """The part of `order` for the columns of this call, counted from 0."""
-        return None if self.order is None else self.order[:, -self.now :] - (self.width - self.now)
+        return self._cut(self.order)
+
+    @property
+    def back(self) -> torch.Tensor | None:
+        """The place in the cache of each column in the caller's order, [B, P + S + T]; None: no reordering."""
+        if self.order is None:
+            return None
+        return reorder(self.order.argsort(1), _order_known(self.order, self.in_front, self.virtual))
+
+    @property
+    def back_now(self) -> torch.Tensor | None:
+        """The part of `back` for the columns of this call, counted from 0."""
+        return self._cut(self.back)
+
+    def _cut(self, columns: torch.Tensor | None) -> torch.Tensor | None:
+        return None if columns is None else columns[:, -self.now :] - (self.width - self.now)
 
 
 def get_held(cache: Any) -> HeldPrompt | None:
@@ -133,8 +153,10 @@ def check_hold_no_prompt(values: Iterable[Any]) -> None:
         )
 
 
-def count_seen(cache: Any, prompt: torch.Tensor) -> int | None:
-    """Count the text tokens behind a prompt [P, H] in a cache; None if there is no cache, or it is empty.
+def count_seen(cache: Any, prompt: torch.Tensor, in_front: int = 0) -> int | None:
+    """Count the text tokens with a prompt [P, H] in a cache; None if there is no cache, or it is empty.
+
+    `in_front` of them are in front of the prompt.
 
     Raises:
         ValueError: It is not a cache of transformers, or it does not have this prompt.
@@ -156,6 +178,11 @@ def count_seen(cache: Any, prompt: torch.Tensor) -> int | None:
         raise ValueError(
             f"past_key_values has {length} tokens of another model, without the prompt. Begin with an empty cache; "
             "this model adds the prompt."
+        )
+    if held.in_front != in_front:
+        raise ValueError(
+            "past_key_values cannot be continued: its prompt stands behind the text of one call of generate "
+            "(prompt_position='suffix'). Pass the whole text without past_key_values."
         )
     if held.prompt is not prompt and not is_same_prompt(held, prompt):
         raise ValueError(
@@ -252,21 +279,23 @@ def drop_virtual(mask: torch.Tensor, text: int, virtual: int) -> torch.Tensor:
 
 
 def _make_mask_error(mask: Any, wanted: str, virtual: int) -> ValueError:
+    more = f" {virtual} more columns in front, for the virtual tokens, are allowed." if virtual else ""
     return ValueError(
         f"attention_mask has the shape {tuple(mask.shape)}; wanted {wanted} for the text, including that in the "
-        f"cache. {virtual} more columns in front, for the virtual tokens, are allowed."
+        f"cache.{more}"
     )
 
 
-def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, virtual: int) -> Place:
+def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, virtual: int, in_front: int = 0) -> Place:
     """Find the place of the last `new` tokens of a text, with or without a cache.
 
     Args:
         cache: A cache, or None.
         seen: From `count_seen`.
         new: T.
-        mask: [B, S + T], with or without the virtual tokens; None: all are real.
+        mask: [B, S + T], with or without the virtual tokens; None: all are real (only for a prefix).
         virtual: P.
+        in_front: See `Place`.
 
     Raises:
         ValueError: The mask has another width, or is missing for a cache with pads.
@@ -284,18 +313,26 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
     blocks = [_crop(block, before, mask) for block in old_blocks]
     fresh = mask[:, before:] != 0
     if not bool(fresh.all()):
-        blocks.append(Block(before, before + new, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
+        last = int((~fresh).any(0).nonzero()[-1])  # real columns behind it stay in place, and may be cropped
+        blocks.append(Block(before, before + last + 1, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
     padded = bool((mask == 0).any())
-    if not blocks:
+    if not blocks and not in_front:
         return Place(virtual, seen is None, before, new, mask, padded=padded, holes=padded)
     full = torch.cat([mask.new_ones(len(mask), virtual), mask], dim=1)
-    order = torch.arange(full.shape[1], device=full.device).repeat(len(full), 1)
+    order = _order_known(full, in_front, virtual)
+    full = reorder(full, order)
     for block in blocks:
-        first = 0 if block.start == 0 else virtual + block.start
-        order[:, first : virtual + block.stop] = first + real_last(full[:, first : virtual + block.stop])
-    start = blocks[0].stop if blocks[0].start == 0 else 0
+        part = slice(0 if block.start == 0 else virtual + block.start, virtual + block.stop)
+        order[:, part] = reorder(order[:, part], real_last(full[:, part]))
+    start = blocks[0].stop if blocks and blocks[0].start == 0 else 0
     holes = bool((mask[:, start:] == 0).any())
-    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes)
+    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes, in_front)
+
+
+def _order_known(like: torch.Tensor, in_front: int, virtual: int) -> torch.Tensor:
+    """List the columns of `[prompt | text]` in the caller's order, with pads in place; [B, P + S + T], as `like`."""
+    start = torch.full((len(like),), in_front, device=like.device)
+    return order_columns(start, like.shape[1] - virtual, virtual)
 
 
 def _crop(block: Block, seen: int, mask: torch.Tensor) -> Block:

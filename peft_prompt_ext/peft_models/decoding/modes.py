@@ -54,6 +54,26 @@ def check_mode(view: Any, config: Any, kwargs: Mapping[str, Any]) -> None:
             )
 
 
+def check_suffix(config: Any, seen: int) -> None:
+    """Raise NotImplementedError for what is not supported with a prompt behind the text.
+
+    Args:
+        config: The config of generation.
+        seen: The number of text tokens in the caller's cache.
+    """
+    refused = {
+        f"past_key_values with {seen} text tokens": seen > 0,
+        f"prefill_chunk_size ({config.prefill_chunk_size})": config.prefill_chunk_size is not None,
+        "token_healing": config.token_healing,
+    }
+    for name, is_wanted in refused.items():
+        if is_wanted:
+            raise NotImplementedError(
+                f"generate with prompt_position='suffix' does not support {name}: the prompt stands behind the whole "
+                "text, which is read at once. Pass the whole text, and leave this out."
+            )
+
+
 def make_room(view: Any, virtual: int) -> None:
     """Make the caches of a view long enough for the virtual tokens."""
     make = view._prepare_cache_for_generation
