@@ -25,6 +25,8 @@ WHAT = {
     "stock": "PEFT's PromptTuningConfig",
     "packed": "this plugin, train_logits='supervised'",
     "packed_all": "this plugin, train_logits='all'",
+    "suffix": "this plugin, prompt_position='suffix', texts computed in each step",
+    "suffix_kept": "the same, texts kept between steps",
     "lora": "PEFT's LoraConfig, r=8 on its default layers",
     "lora_last": "the same, head at labels",
     "full": "full fine-tuning",

@@ -7,9 +7,9 @@ import random
 from typing import Any
 
 
-PROMPTED = ("stock", "packed", "packed_all")
-# tokens of a row without the answer: short ones are a review line, long ones several
-LENGTHS = {"short": (8, 54), "long": (256, 512)}
+PROMPTED = ("stock", "packed", "packed_all", "suffix", "suffix_kept")
+# tokens of a row with the answer: short ones are a review line, others several; a number is the length of all rows
+LENGTHS = {"short": (8, 54), "long": (256, 512), **{str(n): (n, n) for n in (16, 64, 256, 512)}}
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
@@ -79,9 +79,9 @@ def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
     shortest, longest = LENGTHS[text]
     while len(rows) < batch_size:
         ids, wanted = [], draw.randint(shortest, longest)
-        while len(ids) < (wanted if text == "long" else 1):
+        while len(ids) < (1 if text == "short" else wanted):
             ids += tokenizer(draw.choice(lines))["input_ids"]
-        ids = ids[: wanted if text == "long" else longest]
+        ids = ids[: longest if text == "short" else wanted]
         rows += [torch.tensor(ids)] if len(ids) >= shortest else []
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([[len(row)] for row in rows])
@@ -106,6 +106,8 @@ def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]
         flags = {
             "prompt_tuning_init": "RANDOM_UNIFORM",
             "train_logits": "all" if method == "packed_all" else "supervised",
+            "prompt_position": "suffix" if method.startswith("suffix") else "prefix",
+            "text_cache": "memory" if method == "suffix_kept" else "none",
         }
         model = get_peft_model(model, PromptTuningExtConfig(task_type="CAUSAL_LM", **flags, **virtual))
         status = engine_status(model)
