@@ -19,6 +19,7 @@ __all__ = [
     "MemoryEstimate",
     "PromptTuningExtConfig",
     "available_inits",
+    "clear_text_cache",
     "engine_status",
     "estimate_memory",
     "load_frozen_backbone",
@@ -27,6 +28,10 @@ __all__ = [
 
 
 def __getattr__(name: str) -> object:
+    if name == "clear_text_cache":
+        from .shared_prefix.text_folder import clear_text_cache
+
+        return clear_text_cache
     if name in {"MemoryEstimate", "estimate_memory"}:  # imports that nothing else needs
         from . import memory
 

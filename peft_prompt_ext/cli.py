@@ -19,6 +19,7 @@ COMMANDS = {
     "predict": "answer new rows with what was trained",
     "memory": "what training a model needs, in bytes, from its config alone",
     "assets": "fetch the embedded models and data, and print where they are",
+    "texts": "the texts that a prompt behind them has kept on disk: where, how much; --clear deletes them",
 }
 
 
@@ -42,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"error: There is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}. The commands are: "
             f"{', '.join(COMMANDS)}."
         )
-    run = {"train": train, "predict": predict, "memory": memory, "assets": assets.main}[argv[0]]
+    run = {"train": train, "predict": predict, "memory": memory, "assets": assets.main, "texts": texts}[argv[0]]
     try:
         run(argv[1:])
     except (ValueError, ImportError, OSError, assets.AssetError) as error:
@@ -77,6 +78,20 @@ def memory(argv: list[str]) -> None:
     from .memory import show
 
     show(options)
+
+
+def texts(argv: list[str]) -> None:
+    """Print what texts are kept on disk, or delete them."""
+    parser = argparse.ArgumentParser(prog="peft-prompt-ext texts", description=texts.__doc__)
+    parser.add_argument("--folder", help="the text_cache_dir of a config; by default the one in the user's cache")
+    parser.add_argument("--clear", action="store_true", help="delete them")
+    options = parser.parse_args(argv)
+    from .shared_prefix.text_folder import clear_text_cache, default_root, list_files
+
+    files, root = list(list_files(options.folder)), options.folder or default_root()
+    size = sum(path.stat().st_size for path in files)
+    freed = clear_text_cache(options.folder) if options.clear else 0
+    sys.stdout.write(f"{root}: {len(files)} texts, {size / 1e6:.1f} MB{', deleted' if freed else ''}\n")
 
 
 def predict_parser() -> argparse.ArgumentParser:

@@ -116,6 +116,8 @@ class PackedMixin(PromptTuningMixin):
             if not isinstance(output, EngineStatus):
                 return output if self._wants_dict(return_dict) else output.to_tuple()
             plan = output
+        if start is not None:  # a packed batch was proved
+            self._engine.check_causal(self.get_base_model(), self.word_embeddings)
         self._engine.set_last_status(self.get_base_model(), plan)
         if adapter_names is not None:
             raise ValueError(

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from ..devices import device_of
+from ..evaluation import evaluation_mode
 from ..quantization import ignore_outliers
 
 
@@ -41,10 +42,9 @@ def find_pad_side(model: Any) -> str:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(words.num_embeddings, (1, REAL + PADS), generator=generator).to(device_of(words))
     mask = (torch.arange(REAL + PADS, device=ids.device) < REAL).long()[None]
-    training, errors = [module for module in base_model.modules() if module.training], {}
-    base_model.eval()
+    errors = {}
     try:
-        with ignore_outliers(base_model):
+        with evaluation_mode(base_model), ignore_outliers(base_model):
             alone = _run(model, ids[:, :REAL], mask[:, :REAL])
             tolerance = FP32_TOLERANCE if alone[0].dtype.itemsize >= 4 else LOW_PRECISION_TOLERANCE
             for side in (BEHIND, IN_FRONT):
@@ -55,9 +55,6 @@ def find_pad_side(model: Any) -> str:
     except Exception as error:  # the user's batch will raise it
         logger.debug("Pads are put behind the text, because a small batch could not run: %s", error)
         return BEHIND
-    finally:
-        for module in training:
-            module.training = True
     warnings.warn(
         f"{type(base_model).__name__} does not mask pads fully, with or without a prompt: pads change results by "
         f"{min(errors.values()):.0e}. Make batches of texts of one length.",

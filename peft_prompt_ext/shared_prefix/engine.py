@@ -11,14 +11,14 @@ from typing import Any
 
 import torch
 
+from ..evaluation import evaluation_mode
 from .interface import attach, get_attention
 from .kept_prefix import KeptPrefix, KeptPrefixes, keep_prefix
 from .precision import precision_of
-from .probe import prove
+from .probe import check_causal, prove
 from .status import EngineStatus
 from .text_cache import TextCache
 from .text_state import TextState, cache_options, make_cache
-from .texts import evaluation_mode
 from .watch import Watch
 
 
@@ -41,6 +41,7 @@ class Engine:
         self._proved: dict[Any, EngineStatus] = {}
         self._watch: Watch | None = None
         self._text_state: TextState | None = None
+        self._is_causal = False
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, ()
@@ -63,6 +64,12 @@ class Engine:
         elif self._proved[key].packed:
             attach(base_model)
         return self._proved[key]
+
+    def check_causal(self, base_model: Any, words: Any) -> None:
+        """See `probe.check_causal`; runs once."""
+        if not self._is_causal:
+            check_causal(base_model, words)
+            self._is_causal = True
 
     def refuse(self, base_model: Any, words: Any, refusal: Exception) -> EngineStatus:
         """Switch to PEFT's path, and log why."""
@@ -116,7 +123,8 @@ class Engine:
             state = self._text_state
             if state is None or not state.holds(backbone, key):
                 self._text_state = state = TextState(backbone, key)
-                self.texts = make_cache(state, config) if state.constant else None
+                name = _name_computation(base_model, words, attention)
+                self.texts = make_cache(backbone, name, config) if state.constant else None
         return self.texts
 
     def expect_writes(self) -> None:
@@ -138,3 +146,13 @@ class Engine:
 def make_proof_key(base_model: Any, words: Any) -> Any:
     """Make the key of a proof: the device, the precision and the attention."""
     return precision_of(words), get_attention(base_model)
+
+
+def _name_computation(base_model: Any, words: Any, attention: str | None) -> str:
+    """Name the device, the precision and the attention, with the same name in every process."""
+    (device, *precision), used = precision_of(words), get_attention(base_model)
+    kind = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    functions = [
+        (name, getattr(function, "__module__", ""), getattr(function, "__qualname__", "")) for name, function in used
+    ]
+    return repr((kind, precision, functions, attention))

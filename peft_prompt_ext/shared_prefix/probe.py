@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from ..devices import device_of
+from ..evaluation import evaluation_mode
 from ..quantization import ignore_outliers
 from ..sizes import max_positions
 from .attention.select import ATTENTIONS, AttentionCall, list_candidates, select
@@ -25,7 +26,7 @@ from .lengths import FAR, Trial, find_longest
 from .packed_pass import PackedPass
 from .precision import Tolerance
 from .status import EngineStatus
-from .texts import Texts, evaluation_mode
+from .texts import Texts
 
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,22 @@ def prove(
     path = f"run packed, with {status.attention} attention" if status.packed else "take PEFT's path"
     logger.info("Batches %s: %s.", path, status.reason)
     return status
+
+
+@torch.no_grad()
+def check_causal(base_model: Any, word_embeddings: Any) -> None:
+    """Raise ValueError if a text changes with what is behind it, so that a prompt there would change the text."""
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(word_embeddings.num_embeddings, (1, max(ROW_LENGTHS)), generator=generator)
+    with evaluation_mode(base_model), ignore_outliers(base_model):
+        words = word_embeddings(ids.to(device_of(word_embeddings)))
+        whole, part = (base_model.base_model(inputs_embeds=x)[0].float() for x in (words, words[:, : ROW_LENGTHS[0]]))
+    error = float((whole[:, : ROW_LENGTHS[0]] - part).norm() / part.norm())
+    if not error <= (TOLERANCE.low if words.dtype.itemsize < 4 else TOLERANCE.reduced):
+        raise ValueError(
+            f"prompt_position='suffix' needs a decoder: in {type(base_model).__name__} a text sees what is behind it "
+            f"(relative change {error:.0e}). Use prompt_position='prefix'."
+        )
 
 
 def refuse_early(base_model: Any) -> None:

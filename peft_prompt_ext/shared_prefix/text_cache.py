@@ -66,7 +66,7 @@ class TextCache:
     def get(self, key: bytes, tokens: int, device: torch.device) -> KeysValues | None:
         """Get the keys and values of a text of T tokens on a device; None if they are not kept."""
         flat = self.store.get(key) if self._forms is not None else None
-        if flat is None:
+        if flat is None or len(flat) != self._count_bytes(tokens):
             self.misses += 1
             return None
         self.hits += 1
@@ -86,6 +86,10 @@ class TextCache:
             part[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.store[key] = flat
         self.num_bytes += len(flat)
+
+    def _count_bytes(self, tokens: int) -> int:
+        forms = (form for _, pair in self._forms or () for form in pair)
+        return sum(-(-form.size_of(tokens) // ALIGNED) * ALIGNED for form in forms)
 
     def _unflatten(self, flat: torch.Tensor, tokens: int) -> KeysValues:
         forms: Any = self._forms

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import shutil
+from importlib.metadata import version
+from itertools import chain
 from typing import Any
 
 import psutil
@@ -9,10 +13,12 @@ import torch
 from torch import nn
 
 from .text_cache import TextCache
+from .text_folder import TextFolder
 from .watch import Watch
 
 
 SHARE = 4  # by default a quarter of the free memory (or disk) is used
+FORMAT = 1  # of the files; a new number when their content changes
 
 
 class TextState:
@@ -57,7 +63,45 @@ def cache_options(config: Any) -> tuple[Any, ...]:
     return config.text_cache, config.text_cache_bytes, config.text_cache_dir
 
 
-def make_cache(state: TextState, config: Any) -> TextCache:
-    """Make the cache that a config asks for."""
+def make_cache(backbone: nn.Module, computation: str, config: Any) -> TextCache:
+    """Make the cache of texts that a config asks for.
+
+    Args:
+        backbone: The model that runs the texts.
+        computation: The name of the device, the precision and the attention.
+        config: The adapter's config.
+
+    Raises:
+        ValueError: The folder cannot be used.
+    """
     budget = config.text_cache_bytes
-    return TextCache(psutil.virtual_memory().available // SHARE if budget is None else budget)
+    if config.text_cache == "memory":
+        return TextCache(psutil.virtual_memory().available // SHARE if budget is None else budget)
+    store = TextFolder(config.text_cache_dir, _hash_model(backbone, computation))
+    free = shutil.disk_usage(store.folder).free
+    return TextCache(store.num_bytes + free // SHARE if budget is None else budget, store, num_bytes=store.num_bytes)
+
+
+def _hash_model(backbone: nn.Module, computation: str) -> str:
+    """Hash everything that decides the keys and values of a text: also weights, options of modules and versions."""
+    digest = hashlib.sha256()
+    versions = [f"{name} {version(name)}" for name in ("torch", "transformers", "peft")]
+    config: Any = backbone.config
+    for value in (FORMAT, versions, computation, config.to_json_string()):
+        digest.update(repr(value).encode())
+    for name, module in backbone.named_modules():
+        plain = {key: value for key, value in vars(module).items() if _is_plain(value) and key != "training"}
+        digest.update(f"{name} {type(module).__module__}.{type(module).__qualname__} {sorted(plain.items())}".encode())
+    for name, tensor in chain(backbone.named_parameters(), backbone.named_buffers()):
+        whole = tensor.detach().contiguous()
+        digest.update(f"{name} {whole.dtype} {tuple(whole.shape)}".encode())
+        digest.update(whole.cpu().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, dict):
+        return all(map(_is_plain, (*value, *value.values())))
+    if isinstance(value, (list, tuple, set)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (bool, int, float, str))

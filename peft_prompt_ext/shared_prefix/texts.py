@@ -5,13 +5,13 @@ Shapes: G key-value heads, D head size, H hidden size, V words, n places.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..evaluation import evaluation_mode
 from . import forward
 from .layout import pack_trunks
 from .packed_pass import KeysValues, PackedPass
@@ -100,16 +100,3 @@ def _split(whole: KeysValues, lengths: Sequence[int]) -> list[KeysValues]:
         for text, part in zip(texts, parts, strict=True):
             text[module] = part
     return texts
-
-
-@contextmanager
-def evaluation_mode(model: Any) -> Iterator[None]:
-    """Switch dropout and other behaviour of training off in a model."""
-    training = [module for module in model.modules() if module.training]
-    for module in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
