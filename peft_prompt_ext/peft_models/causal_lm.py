@@ -16,7 +16,7 @@ from .decoding.causal_lm import PromptedGeneration
 from .decoding.feed import count_given
 from .pad_side import BEHIND
 from .padding import is_padded, pads_behind
-from .position import is_suffix, predicting_columns
+from .position import is_suffix, place_prompts, predicting_columns
 from .tokens import VIRTUAL_TOKEN_VALUES
 
 
@@ -95,7 +95,7 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
                 "each row's first answer token): without them the prompt would stand behind the answer. At "
                 "inference, call model.eval() and use torch.no_grad()."
             )
-        return self._place_prompts(text, behind, inputs.get("attention_mask"), labels, answer_start)
+        return place_prompts(text, behind, inputs.get("attention_mask"), labels, answer_start)
 
     def _run_prompted(self, inputs: dict[str, Any]) -> Any:
         mask, labels, targets = (inputs.get(name) for name in ("attention_mask", "labels", "shift_labels"))

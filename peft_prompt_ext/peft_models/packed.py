@@ -20,7 +20,7 @@ from ..labels import IGNORE_INDEX
 from ..shared_prefix.status import EngineStatus
 from .base import PromptTuningMixin
 from .decoding.feed import find_cache
-from .position import find_start, is_suffix
+from .position import is_suffix
 from .tokens import PACKED_ROW_INPUTS, check_mask
 
 
@@ -147,32 +147,6 @@ class PackedMixin(PromptTuningMixin):
         labelled = labels != IGNORE_INDEX
         start = torch.where(labelled.any(1), labelled.int().argmax(1), labels.shape[1])
         return {"answer_start": start}
-
-    def _place_prompts(
-        self,
-        text: torch.Tensor,
-        behind: Sequence[bool],
-        attention_mask: torch.Tensor | None,
-        labels: torch.Tensor | None = None,
-        answer_start: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """Find where the prompt of each row stands, [B] on the host; see `position.find_start`."""
-        from ..shared_prefix.transfer import download
-
-        rows, columns = text.shape[:2]
-        check_mask(attention_mask, rows, columns)
-        if labels is not None and labels.shape != (rows, columns):
-            raise ValueError(f"labels are {list(labels.shape)}; wanted {[rows, columns]}, one for each text token.")
-        mask = attention_mask if attention_mask is not None else torch.ones(rows, columns, dtype=torch.long)
-        read = iter(download(*(x for x in (mask, labels, answer_start) if x is not None)))
-        mask = next(read)
-        labels, answer_start = (None if x is None else next(read) for x in (labels, answer_start))
-        if answer_start is not None and (answer_start.shape != (rows,) or bool((answer_start < 1).any())):
-            raise ValueError(
-                f"answer_start is {answer_start.tolist()}; wanted {rows} columns, each 1 or more: that of the row's "
-                "first answer token."
-            )
-        return find_start(mask, labels, answer_start, torch.tensor(list(behind)).expand(rows))
 
     def _plan(
         self,

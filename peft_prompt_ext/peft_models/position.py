@@ -8,11 +8,13 @@ Shapes: B rows, T text tokens, P virtual tokens.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
 from ..labels import IGNORE_INDEX
+from .tokens import check_mask
 
 
 def is_suffix(config: Any) -> bool:
@@ -83,10 +85,43 @@ def find_start(
     return torch.where(behind, start, 0)
 
 
-def wide_columns(start: torch.Tensor, columns: int, prompt: int) -> torch.Tensor:
-    """Find the column of each text token among those of text and prompt, [B, T]."""
-    column = torch.arange(columns, device=start.device)
-    return column + prompt * (column >= start[:, None])
+def place_prompts(
+    text: torch.Tensor,
+    behind: Sequence[bool],
+    attention_mask: torch.Tensor | None,
+    labels: torch.Tensor | None = None,
+    answer_start: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Find where the prompt of each row stands, [B] on the host; see `find_start`.
+
+    Args:
+        text: Ids [B, T] or embeddings [B, T, H].
+        behind: Whether each row's prompt is a suffix, or the one flag of all rows.
+        attention_mask: [B, T], nonzero at real tokens; None: all are.
+        labels: See `find_start`.
+        answer_start: See `find_start`.
+
+    Raises:
+        ValueError: A shape or a column is wrong; see `find_start`.
+    """
+    from ..shared_prefix.transfer import download
+
+    rows, columns = text.shape[:2]
+    check_mask(attention_mask, rows, columns)
+    if len(behind) not in {1, rows}:
+        raise ValueError(f"adapter_names has {len(behind)} names, the batch has {rows} rows.")
+    if labels is not None and labels.shape != (rows, columns):
+        raise ValueError(f"labels are {list(labels.shape)}; wanted {[rows, columns]}, one for each text token.")
+    mask = attention_mask if attention_mask is not None else torch.ones(rows, columns, dtype=torch.long)
+    read = iter(download(*(x for x in (mask, labels, answer_start) if x is not None)))
+    mask = next(read)
+    labels, answer_start = (None if x is None else next(read) for x in (labels, answer_start))
+    if answer_start is not None and (answer_start.shape != (rows,) or bool((answer_start < 1).any())):
+        raise ValueError(
+            f"answer_start is {answer_start.tolist()}; wanted {rows} columns, each 1 or more: that of the row's "
+            "first answer token."
+        )
+    return find_start(mask, labels, answer_start, torch.tensor(list(behind)).expand(rows))
 
 
 def predicting_columns(start: torch.Tensor, columns: int, prompt: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from .packed import PackedMixin
 from .pad_side import BEHIND, IN_FRONT
-from .position import is_suffix
+from .position import is_suffix, place_prompts
 
 
 class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceClassification):
@@ -42,7 +42,7 @@ class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceC
             names = kwargs.get("adapter_names") or [self.active_adapter]
             behind = [name in self.peft_config and is_suffix(self.peft_config[name]) for name in names]
             if any(behind):
-                kwargs["answer_start"] = self._place_prompts(text, behind, kwargs.get("attention_mask"))
+                kwargs["answer_start"] = place_prompts(text, behind, kwargs.get("attention_mask"))
         return super().forward(**kwargs)
 
     def _make_mask(self, input_ids: torch.Tensor) -> torch.Tensor | None:
