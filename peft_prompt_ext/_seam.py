@@ -172,24 +172,28 @@ def _cut_prompt_columns(original: Any) -> Any:
 
 def _prepare_loss(original: Any) -> Any:
     @wraps(original)
-    def compute_loss(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
+    def compute_loss(
+        self: Any, model: Any, inputs: Any, return_outputs: bool = False, *args: Any, **kwargs: Any
+    ) -> Any:
         prompted = self.accelerator.unwrap_model(model, keep_torch_compile=False)  # which would change the wrapper
         if not hasattr(prompted, "predicts_next"):  # not a model of the plugin
-            return original(self, model, inputs, *args, **kwargs)
+            return original(self, model, inputs, return_outputs, *args, **kwargs)
         if model.training:
             _check_rate(self, prompted)
-        smoother: Any = self.label_smoother
-        if (smoother is not None or self.compute_loss_func is not None) and prompted.has_suffix:
+        smoother, loss_func = self.label_smoother, self.compute_loss_func
+        if smoother is None and loss_func is None:
+            # the model computes the loss, and nothing else reads its outputs
+            prompted.loss_alone = not return_outputs and not model._forward_hooks
+        elif getattr(prompted, "has_suffix", False):
             # the model gets no labels, so they cannot say where the answer begins
             inputs = {**inputs, **prompted.find_answer_start(inputs)}
-        if smoother is None or self.compute_loss_func is not None:
-            return original(self, model, inputs, *args, **kwargs)
-        # with a loss function of its own, the Trainer does not read the model's name
-        self.compute_loss_func = partial(smoother, shift_labels=prompted.predicts_next)
+        if smoother is not None and loss_func is None:
+            # with a loss function of its own, the Trainer does not read the model's name
+            self.compute_loss_func = partial(smoother, shift_labels=prompted.predicts_next)
         try:
-            return original(self, model, inputs, *args, **kwargs)
+            return original(self, model, inputs, return_outputs, *args, **kwargs)
         finally:
-            self.compute_loss_func = None
+            self.compute_loss_func, prompted.loss_alone = loss_func, False
 
     return compute_loss
 

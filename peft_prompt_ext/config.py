@@ -48,7 +48,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
             `"all"`: logits [B, P+T, V], as in PEFT. `"supervised"`: in training, the head runs only where a label is
             predicted; `logits` are [1, L, V], in the order of the L labels. The loss is the same. Only packed batches
             of a causal language model with `labels` have fewer logits; a Trainer with label smoothing or a
-            `compute_loss_func` passes no labels.
+            `compute_loss_func` passes no labels. A training step of `transformers.Trainer` that reads the loss alone
+            runs the head there with either value.
         prompt_position (`str`, defaults to `"prefix"`):
             `"prefix"`: the prompt stands in front of the text, as in PEFT. `"suffix"`: it stands behind the text and
             in front of the answer, `[text | prompt | answer]`. The text then runs without gradients, and its keys and

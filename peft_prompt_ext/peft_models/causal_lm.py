@@ -45,7 +45,7 @@ class PeftModelForCausalLM(PromptedGeneration, peft.PeftModelForCausalLM):  # ty
 
     def _packed_options(self) -> dict[str, Any]:
         train_logits = getattr(self.active_peft_config, "train_logits", "all")  # a stock config has no such field
-        return {"supervised": self.training and train_logits == "supervised"}
+        return {"supervised": self.training and (self.loss_alone or train_logits == "supervised")}
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """See PEFT's class; `shift_labels` has a label for each text token, or for each kept column."""

@@ -56,6 +56,7 @@ class PackedMixin(PromptTuningMixin):
     _packed_arguments: ClassVar[set[str]] = set()
     _packs_packed_rows: ClassVar[bool] = False
     _heads_of_rows: ClassVar[set[str]] = set()  # modules that `_packed_forward` can select for each row
+    loss_alone = False  # whether the caller reads nothing but the loss, as a Trainer does in training
     has_answers = False  # whether the batch has labels, in a step of a Trainer that may not pass them
     _engine: Engine
 

@@ -186,9 +186,9 @@ def suffix_rows(size=8):
 
 def make_suffix_trainer(model, folder, kind=Trainer, **changes):
     values = {"max_steps": 2, "per_device_train_batch_size": 3, "learning_rate": 0.05, "report_to": "none"}
-    values |= {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1}
+    values |= {"disable_tqdm": True, "use_cpu": True, "logging_steps": 1, "eval_strategy": "no"}
     compute_loss_func = changes.pop("compute_loss_func", None)
-    args = TrainingArguments(str(folder), **values, **changes)
+    args = TrainingArguments(str(folder), **{**values, **changes})
     extra = {} if compute_loss_func is None else {"compute_loss_func": compute_loss_func}
     return kind(model, args, train_dataset=suffix_rows(), eval_dataset=suffix_rows(), **extra)
 
@@ -433,3 +433,18 @@ def test_autocast_and_its_texts(build_model, low):
         with torch.autocast("cpu", low):
             torch.testing.assert_close(model(**batch).loss.float(), exact, rtol=2e-2, atol=2e-2)
         assert texts_of(model).hits == hits  # those in float32 are of no use
+
+
+@pytest.mark.parametrize("position", ["prefix", "suffix"])
+def test_a_trainer_that_reads_the_loss_alone_runs_the_head_at_labels(build_model, tmp_path, position):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position=position)
+    rows = []
+    model.get_base_model().lm_head.register_forward_hook(lambda _, inputs, __: rows.append(inputs[0].shape[1]))
+    trainer = make_suffix_trainer(model, tmp_path, max_steps=4)
+    trainer.train()
+    assert max(rows[-4:]) <= 15  # labels of three rows
+    assert trainer.evaluate()["eval_loss"] > 0
+    assert rows[-1] > 15
+    model.train()
+    assert model(**make_suffix_batch("none")).logits.shape == (3, VIRTUAL + 12, 331)
+    assert (texts_of(model) is not None and texts_of(model).hits > 0) == (position == "suffix")
