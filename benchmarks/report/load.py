@@ -23,6 +23,7 @@ _NUMBERS = ("score", "score_before", "eval_samples", "steps", "train_time_s", "p
 _NUMBERS += ("adapter_bytes", "inference_time_s", "bare_inference_time_s")
 _NOT_OF_A_VARIANT = {"model_name_or_path", "per_device_train_batch_size", "train_sampling_strategy", "max_seq_length"}
 _NOT_OF_A_VARIANT |= {"max_eval_samples", "held_out_samples", "num_virtual_tokens", "gradient_checkpointing"}
+_NOT_OF_A_VARIANT |= {"prompt_position", "text_cache"}  # the first is in the name, the second changes no result
 
 
 def stores() -> list[Path]:
@@ -70,6 +71,7 @@ def _row(event: dict[str, Any], step_s: dict[str, float]) -> dict[str, Any]:
         "examples": None if spec["method"] == "zero_shot" else spec["budget"]["examples"],
         "is_search": "held_out_samples" in arguments,
         "group": GROUPS.get(spec["task"], spec["task"]),
+        "is_suffix": arguments.get("prompt_position") == "suffix",
         "extras": {name: value for name, value in arguments.items() if name not in _NOT_OF_A_VARIANT},
         "device": env.get("device"),
         "machine": f"{env.get('machine')} {env.get('capability')}",
@@ -103,7 +105,8 @@ def _seconds(spec: dict[str, Any], step_s: dict[str, float]) -> float:
 
 def _with_variants(runs: pd.DataFrame) -> pd.DataFrame:
     """Add `variant`: method, init and precision, and the flags in which variants differ that have all three alike."""
-    parts = [runs["method"].map(NAMES), runs["init"], runs["quantization"]]
+    behind = runs["is_suffix"].map({True: "suffix"})
+    parts = [runs["method"].map(NAMES), behind, runs["init"], runs["quantization"]]
     name = pd.concat(parts, axis=1).apply(lambda row: ", ".join(row.dropna()), axis=1)
     for _, same in runs.groupby([name, "task", "is_search"]):
         for flag in sorted({flag for extras in same["extras"] for flag in extras}):

@@ -12,6 +12,7 @@ from .summary import Summary
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
+ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
 GPU = {("stock", ""): "PEFT's prompt tuning", ("packed", "varlen"): "this plugin"}
 GPU |= {("packed", "sdpa"): "this plugin, SDPA", ("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels"}
 GPU |= {("full", ""): "full", ("floor", "varlen"): "frozen model alone"}
@@ -185,6 +186,27 @@ def step_table(lines: pd.DataFrame) -> str:
     return table([*head, "peak memory above the weights", "memory / PEFT's"], rows)
 
 
+def suffix(summary: Summary) -> str:
+    """A training step with a prompt behind texts of equal length, beside LoRA with its head at labels."""
+    lines = read_lines("speed_cpu.jsonl").query("text in ('16', '64', '256', '512') and batch_size == 8")
+    keys = ["precision", "method", "num_virtual_tokens", "text"]
+    steps = lines.explode("step_time_s").groupby(keys)["step_time_s"].median().unstack()
+    peaks = lines.groupby(keys)["peak_memory_bytes"].max().unstack()
+    columns, rows = sorted(steps, key=int), []
+    for key in sorted(steps.index, key=lambda key: (key[0], list(ENGINE).index(key[1]), key[2])):
+        lora = (key[0], "lora_last", 0)
+        times = [f"{steps.loc[key, c]:.2f} s, {steps.loc[key, c] / steps.loc[lora, c]:.2f}" for c in columns]
+        rows.append(
+            [key[0], ENGINE[key[1]], str(key[2] or ""), *times, f"{peaks.loc[key, columns[-1]] / 2**30:.2f} GiB"]
+        )
+    head = ["precision", "method", "virtual tokens", *(f"{c} tokens" for c in columns)]
+    caption = (
+        f"SmolLM2-135M, 8 rows of equal length, {', '.join(lines['machine'].unique())}; a step, and its ratio to that"
+    )
+    caption += " of LoRA with its head at labels; kept texts count as memory:"
+    return f"{caption}\n\n{table([*head, f'peak memory, {columns[-1]} tokens'], rows)}".replace("nan s, nan", "")
+
+
 def engine_gpu(summary: Summary) -> str:
     """A training step on the GPU at 100 virtual tokens; the first of the runs had other code for attention."""
     lines = read_lines("gpu.jsonl").dropna(subset=["peak_memory_bytes"]).fillna({"attention": ""})
@@ -235,5 +257,5 @@ def _cell(runs: pd.DataFrame) -> str:
 
 
 FOR_READMES: dict[str, Callable[[Summary], str]] = {
-    table.__name__: table for table in (headline, tasks, bits, engine_cpu, engine_gpu, mixed)
+    table.__name__: table for table in (headline, tasks, bits, engine_cpu, suffix, engine_gpu, mixed)
 }
