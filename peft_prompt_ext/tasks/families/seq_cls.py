@@ -98,8 +98,12 @@ class SequenceClassification(Family):
         return {**batch, "attention_mask": pad([[1] * len(text["input_ids"]) for text in texts], 0)}
 
     def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """See `Family`."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+        """See `Family`; `adapter_names` (one for each text), if the batch has it, selects adapters."""
+        inputs = {
+            name: batch[name]
+            for name in ("input_ids", "attention_mask", "token_type_ids", "adapter_names")
+            if name in batch
+        }
         logits = model(**inputs).logits.float()
         if self.task.is_regression:
             return logits
