@@ -50,6 +50,7 @@ class Family(ABC):
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.text_limit = max_length  # most tokens of a text, if that is fewer than `max_length` leaves it
         self.prompt_behind = prompt_behind
         self.question, self.ending = task.template, ""
         if prompt_behind and self.asks_question:
@@ -61,6 +62,15 @@ class Family(ABC):
     def model_options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that the task decides."""
         return {}
+
+    @property
+    def text_room(self) -> int:
+        """Most tokens of a text, if all rows have the same answers to choose from."""
+        return self.text_limit
+
+    @abstractmethod
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """What the model reads of a prepared row in front of the answer, the prompt left out."""
 
     @abstractmethod
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:

@@ -44,6 +44,16 @@ class LanguageModel(Family):
                 ", ".join(split),
             )
 
+    @property
+    def text_room(self) -> int:
+        """See `Family`."""
+        words = self.task.label_words
+        return min(self.text_limit, self.max_length - (self._answer_room(self._answers(words)) if words else 0))
+
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """See `Family`: the question."""
+        return [self.question.format(**row)]
+
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """See `Family`; `context` and `choices` are token ids."""
         row = self.task.prepared(row)
@@ -51,9 +61,9 @@ class LanguageModel(Family):
         encoded, truncated = fit(
             self.task,
             row,
-            lambda values: self.tokenizer(self.question.format(**values), verbose=False),
+            lambda values: self.tokenizer(*self.texts_of(values), verbose=False),
             self.tokenizer,
-            self.max_length - self._answer_room(choices),
+            min(self.text_limit, self.max_length - self._answer_room(choices)),
         )
         context = encoded["input_ids"]
         if self.prompt_behind and not context:

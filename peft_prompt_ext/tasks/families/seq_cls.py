@@ -48,7 +48,7 @@ class SequenceClassification(Family):
         row = self.task.prepared(row)
         versions = [{**row, "choice": choice.strip()} for choice in self.task.choices_of(row)]
         fitted = [
-            fit(self.task, version, self._encode, self.tokenizer, self.max_length)
+            fit(self.task, version, self._encode, self.tokenizer, self.text_limit)
             for version in (versions if self.task.choices else [row])
         ]
         target = self.task.target_or_hidden(row)
@@ -61,11 +61,14 @@ class SequenceClassification(Family):
             "truncated": any(cut for _, cut in fitted),
         }
 
-    def _encode(self, row: Mapping[str, Any]) -> Any:
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """See `Family`: the task's one or two texts."""
         texts = [text.format(**row) for text in self.task.texts]
-        if self.tokenizer.sep_token_id is None:  # nothing would stand between the two
-            texts = ["\n".join(texts)]
-        return self.tokenizer(*texts, verbose=False)
+        # without a separator nothing would stand between the two
+        return texts if self.tokenizer.sep_token_id is not None else ["\n".join(texts)]
+
+    def _encode(self, row: Mapping[str, Any]) -> Any:
+        return self.tokenizer(*self.texts_of(row), verbose=False)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """See `Family`."""
