@@ -26,6 +26,7 @@ def test_a_task_trains_and_answers_as_it_was_scored(train, tmp_path, name):  # n
     record = read(tmp_path / "out" / "prompt_init.json")
     assert record["prompt_position"] == "suffix" and results["train_loss"] > 0
     assert read(tmp_path / "out" / "recipe.json")["prompt_position"] == "suffix"
+    assert "| prompt position | suffix |" in (tmp_path / "out" / "README.md").read_text()
     again = train(name, *SUFFIX, "--do_eval", "true", "--learning_rate", "0.3")
     assert again["eval_loss"] == pytest.approx(results["eval_loss"], rel=1e-5)
     predictor = Predictor.from_pretrained(str(tmp_path / "out"))
