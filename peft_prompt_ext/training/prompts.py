@@ -13,6 +13,7 @@ from ..tasks.families import Family
 
 
 SHORTEST, LONGEST = 20, 100  # virtual tokens by default
+WHOLE = ("ENDING", "TRANSFER")  # inits of a whole prompt behind a text: how it ends is theirs
 
 
 def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> PromptTuningExtConfig:
@@ -55,9 +56,6 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
         prompt_position="suffix" if family.prompt_behind else "prefix",
         **text_cache_of(settings),
     )
-
-
-WHOLE = ("ENDING", "TRANSFER")  # inits of a whole prompt behind a text: its ending is theirs
 
 
 def _choose_init(family: Family, settings: Mapping[str, Any], size: int) -> tuple[str, dict[str, Any], str | None]:
