@@ -104,11 +104,18 @@ def predict_parser() -> argparse.ArgumentParser:
   peft-prompt-ext predict outputs/movies --text "A warm and funny film."
   peft-prompt-ext predict outputs/rte --file pairs.jsonl > answers.jsonl
   cat reviews.txt | peft-prompt-ext predict outputs/movies
+  peft-prompt-ext predict outputs/mood outputs/topic --file texts.jsonl
 
 A file has the task's columns. Lines of standard input are JSON objects, or texts if the task has one column of text;
-each line has an answer, an empty one too. Into a file or a pipe the answers are written as JSON lines.""",
+each line has an answer, an empty one too. Into a file or a pipe the answers are written as JSON lines.
+Several folders of one base model (--prompt_position suffix) read each text once; a line has an answer by folder.""",
     )
-    parser.add_argument("folder", help="the output folder of a run, or the Hub id that it was pushed to")
+    parser.add_argument(
+        "folders",
+        metavar="folder",
+        nargs="+",
+        help="the output folder of a run, or the Hub id that it was pushed to; several if their texts are the same",
+    )
     source = parser.add_mutually_exclusive_group()
     source.add_argument("--text", nargs="+", help="texts, or JSON objects with the task's columns")
     source.add_argument("--file", help="a CSV, JSON or JSONL file with the task's columns")

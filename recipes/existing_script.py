@@ -1,6 +1,7 @@
 """A plain Trainer script: a causal language model learns to answer "positive" or "negative" to a movie review.
 
 Lines that end in `# prompt tuning` are all that the plugin needs; without them this is ordinary full fine-tuning.
+With the prompt_position "suffix" the prompt stands between the review and its answer.
 
     python recipes/existing_script.py MODEL TRAIN.csv OUTPUT_DIR
 """
@@ -20,6 +21,7 @@ tokenizer = AutoTokenizer.from_pretrained(model_name)
 model = AutoModelForCausalLM.from_pretrained(model_name)
 config = PromptTuningExtConfig(  # prompt tuning
     task_type="CAUSAL_LM",  # prompt tuning
+    prompt_position="prefix",  # prompt tuning
     prompt_tuning_init="CLASS_LABELS",  # prompt tuning
     prompt_tuning_init_kwargs={"labels": list(ANSWERS.values())},  # prompt tuning
     train_logits="supervised",  # prompt tuning

@@ -1,6 +1,7 @@
 """Answer new rows with what train.py trained: `peft-prompt-ext predict` as a script.
 
     python recipes/predict.py outputs/movie_reviews --text "A warm and funny film."
+    python recipes/predict.py outputs/mood outputs/topic --file texts.jsonl
 
 `python recipes/predict.py --help` lists the flags.
 """

@@ -1,6 +1,6 @@
 """Initialisation schemes for the soft prompt, one per file."""
 
-from . import class_labels, random, random_uniform, sample_vocab, text, transfer
+from . import class_labels, ending, random, random_uniform, sample_vocab, text, transfer
 from .base import InitContext, available_inits, get_scheme, register_init
 
 
@@ -8,6 +8,7 @@ __all__ = [
     "InitContext",
     "available_inits",
     "class_labels",
+    "ending",
     "get_scheme",
     "random",
     "random_uniform",

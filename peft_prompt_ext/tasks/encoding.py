@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from string import Formatter
 from typing import TYPE_CHECKING, Any
 
 from .task import Task
@@ -59,6 +60,20 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
     return tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+def split_template(template: str) -> tuple[str, str]:
+    """Split a template behind its last column.
+
+    Returns:
+        The template up to there, with its columns in braces, and the words behind, as a reader sees them.
+    """
+    ending = ""
+    for words, column, _, _ in Formatter().parse(template):
+        # the words stand in front of the column
+        ending = "" if column is not None else ending + words
+    written = ending.replace("{", "{{").replace("}", "}}")
+    return template[: len(template) - len(written)], ending
+
+
 def answer_ids(tokenizer: PreTrainedTokenizerBase, template: str, choices: Sequence[str]) -> list[list[int]]:
     """Token ids of each answer as it stands behind the template's last words.
 
@@ -75,7 +90,7 @@ def answer_ids(tokenizer: PreTrainedTokenizerBase, template: str, choices: Seque
         ValueError: An answer has no tokens, two have the same ones, or one opens another and the tokenizer has no
             end of the text.
     """
-    ids = [_behind(tokenizer, template.rpartition("}")[2], choice) for choice in choices]
+    ids = [_behind(tokenizer, split_template(template)[1], choice) for choice in choices]
     for i, choice in enumerate(choices):
         if not ids[i] or all(token == tokenizer.unk_token_id for token in ids[i]):
             raise ValueError(f"The answer {choice!r} has no tokens that the tokenizer knows: choose another word.")

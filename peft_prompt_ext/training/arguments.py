@@ -95,6 +95,19 @@ class MethodArguments:
     )
     prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "Text for the init TEXT"})
     prompt_tuning_init_kwargs: str | None = field(default=None, metadata={"help": "The init's arguments as JSON"})
+    prompt_position: Literal["prefix", "suffix"] = field(
+        default="prefix",
+        metadata={
+            "help": "Where the prompt stands: in front of the text, or between text and answer (decoders alone)"
+        },
+    )
+    text_cache: Literal["none", "memory", "disk"] = field(
+        default="memory", metadata={"help": "Where a suffix keeps what it read of the texts, for the next epoch"}
+    )
+    text_cache_bytes: str | None = field(
+        default=None,
+        metadata={"help": "Most bytes of kept texts, such as 8GB; by default a quarter of the free memory or disk"},
+    )
     lora_r: int = field(default=8, metadata={"help": "Rank of LoRA"})
     lora_alpha: int = field(default=16, metadata={"help": "Scale of LoRA, divided by its rank"})
     lora_dropout: float = field(default=0.0, metadata={"help": "Dropout of LoRA"})

@@ -99,6 +99,8 @@ def _training(trainer: ChoiceTrainer, facts: Mapping[str, Any]) -> list[tuple[st
     config = getattr(trainer.model, "peft_config", {}).get("default")
     if METHODS[facts["method"]].has_prompt and config is not None:
         pairs += [("init", config.prompt_tuning_init), ("virtual tokens", config.num_virtual_tokens)]
+        # a stock config has no position
+        pairs += [("prompt position", getattr(config, "prompt_position", "prefix"))]
     return [*pairs, ("most tokens of a row", trainer.family.max_length)]
 
 

@@ -52,7 +52,7 @@ class Method:
 
     @property
     def has_prompt(self) -> bool:
-        """Whether virtual tokens stand before the text."""
+        """Whether virtual tokens stand in front of the text, or behind it."""
         return self.peft_type == "PROMPT_TUNING"
 
     @property
@@ -114,7 +114,7 @@ METHODS = {
     for method in (
         Method(
             name="prompt_tuning",
-            help="trains virtual tokens before the text; stores kilobytes",
+            help="trains virtual tokens before the text, or behind it; stores kilobytes",
             learning_rate=0.01,
             encoder_learning_rate=0.1,
             defaults=_COSINE,

@@ -38,6 +38,12 @@ def find_family(settings: Mapping[str, Any], task: Task, max_length: int) -> Fam
         raise ValueError(f"{name} has no model that transformers can read: {error}") from error
     family = FAMILIES[settings["task_type"] or method.default_task_type or family_of(config)]
     method.check_task_type(family.task_type)
+    behind = settings.get("prompt_position") == "suffix"  # older runs have no such setting
+    if behind and (family.task_type == "SEQ_2_SEQ_LM" or family_of(config) != "CAUSAL_LM"):
+        raise ValueError(
+            f"--prompt_position suffix needs a decoder, whose text does not see the prompt behind it; {name} is an "
+            f"encoder{'-decoder' if getattr(config, 'is_encoder_decoder', False) else ''}. Leave it out."
+        )
     if method.has_prompt and not family.asks_question and getattr(config, "is_encoder_decoder", False):
         raise ValueError(
             f"{name} with a classification head takes token ids only, and a prompt is none: choose --task_type "
@@ -51,7 +57,7 @@ def find_family(settings: Mapping[str, Any], task: Task, max_length: int) -> Fam
         raise ValueError(
             f"--num_virtual_tokens {prompt} leaves no room for text: {name} has {prompt + room} positions. Lower it."
         )
-    return family(task, tokenizer, min(max_length, room))
+    return family(task, tokenizer, min(max_length, room), behind)
 
 
 def _positions(config: Any, tokenizer: Any) -> int:

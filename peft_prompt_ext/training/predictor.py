@@ -45,16 +45,9 @@ class Predictor:
             ValueError: The folder holds no run, or a device was given to a quantised model.
         """
         settings = read_settings(folder)
-        if device and settings["quantization"]:  # its weights are packed for the device that they are loaded to
-            raise ValueError(
-                f"The base model of {folder} is quantised ({settings['quantization']}) and goes to the GPU if there "
-                f"is one, not to {device!r}: leave --device out. CUDA_VISIBLE_DEVICES chooses the GPU, or hides it."
-            )
-        family = find_family(settings, Task.from_dict(settings["task"]), settings["max_length"])
-        model = trained_model(family, settings, folder)
-        if settings["quantization"] is None:
-            model = model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        return cls(model, family)
+        check_device(folder, settings, device)
+        family = saved_family(settings)
+        return cls(place(trained_model(family, settings, folder), settings, device), family)
 
     def predict(self, rows: Sequence[Mapping[str, Any]], batch_size: int = 32) -> Iterator[dict[str, Any]]:
         """Answer rows, in their order.
@@ -69,28 +62,69 @@ class Predictor:
         Raises:
             ValueError: The task cannot ask a row; raised before the first answer.
         """
-        for number, row in enumerate(rows):
-            try:
-                check_row(self.family.task, row)
-            except ValueError as error:
-                raise ValueError(f"Row {number} for {self.family.task.name}: {error}") from error
+        check_asked(self.family.task, rows)
         for start in range(0, len(rows), batch_size):
             yield from self._answer(rows[start : start + batch_size])
 
     def _answer(self, rows: Sequence[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
-        task = self.family.task
-        encoded = [self.family.encode(row) for row in rows]
-        device = next(self.model.parameters()).device
-        batch = {name: value.to(device) for name, value in self.family.collate_choices(encoded).items()}
-        with torch.inference_mode():
-            scores = self.family.score(self.model, batch).cpu().numpy()
-        choices = [task.choices_of(task.prepared(row)) for row in rows]
-        counts = [len(row) for row in choices]
-        answers = predictions(task, scores, counts)
-        if task.is_regression:
-            yield from ({"value": value} for value in answers)
-            return
-        for row, answer, shares in zip(choices, answers, probabilities(scores, counts), strict=True):
-            names = list(task.names) or [choice.strip() for choice in row]
-            by_name = dict(zip(names, map(float, shares), strict=True))
-            yield {"label": names[int(answer)], "probability": float(shares[int(answer)]), "probabilities": by_name}
+        scores = rate(self.model, self.family, [self.family.encode(row) for row in rows])
+        yield from name_answers(self.family.task, rows, scores)
+
+
+def check_asked(task: Task, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ValueError if a task cannot ask a row."""
+    for number, row in enumerate(rows):
+        try:
+            check_row(task, row)
+        except ValueError as error:
+            raise ValueError(f"Row {number} for {task.name}: {error}") from error
+
+
+def saved_family(settings: Mapping[str, Any]) -> Family:
+    """How rows are asked of a run's model, from the settings in its folder."""
+    return find_family(settings, Task.from_dict(settings["task"]), settings["max_length"])
+
+
+def check_device(folder: str, settings: Mapping[str, Any], device: str | None) -> None:
+    """Raise ValueError if a device was given to a quantised model."""
+    if device and settings["quantization"]:  # its weights are packed for the device that they are loaded to
+        raise ValueError(
+            f"The base model of {folder} is quantised ({settings['quantization']}) and goes to the GPU if there "
+            f"is one, not to {device!r}: leave --device out. CUDA_VISIBLE_DEVICES chooses the GPU, or hides it."
+        )
+
+
+def place(model: Any, settings: Mapping[str, Any], device: str | None) -> Any:
+    """Move a model to a device, by default a GPU if there is one; a quantised one stays."""
+    if settings["quantization"] is not None:
+        return model
+    return model.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+
+
+def rate(model: Any, family: Family, encoded: Sequence[Mapping[str, Any]], **options: Any) -> Any:
+    """Scores of encoded rows, a NumPy array [B, C].
+
+    Args:
+        model: The model.
+        family: Batches and scores the rows.
+        encoded: The rows.
+        **options: Further entries of the batch.
+    """
+    device = next(model.parameters()).device
+    batch = {name: value.to(device) for name, value in family.collate_choices(encoded).items()}
+    with torch.inference_mode():
+        return family.score(model, {**batch, **options}).cpu().numpy()
+
+
+def name_answers(task: Task, rows: Sequence[Mapping[str, Any]], scores: Any) -> Iterator[dict[str, Any]]:
+    """The answers to rows from their scores; see `Predictor.predict`."""
+    choices = [task.choices_of(task.prepared(row)) for row in rows]
+    counts = [len(row) for row in choices]
+    answers = predictions(task, scores, counts)
+    if task.is_regression:
+        yield from ({"value": value} for value in answers)
+        return
+    for row, answer, shares in zip(choices, answers, probabilities(scores, counts), strict=True):
+        names = list(task.names) or [choice.strip() for choice in row]
+        by_name = dict(zip(names, map(float, shares), strict=True))
+        yield {"label": names[int(answer)], "probability": float(shares[int(answer)]), "probabilities": by_name}

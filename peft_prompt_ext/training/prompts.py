@@ -8,10 +8,12 @@ from typing import Any
 
 from ..config import PromptTuningExtConfig
 from ..tasks import Task
+from ..tasks.encoding import split_template
 from ..tasks.families import Family
 
 
 SHORTEST, LONGEST = 20, 100  # virtual tokens by default
+WHOLE = ("ENDING", "TRANSFER")  # inits of a whole prompt behind a text: how it ends is theirs
 
 
 def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> PromptTuningExtConfig:
@@ -19,6 +21,7 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
 
     By default a prompt is initialised from the task's label words (Lester et al. 2021, section 3.2) and, for a
     language model, from the form of question and answer behind them. The init TEXT without a text is that form alone.
+    A prompt behind the text ends as the template does, and the init fills the tokens before.
 
     Args:
         family: The task and its tokenizer.
@@ -26,9 +29,38 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
         seed: Seed of the initialisation.
 
     Raises:
-        ValueError: A text was given and the init does not read one.
+        ValueError: A text was given and the init does not read one, or the template's end is longer than the prompt.
     """
-    words, size = list(family.task.label_words), settings["num_virtual_tokens"]
+    size, init = settings["num_virtual_tokens"], settings["prompt_tuning_init"]
+    ends = bool(family.ending) and str(init).upper() not in WHOLE
+    if ends:
+        taken = _count(family.tokenizer, family.ending)
+        if taken > size:
+            raise ValueError(
+                f"--num_virtual_tokens {size}: behind its text the question says {family.ending!r}, which has {taken} "
+                f"tokens. Give {taken} or more."
+            )
+        init, kwargs, text = _choose_init(family, settings, size - taken)
+        init, kwargs = "ENDING", {"ending": family.ending, "fallback": init, "fallback_kwargs": kwargs}
+    else:
+        init, kwargs, text = _choose_init(family, settings, size)
+    return PromptTuningExtConfig(
+        task_type=family.task_type,
+        num_virtual_tokens=size,
+        prompt_tuning_init=init,
+        prompt_tuning_init_kwargs=kwargs,
+        prompt_tuning_init_text=text,
+        prompt_tuning_init_seed=seed,
+        tokenizer_name_or_path=family.tokenizer.name_or_path,
+        train_logits="supervised",
+        prompt_position="suffix" if family.prompt_behind else "prefix",
+        **text_cache_of(settings),
+    )
+
+
+def _choose_init(family: Family, settings: Mapping[str, Any], size: int) -> tuple[str, dict[str, Any], str | None]:
+    """The init of `size` tokens, its arguments, and its text."""
+    words = family.task.label_words
     init, text = settings["prompt_tuning_init"], settings["prompt_tuning_init_text"]
     kwargs = json.loads(settings["prompt_tuning_init_kwargs"] or "{}")
     if init is None:
@@ -41,16 +73,7 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
             f"--prompt_tuning_init_text has no place in a prompt of {size} tokens that begins by {init} with the "
             f"arguments {kwargs}: add --prompt_tuning_init TEXT, or leave the text out."
         )
-    return PromptTuningExtConfig(
-        task_type=family.task_type,
-        num_virtual_tokens=size,
-        prompt_tuning_init=init,
-        prompt_tuning_init_kwargs=kwargs,
-        prompt_tuning_init_text=text,
-        prompt_tuning_init_seed=seed,
-        tokenizer_name_or_path=family.tokenizer.name_or_path,
-        train_logits="supervised",
-    )
+    return init, kwargs, text
 
 
 Filled = tuple[dict[str, Any], str | None]
@@ -87,8 +110,42 @@ def prompt_size(settings: Mapping[str, Any], task: Task, tokenizer: Any, asks_qu
     asked = settings["num_virtual_tokens"]
     if asked is not None or not asks_question:
         return SHORTEST if asked is None else int(asked)
-    form = tokenizer(_whole_form(task), add_special_tokens=False)["input_ids"]
-    return min(max(len(task.label_words) + len(form), SHORTEST), LONGEST)
+    ending = split_template(task.template)[1] if settings.get("prompt_position") == "suffix" else ""
+    needed = len(task.label_words) + _count(tokenizer, _whole_form(task)) + _count(tokenizer, ending)
+    return min(max(needed, SHORTEST), LONGEST)
+
+
+def _count(tokenizer: Any, text: str) -> int:
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def text_cache_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of a prompt's config that say where texts are kept.
+
+    Raises:
+        ValueError: The bytes are neither a number nor a size such as 8GB.
+    """
+    most = settings["text_cache_bytes"]
+    if most is not None:
+        most = int(most) if most.isdigit() else _parse_bytes(most)
+    return {"text_cache": settings["text_cache"], "text_cache_bytes": most}
+
+
+def _parse_bytes(text: str) -> int:
+    from ..memory import parse_bytes
+
+    try:
+        return parse_bytes(text)
+    except ValueError as error:
+        raise ValueError(f"--text_cache_bytes: {error}") from None
+
+
+def keep_texts(model: Any, settings: Mapping[str, Any]) -> None:
+    """Let a model keep texts as the run says; an adapter does not say it, for who loads it may have another disk."""
+    for config in getattr(model, "peft_config", {}).values():
+        if getattr(config, "prompt_position", "prefix") == "suffix":
+            for name, value in text_cache_of(settings).items():
+                setattr(config, name, value)
 
 
 def question_form(family: Family, num_tokens: int) -> str:

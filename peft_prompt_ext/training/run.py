@@ -19,12 +19,14 @@ from peft import PeftModel
 from transformers import TrainingArguments, set_seed
 
 from ..tasks.families import Family
-from ..tasks.families.causal_lm import CausalLM, keeps_columns, prompt_length
+from ..tasks.families.base import has_prompt_behind, prompt_length
+from ..tasks.families.causal_lm import CausalLM, keeps_columns
 from .arguments import DataArguments, MethodArguments, ModelArguments
 from .command_line import parse
 from .folder import check_continued, claim, rows_digest, trained_weights, write_settings
 from .methods import METHODS
 from .models import new_model, trained_model
+from .prompts import keep_texts
 from .results import SUFFIXES, write_card, write_predictions
 from .rows import encode, find_task, load_splits, sort_by_length, unlabelled
 from .settings import check_flags, describe_run, fixed_settings, keep_to_one_gpu
@@ -109,6 +111,7 @@ def prepare(
     for split in set(task.validation) & set(splits):
         splits[split], encoded[split] = sort_by_length(splits[split], encoded[split])
     model = trained_model(family, settings, weights) if weights else new_model(family, settings, args.seed)
+    keep_texts(model, settings)
     job = Job(build_trainer(model, family, encoded, splits, args), encoded, splits, settings, checkpoint, weights)
     job.trainer.card = lambda: write_card(job.trainer, job.settings, job.scores, job.weights)
     if hasattr(model, "print_trainable_parameters") and args.should_log:
@@ -152,7 +155,8 @@ def build_trainer(
 def _collator(model: Any, family: Family) -> Callable[..., dict[str, torch.Tensor]]:
     """How rows become a batch to train on: where only labelled tokens need logits, others are left out."""
     supervised = getattr(getattr(model, "active_peft_config", None), "train_logits", None) == "supervised"
-    if isinstance(family, CausalLM) and not supervised and keeps_columns(model):
+    # a prompt behind the text stands where the labels begin, so the model has to get them as they are
+    if isinstance(family, CausalLM) and not supervised and keeps_columns(model) and not has_prompt_behind(model):
         return partial(family.collate_labelled_logits, prompt=prompt_length(model))
     return family.collate
 

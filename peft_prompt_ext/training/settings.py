@@ -12,7 +12,7 @@ from .arguments import DataArguments, MethodArguments, ModelArguments
 from .folder import LENGTHS
 from .methods import METHODS
 from .models import default_rate, find_family
-from .prompts import prompt_size
+from .prompts import prompt_size, text_cache_of
 
 
 if TYPE_CHECKING:
@@ -32,6 +32,7 @@ TRAINING = (
     *("train_sampling_strategy", "dataloader_drop_last", "neftune_noise_alpha", "bf16", "fp16"),
 )
 PLACES = ("data_dir", "train_file")  # rows may be moved: they are compared themselves
+CACHES = ("text_cache", "text_cache_bytes")  # they decide how long a run takes, not what it gives
 COUNTS = ("max_train_samples", "max_eval_samples", "max_predict_samples", "num_shots", "held_out_samples")
 
 
@@ -79,8 +80,8 @@ def fixed_settings(settings: Mapping[str, Any], args: TrainingArguments) -> dict
 def free_names(settings: Mapping[str, Any], args: TrainingArguments) -> set[str]:
     """Names of the settings that may differ from those in the run's folder."""
     if args.do_train:
-        return {*PLACES, *LENGTHS}
-    free = {*PLACES, *training_settings(args)}
+        return {*PLACES, *LENGTHS, *CACHES}
+    free = {*PLACES, *CACHES, *training_settings(args)}
     if METHODS[settings["method"]].trains == "nothing":
         return free
     # other rows may be scored than were sampled, but no held-out rows of a train split that was trained on whole
@@ -102,6 +103,7 @@ def check_flags(data_args: DataArguments, method_args: MethodArguments, args: Tr
             f"--label_smoothing_factor {args.label_smoothing_factor}: the label words alone are scored, and smoothing "
             "would spread over the whole vocabulary. Leave it out."
         )
+    _check_position(method_args)
     kwargs = method_args.prompt_tuning_init_kwargs
     try:
         is_object = kwargs is None or isinstance(json.loads(kwargs), dict)
@@ -111,6 +113,15 @@ def check_flags(data_args: DataArguments, method_args: MethodArguments, args: Tr
         raise ValueError(
             f'--prompt_tuning_init_kwargs must be a JSON object such as {{"population": 50}}, got {kwargs}'
         )
+
+
+def _check_position(method_args: MethodArguments) -> None:
+    cache = text_cache_of(asdict(method_args))
+    if method_args.prompt_position == "suffix":
+        if not METHODS[method_args.method].has_prompt:
+            raise ValueError(f"--prompt_position suffix: {method_args.method} has no prompt. Leave it out.")
+    elif cache != text_cache_of(asdict(MethodArguments())):
+        raise ValueError("--text_cache and --text_cache_bytes are for --prompt_position suffix alone: leave them out.")
 
 
 def keep_to_one_gpu(args: TrainingArguments) -> None:

@@ -15,6 +15,7 @@ KWARGS = {
     "SAMPLE_VOCAB": {},
     "TEXT": {"fill": "sample_vocab"},
     "CLASS_LABELS": {"labels": ["great", "terrible"]},
+    "ENDING": {"ending": " is great"},
     "TRANSFER": {"length_policy": "truncate_pad"},
 }
 LABELS = ["terrible acting", "great", "film"]
@@ -98,6 +99,12 @@ WORD_CASES = {
     "labels_last": ("CLASS_LABELS", {"labels": LABELS, "position": "last"}),
     "labels_repeated": ("CLASS_LABELS", {"labels": LABELS, "repeat": True}),
     "labels_repeated_last": ("CLASS_LABELS", {"labels": LABELS, "repeat": True, "position": "last"}),
+    "ending": ("ENDING", {"ending": " is great"}),
+    "ending_and_labels": (
+        "ENDING",
+        {"ending": " is", "fallback": "CLASS_LABELS", "fallback_kwargs": {"labels": LABELS}},
+    ),
+    "ending_and_text": ("ENDING", {"ending": " is", "fallback": "TEXT"}),
     "labels_and_text": ("CLASS_LABELS", {"labels": LABELS, "position": "last", "fallback": "TEXT"}),
 }
 

@@ -1,4 +1,4 @@
-"""The schemes that use words (SAMPLE_VOCAB, TEXT, CLASS_LABELS), and their tokenizer."""
+"""The schemes that use words (SAMPLE_VOCAB, TEXT, CLASS_LABELS, ENDING), and their tokenizer."""
 
 import warnings
 from collections import Counter
@@ -238,3 +238,65 @@ def test_the_fallback_may_be_any_scheme(make):
 def test_a_label_that_is_unknown_to_the_vocabulary_is_refused(make, word_piece):
     with pytest.raises(ValueError, match="the vocabulary has no token for the label 'zzz'"):
         make("CLASS_LABELS", labels=["great", "zzz"], tokenizer=word_piece)
+
+
+# --- ENDING
+
+ENDING = " is great"
+
+
+def test_the_ending_takes_the_last_slots_and_the_fallback_is_a_shorter_prompt(make, tokenizer):
+    ids = tokenizer(ENDING)["input_ids"]
+    kwargs = {"labels": LABELS, "position": "last"}
+
+    model = make("ENDING", ending=ENDING, fallback="class_labels", fallback_kwargs=kwargs)
+
+    alone = make("CLASS_LABELS", size=7 - len(ids), **kwargs)
+    assert torch.equal(prompt_of(model)[-len(ids) :], rows(model, ids))
+    assert torch.equal(prompt_of(model)[: -len(ids)], prompt_of(alone))
+    assert slots(model)[: -len(ids)] == slots(alone)
+    assert model.peft_config["default"].num_virtual_tokens == len(slots(model)) == 7
+
+
+def test_an_ending_may_be_the_whole_prompt_and_no_longer(make, tokenizer):
+    ids = tokenizer(ENDING)["input_ids"]
+
+    assert torch.equal(prompt_of(make("ENDING", ending=ENDING, size=len(ids))), rows(make("TEXT"), ids))
+    with pytest.raises(ValueError, match=rf"' is great'\) has {len(ids)} tokens; num_virtual_tokens is 1. Raise"):
+        make("ENDING", ending=ENDING, size=1)
+
+
+def test_labels_that_do_not_fit_before_an_ending_are_refused(make, tokenizer):
+    size = len(tokenizer(ENDING)["input_ids"]) + 2
+
+    with pytest.raises(ValueError, match="3 labels need 3 slots; num_virtual_tokens is 2"):
+        make("ENDING", size=size, ending=ENDING, fallback="CLASS_LABELS", fallback_kwargs={"labels": LABELS})
+
+
+def test_labels_before_an_ending_that_can_be_read_once_are_a_list(make):
+    kwargs = [{"labels": form} for form in (iter(LABELS), LABELS)]
+
+    once, many = (make("ENDING", ending=" is", fallback="CLASS_LABELS", fallback_kwargs=k) for k in kwargs)
+
+    assert torch.equal(prompt_of(once), prompt_of(many))
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "message"),
+    [
+        ({}, "ENDING needs 'ending'"),
+        ({"ending": ""}, r"ENDING: ending \(''\) must be a text"),
+        ({"ending": " is", "fallback": "ending"}, "must be another scheme"),
+        ({"ending": " is", "fallback": "SAMPLE_VOCABS"}, "did you mean 'SAMPLE_VOCAB'"),
+        ({"ending": " is", "fallback": "TEXT", "fallback_kwargs": {"fil": "repeat"}}, "did you mean 'fill'"),
+        ({"ending": " is", "fallback_kwargs": ["a"]}, "must be a dict"),
+    ],
+)
+def test_wrong_arguments_of_an_ending_are_refused(make, kwargs, message):
+    with pytest.raises(ValueError, match=message):
+        make("ENDING", **kwargs)
+
+
+def test_an_ending_falls_back_to_text_only_if_there_is_one(make):
+    with pytest.raises(ValueError, match="prompt_tuning_init_text"):
+        make("ENDING", text=None, ending=" is", fallback="TEXT")

@@ -1,4 +1,5 @@
 import ast
+import json
 import runpy
 import sys
 from pathlib import Path
@@ -65,3 +66,16 @@ def test_with_the_marked_lines_only_the_prompt_is_trained_and_saved(arguments, m
     assert trained == ["prompt_encoder.default.embedding.weight"]
     assert losses[-1] < losses[0]
     assert (output / "adapter_model.safetensors").is_file() and not (output / "model.safetensors").exists()
+
+
+def test_one_changed_word_trains_a_prompt_behind_the_text(tmp_path, arguments, monkeypatch):
+    source = SCRIPT.read_text()
+    script = tmp_path / "behind.py"
+    script.write_text(source.replace('"prefix"', '"suffix"').replace("max_steps=100", "max_steps=2"))
+
+    ran = run(script, arguments, monkeypatch)
+
+    record = json.loads((Path(arguments[-1]) / "prompt_init.json").read_text())
+    [last] = [row for row in ran["trainer"].state.log_history if "train_loss" in row]
+    assert source.count('"prefix"') == 1 and record["prompt_position"] == "suffix"
+    assert last["step"] == 2 and last["train_loss"] > 0

@@ -1,7 +1,7 @@
 import pytest
 
 from peft_prompt_ext.tasks import Task
-from peft_prompt_ext.tasks.encoding import answer_ids, fit, pad
+from peft_prompt_ext.tasks.encoding import answer_ids, fit, pad, split_template
 
 
 def test_an_answer_is_tokenised_as_it_stands_behind_the_template(tokenizer):
@@ -62,3 +62,19 @@ def test_a_column_of_numbers_is_text_when_a_row_is_cut(tokenizer):
     row = {"text": "a very long film " * 9, "amount": 12}
     encoded, cut = fit(task, row, lambda row: tokenizer(task.template.format_map(row)), tokenizer, 20)
     assert cut and len(encoded["input_ids"]) == 20
+
+
+@pytest.mark.parametrize(
+    ("template", "text", "ending"),
+    [
+        ("Review: {text}\nSentiment:", "Review: {text}", "\nSentiment:"),
+        ("{a}\n{b}\nSame? Answer:", "{a}\n{b}", "\nSame? Answer:"),
+        ("{opening}", "{opening}", ""),
+        ("{{{text}}} in {{braces}}:", "{{{text}", "} in {braces}:"),
+        ("Answer:", "", "Answer:"),
+    ],
+)
+def test_a_template_is_split_behind_its_last_column(template, text, ending):
+    assert split_template(template) == (text, ending)
+    row = {"a": "x", "b": "y", "text": "z", "opening": "o"}
+    assert template.format(**row) == text.format(**row) + ending

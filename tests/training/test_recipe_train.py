@@ -575,6 +575,13 @@ BAD = [
     (["--prompt_tuning_init_kwargs", "{a"], r"--prompt_tuning_init_kwargs must be a JSON object .*, got {a"),
     (["--num_virtual_tokens", "997"], r"--num_virtual_tokens 997 leaves no room for text: .* has 997 positions"),
     (["--prompt_tuning_init_text", "x", "--num_virtual_tokens", "2"], "--prompt_tuning_init_text has no place in a"),
+    (["--prompt_position", "suffix", "--method", "lora"], "--prompt_position suffix: lora has no prompt"),
+    (["--text_cache", "disk"], "are for --prompt_position suffix alone"),
+    (["--prompt_position", "suffix", "--text_cache_bytes", "8 parsecs"], "--text_cache_bytes: A size such as '8GB'"),
+    (
+        ["--prompt_position", "suffix", "--num_virtual_tokens", "1"],
+        r"the question says '\\nSentiment:', which has \d+ tokens. Give \d+ or more",
+    ),
     *((["--" + name, "0"], f"--{name} must be 1 or more, got 0") for name in ("num_shots", "max_predict_samples")),
     *((["--" + name, "-1"], f"--{name} must be 1 or more, got -1") for name in ("num_shots", "held_out_samples")),
 ]

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from ..encoding import split_template
 from ..task import HIDDEN, Task
 
 
@@ -28,15 +29,19 @@ class Family(ABC):
         task: The task.
         tokenizer: The model's tokenizer.
         max_length: Most tokens of a row, its answer included.
+        prompt_behind: Whether a prompt stands between the text and the answer. The text is then the template up to
+            its last column, and the prompt says the rest, `ending`.
 
     Raises:
-        ValueError: The tokenizer cannot do what the kind of model needs.
+        ValueError: The tokenizer cannot do what the kind of model needs, or a template has no text before a prompt.
     """
 
     task_type: ClassVar[str]
     asks_question: ClassVar[bool] = True  # whether the model reads the task's template; a head reads its texts
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
+    def __init__(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_behind: bool = False
+    ) -> None:
         if tokenizer.pad_token_id is None:
             raise ValueError(
                 f"The tokenizer ({tokenizer.name_or_path}) has no padding token: set tokenizer.pad_token, for example "
@@ -45,11 +50,27 @@ class Family(ABC):
         self.task = task
         self.tokenizer = tokenizer
         self.max_length = max_length
+        self.text_limit = max_length  # most tokens of a text, if that is fewer than `max_length` leaves it
+        self.prompt_behind = prompt_behind
+        self.question, self.ending = task.template, ""
+        if prompt_behind and self.asks_question:
+            self.question, self.ending = split_template(task.template)
+        if not self.question:
+            raise ValueError(f"The template {task.template!r} of {task.name} has no column that a prompt can follow.")
 
     @property
     def model_options(self) -> dict[str, Any]:
         """Arguments of `from_pretrained` that the task decides."""
         return {}
+
+    @property
+    def text_room(self) -> int:
+        """Most tokens of a text, if all rows have the same answers to choose from."""
+        return self.text_limit
+
+    @abstractmethod
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """What the model reads of a prepared row in front of the answer, the prompt left out."""
 
     @abstractmethod
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
@@ -102,10 +123,29 @@ def base_model_of(model: Any) -> Any:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def prompt_length(model: Any) -> int:
-    """Virtual tokens that the model's logits begin with."""
+def prompt_length(model: Any, adapter_names: Sequence[str] | None = None) -> int:
+    """Virtual tokens in each row of the model's logits.
+
+    Args:
+        model: The model, also inside a wrapper.
+        adapter_names: The adapter of each row, if they differ; rows are as wide as the longest prompt.
+    """
+    config = _prompt_config(model)
+    if config is None:
+        return 0
+    configs = [model.peft_config[name] for name in adapter_names] if adapter_names else [config]
+    return max(int(config.num_virtual_tokens) for config in configs)
+
+
+def has_prompt_behind(model: Any) -> bool:
+    """Whether the model's prompt stands between a text and its answer."""
+    return getattr(_prompt_config(model), "prompt_position", "prefix") == "suffix"
+
+
+def _prompt_config(model: Any) -> Any:
+    """The config of the active prompt; None without one, or while it is disabled."""
     model = getattr(model, "module", model)
     config = getattr(model, "active_peft_config", None)
     if config is None or not config.is_prompt_learning or getattr(model, "_adapters_disabled", False):
-        return 0
-    return int(config.num_virtual_tokens)
+        return None
+    return config

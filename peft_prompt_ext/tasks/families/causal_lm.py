@@ -13,7 +13,7 @@ import torch
 
 from ...labels import IGNORE_INDEX
 from ..encoding import pad
-from .base import base_model_of, prompt_length
+from .base import base_model_of, has_prompt_behind, prompt_length
 from .language_model import LanguageModel, labelled
 
 
@@ -41,18 +41,24 @@ class CausalLM(LanguageModel):
         return {**batch, "shift_labels": batch["labels"][:, columns + 1], "logits_to_keep": columns + prompt}
 
     def _logits(
-        self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
+        self,
+        model: Any,
+        contexts: list[list[int]],
+        openings: list[tuple[int, ...]],
+        device: torch.device,
+        options: dict[str, Any],
     ) -> Any:
         inputs = _inputs([[*c, *o] for c, o in zip(contexts, openings, strict=True)], self.tokenizer.pad_token_id)
         first = torch.tensor([len(context) - 1 for context in contexts])
         asked = {int(f) + i for f, o in zip(first, openings, strict=True) for i in range(len(o) + 1)}
         columns = torch.tensor(sorted(asked))
-        prompt = prompt_length(model)
-        options = {}
+        prompt = prompt_length(model, options.get("adapter_names"))
+        if has_prompt_behind(model):
+            inputs["answer_start"] = first + 1
         if keeps_columns(model):
-            options["logits_to_keep"] = (columns + prompt).to(device)
+            inputs["logits_to_keep"] = columns + prompt
         logits = model(**{name: value.to(device) for name, value in inputs.items()}, **options).logits
-        if not options:
+        if "logits_to_keep" not in inputs:
             logits = logits[:, (columns + prompt).to(device)]
         kept = torch.zeros(int(columns.max()) + 1, dtype=torch.long)
         kept[columns] = torch.arange(len(columns))

@@ -30,8 +30,10 @@ MAX_SEQUENCES = 64  # of one forward pass, if rows have many choices
 class LanguageModel(Family):
     """Scores a choice by the sum of its tokens' log-probabilities."""
 
-    def __init__(self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int) -> None:
-        super().__init__(task, tokenizer, max_length)
+    def __init__(
+        self, task: Task, tokenizer: PreTrainedTokenizerBase, max_length: int, prompt_behind: bool = False
+    ) -> None:
+        super().__init__(task, tokenizer, max_length, prompt_behind)
         words = task.label_words
         ids = self._answers(words) if words else []
         split = [f"{word!r} ({len(i)} tokens)" for word, i in zip(words, ids, strict=True) if len(i) > 1]
@@ -42,6 +44,16 @@ class LanguageModel(Family):
                 ", ".join(split),
             )
 
+    @property
+    def text_room(self) -> int:
+        """See `Family`."""
+        words = self.task.label_words
+        return min(self.text_limit, self.max_length - (self._answer_room(self._answers(words)) if words else 0))
+
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """See `Family`: the question."""
+        return [self.question.format(**row)]
+
     def encode(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """See `Family`; `context` and `choices` are token ids."""
         row = self.task.prepared(row)
@@ -49,11 +61,13 @@ class LanguageModel(Family):
         encoded, truncated = fit(
             self.task,
             row,
-            lambda values: self.tokenizer(self.task.template.format(**values), verbose=False),
+            lambda values: self.tokenizer(*self.texts_of(values), verbose=False),
             self.tokenizer,
-            self.max_length - self._answer_room(choices),
+            min(self.text_limit, self.max_length - self._answer_room(choices)),
         )
         context = encoded["input_ids"]
+        if self.prompt_behind and not context:
+            raise ValueError(f"A row of {self.task.name} has an empty text, and a prompt behind it needs one to read.")
         return {
             "context": context,
             "choices": choices,
@@ -81,7 +95,10 @@ class LanguageModel(Family):
         }
 
     def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """See `Family`; choices that differ in their last token alone share a sequence."""
+        """See `Family`; choices that differ in their last token alone share a sequence.
+
+        `adapter_names` (a list of B names), if the batch has it, selects the adapter of each row.
+        """
         device = batch["context"].device
         contexts = [
             row[:length].tolist()
@@ -94,17 +111,19 @@ class LanguageModel(Family):
             for c, choice in enumerate(row):
                 number = sequences.setdefault((r, tuple(choice[:-1])), len(sequences)) if choice else -1
                 wanted += [(r, c, number, place, token) for place, token in enumerate(choice)]
+        names: Any = batch.get("adapter_names")
         scores = torch.zeros(batch["choices"].shape[:2])
         keys = list(sequences)
         for i in range(_most_passes(-(-len(keys) // MAX_SEQUENCES), device)):
             start = i * MAX_SEQUENCES
             part = keys[start : start + MAX_SEQUENCES]
             if not part:
-                self._logits(model, contexts[:1], [()], device)
+                self._logits(model, contexts[:1], [()], device, {})
                 continue
             asked = [(r, c, n - start, p, t) for r, c, n, p, t in wanted if start <= n < start + MAX_SEQUENCES]
             rows, columns, numbers, places, tokens = torch.tensor(asked).T
-            logits = self._logits(model, [contexts[r] for r, _ in part], [key for _, key in part], device)
+            options = {"adapter_names": [names[r] for r, _ in part]} if names else {}
+            logits = self._logits(model, [contexts[r] for r, _ in part], [key for _, key in part], device, options)
             chosen = logits(numbers, places).float().log_softmax(-1).cpu()  # [asked, V]
             scores.index_put_((rows, columns), chosen.gather(1, tokens[:, None])[:, 0], accumulate=True)
         absent = torch.tensor([[not choice for choice in row] for row in choices])
@@ -112,9 +131,21 @@ class LanguageModel(Family):
 
     @abstractmethod
     def _logits(
-        self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
+        self,
+        model: Any,
+        contexts: list[list[int]],
+        openings: list[tuple[int, ...]],
+        device: torch.device,
+        options: dict[str, Any],
     ) -> Any:
         """Run sequences of a context and the opening of an answer.
+
+        Args:
+            model: The model.
+            contexts: Token ids of each sequence's text.
+            openings: Token ids of the answer's first tokens, none or more.
+            device: The model's.
+            options: Further arguments of the model.
 
         Returns:
             A function of sequence numbers [n] and places behind the context [n] that gives the logits [n, V] for the

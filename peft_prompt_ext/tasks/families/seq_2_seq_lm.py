@@ -33,11 +33,16 @@ class Seq2SeqLM(LanguageModel):
         return {"input_ids": pad(contexts, self.tokenizer.pad_token_id), "attention_mask": mask}
 
     def _logits(
-        self, model: Any, contexts: list[list[int]], openings: list[tuple[int, ...]], device: torch.device
+        self,
+        model: Any,
+        contexts: list[list[int]],
+        openings: list[tuple[int, ...]],
+        device: torch.device,
+        options: dict[str, Any],
     ) -> Any:
         start = base_model_of(model).config.decoder_start_token_id
         # what the decoder sees behind an opening does not reach the places before it
         said = pad([[start, *opening] for opening in openings], self.tokenizer.pad_token_id)
         inputs = {**self._inputs(contexts), "decoder_input_ids": said}
-        logits = model(**{name: value.to(device) for name, value in inputs.items()}).logits
+        logits = model(**{name: value.to(device) for name, value in inputs.items()}, **options).logits
         return lambda numbers, places: logits[numbers.to(device), places.to(device)]

@@ -48,7 +48,7 @@ class SequenceClassification(Family):
         row = self.task.prepared(row)
         versions = [{**row, "choice": choice.strip()} for choice in self.task.choices_of(row)]
         fitted = [
-            fit(self.task, version, self._encode, self.tokenizer, self.max_length)
+            fit(self.task, version, self._encode, self.tokenizer, self.text_limit)
             for version in (versions if self.task.choices else [row])
         ]
         target = self.task.target_or_hidden(row)
@@ -61,11 +61,14 @@ class SequenceClassification(Family):
             "truncated": any(cut for _, cut in fitted),
         }
 
-    def _encode(self, row: Mapping[str, Any]) -> Any:
+    def texts_of(self, row: Mapping[str, Any]) -> list[str]:
+        """See `Family`: the task's one or two texts."""
         texts = [text.format(**row) for text in self.task.texts]
-        if self.tokenizer.sep_token_id is None:  # nothing would stand between the two
-            texts = ["\n".join(texts)]
-        return self.tokenizer(*texts, verbose=False)
+        # without a separator nothing would stand between the two
+        return texts if self.tokenizer.sep_token_id is not None else ["\n".join(texts)]
+
+    def _encode(self, row: Mapping[str, Any]) -> Any:
+        return self.tokenizer(*self.texts_of(row), verbose=False)
 
     def collate(self, rows: Sequence[Mapping[str, Any]]) -> dict[str, torch.Tensor]:
         """See `Family`."""
@@ -98,8 +101,12 @@ class SequenceClassification(Family):
         return {**batch, "attention_mask": pad([[1] * len(text["input_ids"]) for text in texts], 0)}
 
     def score(self, model: Any, batch: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """See `Family`."""
-        inputs = {name: batch[name] for name in ("input_ids", "attention_mask", "token_type_ids") if name in batch}
+        """See `Family`; `adapter_names` (one for each text), if the batch has it, selects adapters."""
+        inputs = {
+            name: batch[name]
+            for name in ("input_ids", "attention_mask", "token_type_ids", "adapter_names")
+            if name in batch
+        }
         logits = model(**inputs).logits.float()
         if self.task.is_regression:
             return logits
