@@ -7,6 +7,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from peft_prompt_ext import engine_status
 from peft_prompt_ext.tasks import Task, get_task
 from peft_prompt_ext.tasks.families import CausalLM
 from peft_prompt_ext.training.predictor import Predictor
@@ -145,6 +146,9 @@ def test_a_score_is_the_likelihood_of_the_answer_behind_text_and_prompt(train, t
                 alone = logits_of_the_row_alone(model, row["context"], answer, model.get_prompt(1)[0])
                 wanted = sum(alone[place, token] for place, token in enumerate(answer))
                 assert score.item() == pytest.approx(wanted.item(), rel=1e-4)
+        before = engine_status(model).texts.hits
+        family.score(model, family.collate_choices(rows))
+    assert engine_status(model).texts.hits == before + 3  # no logits of texts were asked for
 
 
 def test_without_supervised_logits_the_labels_are_given_too(train, monkeypatch):  # noqa: F811

@@ -48,12 +48,16 @@ class CausalLM(LanguageModel):
         device: torch.device,
         options: dict[str, Any],
     ) -> Any:
-        inputs = _inputs([[*c, *o] for c, o in zip(contexts, openings, strict=True)], self.tokenizer.pad_token_id)
-        first = torch.tensor([len(context) - 1 for context in contexts])
+        behind = has_prompt_behind(model)
+        # with a prompt behind them all texts end in one column, so no logits of a text are asked for
+        front = [max(map(len, contexts)) - len(context) if behind else 0 for context in contexts]
+        texts = [[*c, *o] for c, o in zip(contexts, openings, strict=True)]
+        inputs = _inputs(texts, self.tokenizer.pad_token_id, front)
+        first = torch.tensor([pads + len(context) - 1 for pads, context in zip(front, contexts, strict=True)])
         asked = {int(f) + i for f, o in zip(first, openings, strict=True) for i in range(len(o) + 1)}
         columns = torch.tensor(sorted(asked))
         prompt = prompt_length(model, options.get("adapter_names"))
-        if has_prompt_behind(model):
+        if behind:
             inputs["answer_start"] = first + 1
         if keeps_columns(model):
             inputs["logits_to_keep"] = columns + prompt
@@ -70,5 +74,9 @@ def keeps_columns(model: Any) -> bool:
     return "logits_to_keep" in signature(base_model_of(model).forward).parameters
 
 
-def _inputs(texts: list[list[int]], pad_token_id: int) -> dict[str, torch.Tensor]:
-    return {"input_ids": pad(texts, pad_token_id), "attention_mask": pad([[1] * len(text) for text in texts], 0)}
+def _inputs(texts: list[list[int]], pad_token_id: int, front: Sequence[int] | None = None) -> dict[str, torch.Tensor]:
+    """Pad texts behind, and in front by the given numbers of pads."""
+    pads = front or [0] * len(texts)
+    ids = [[*[pad_token_id] * count, *text] for count, text in zip(pads, texts, strict=True)]
+    mask = [[*[0] * count, *[1] * len(text)] for count, text in zip(pads, texts, strict=True)]
+    return {"input_ids": pad(ids, pad_token_id), "attention_mask": pad(mask, 0)}
