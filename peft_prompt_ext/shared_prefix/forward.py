@@ -70,7 +70,9 @@ def causal_lm(
     if labels is not None and shift_labels is not None:
         labelled = (download(shift_labels)[0] != IGNORE_INDEX) & (sources >= 0)
         places, targets = sources[labelled], _take(shift_labels, labelled.flatten().nonzero()[:, 0])
-    wanted, number = torch.cat([sources.flatten(), places]).clamp(min=0).unique(return_inverse=True)
+    wanted = torch.cat([sources.flatten(), places])
+    # a pad gets the logits of any token that runs, and zeros after that
+    wanted, number = torch.where(wanted < 0, packed.first_place, wanted).unique(return_inverse=True)
     output = _run_at(wanted, base_model, embeds, packed)
     number, empty = upload(output.logits.device, number, (sources < 0).flatten().nonzero()[:, 0])
     loss = None
