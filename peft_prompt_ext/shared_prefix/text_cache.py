@@ -7,6 +7,7 @@ Shapes: G key-value heads, D head size, T tokens of a text.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -48,6 +49,7 @@ class TextCache:
         hits: How often a text was found.
         misses: How often it was not.
         num_bytes: Bytes of the kept texts.
+        is_default: Whether the budget is the default one, which may be below one text.
     """
 
     budget: int
@@ -55,6 +57,7 @@ class TextCache:
     hits: int = 0
     misses: int = 0
     num_bytes: int = 0
+    is_default: bool = False
     _forms: list[tuple[nn.Module, list[Form]]] | None = field(default=None, repr=False)
 
     @property
@@ -71,6 +74,17 @@ class TextCache:
             return None
         self.hits += 1
         return self._unflatten(flat.to(device, non_blocking=True), tokens)
+
+    def check_budget(self, texts: Iterable[KeysValues]) -> None:
+        """Raise ValueError if nothing is kept yet and the given budget is below each of the texts."""
+        if self.num_bytes or self.is_default:
+            return
+        sizes = [sum(x.numel() * x.element_size() for pair in text.values() for x in pair) for text in texts]
+        if min(sizes) > self.budget:
+            raise ValueError(
+                f"text_cache_bytes ({self.budget}) is below one text: those of this batch take {min(sizes)} bytes or "
+                "more. Raise it, or set text_cache='none'."
+            )
 
     def put(self, key: bytes, keys_values: KeysValues) -> None:
         """Keep a text's keys and values, [1, G, T, D] each, if the budget allows it."""

@@ -74,12 +74,14 @@ def make_cache(backbone: nn.Module, computation: str, config: Any) -> TextCache:
     Raises:
         ValueError: The folder cannot be used.
     """
-    budget = config.text_cache_bytes
+    budget, is_default = config.text_cache_bytes, config.text_cache_bytes is None
     if config.text_cache == "memory":
-        return TextCache(psutil.virtual_memory().available // SHARE if budget is None else budget)
+        free = psutil.virtual_memory().available
+        return TextCache(free // SHARE if is_default else budget, is_default=is_default)
     store = TextFolder(config.text_cache_dir, _hash_model(backbone, computation))
     free = shutil.disk_usage(store.folder).free
-    return TextCache(store.num_bytes + free // SHARE if budget is None else budget, store, num_bytes=store.num_bytes)
+    budget = store.num_bytes + free // SHARE if is_default else budget
+    return TextCache(budget, store, num_bytes=store.num_bytes, is_default=is_default)
 
 
 def _hash_model(backbone: nn.Module, computation: str) -> str:

@@ -62,6 +62,8 @@ class Texts:
         whole, logits = self._run(missing, places)
         self.after()
         texts = _split(whole, [self.lengths[number] for number in missing])
+        if self.cache is not None:
+            self.cache.check_budget(texts)
         for number, text in zip(missing, texts, strict=True):
             kept[number] = text
             if self.cache is not None:

@@ -4,10 +4,15 @@ import copy
 
 import pytest
 import torch
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from transformers import Trainer, TrainingArguments
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from peft_prompt_ext._versions import checkpoint_activations
+from peft_prompt_ext.shared_prefix import probe
+from peft_prompt_ext.shared_prefix.layout import pack_behind
+from peft_prompt_ext.shared_prefix.texts import Texts
 from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
 from tests.peft_models.suffix import MASKS, assert_equals_rows_alone, make_suffix_batch, run_alone
 from tests.zoo import DECODERS
@@ -22,9 +27,10 @@ def test_each_row_equals_it_alone(build_model, architecture, kind, shared_prefix
     assert engine_status(model).packed == (shared_prefix and architecture != "bloom")
 
 
-@pytest.mark.parametrize("size", [1, 40])
+@pytest.mark.parametrize("size", [1, 100])
 def test_short_and_long_prompts(build_model, size):
-    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", num_virtual_tokens=size)
+    base_model = build_model("llama", max_position_embeddings=200)
+    model = prompted(base_model, "CAUSAL_LM", prompt_position="suffix", num_virtual_tokens=size)
     assert_equals_rows_alone(model, make_suffix_batch("holes", answers=(1, 2, 1)))
 
 
@@ -97,7 +103,21 @@ def set_a_config(model):
     model.get_base_model().base_model.layers[0].self_attn.scaling *= 2
 
 
+def change_a_lora_inside(model):
+    for module in model.modules():
+        if hasattr(module, "set_scale"):
+            module.set_scale("default", 4.0)
+
+
+def switch_a_lora_inside_off(model):
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+
+
 CHANGES = [
+    change_a_lora_inside,
+    switch_a_lora_inside_off,
     write_a_weight,
     write_data_and_change_the_mode,
     swap_rows_of_data_and_change_the_mode,
@@ -107,9 +127,13 @@ CHANGES = [
 ]
 
 
+@pytest.mark.filterwarnings("ignore:You are trying to modify a model")
 @pytest.mark.parametrize("change", CHANGES)
 def test_a_change_of_the_model_drops_kept_texts(build_model, change):
-    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", train_logits="supervised").train()
+    base_model = build_model("llama")
+    if "lora" in change.__name__:
+        inject_adapter_in_model(LoraConfig(target_modules=["v_proj"], init_lora_weights=False), base_model)
+    model = prompted(base_model, "CAUSAL_LM", prompt_position="suffix", train_logits="supervised").train()
     batch = make_suffix_batch("left")
     model(**batch)
     model(**batch)
@@ -159,6 +183,37 @@ def test_a_budget_keeps_what_fits(build_model):
     assert 0 < kept.num_bytes <= 3000
     assert 0 < kept.hits < 3
     torch.testing.assert_close(*losses)
+
+
+def test_a_budget_below_one_text_is_an_error(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", text_cache_bytes=100)
+    with pytest.raises(ValueError, match=r"text_cache_bytes \(100\) is below one text"):
+        model(**make_suffix_batch("none"), logits_to_keep=1)
+
+
+@pytest.mark.parametrize("wrong", ["places", "keys"])
+def test_a_wrong_layout_is_refused_and_its_results_are_pefts(build_model, monkeypatch, wrong):
+    def from_zero(*args):
+        layout = pack_behind(*args)
+        layout.position_ids[:, layout.num_trunk_tokens :] -= 1
+        return layout
+
+    def others(self, module):
+        keys, values = get(self, module)
+        return keys.roll(1, 2), values
+
+    get = Texts.get
+    if wrong == "places":
+        monkeypatch.setattr(probe, "pack_behind", from_zero)
+    else:
+        monkeypatch.setattr(Texts, "get", others)
+    base_model = build_model("llama")
+    for parameter in base_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    model = prompted(base_model, "CAUSAL_LM", prompt_position="suffix")
+    assert_equals_rows_alone(model, make_suffix_batch("right"), atol=1e-3)
+    assert not engine_status(model).packed
+    assert "with the prompt behind" in engine_status(model).reason
 
 
 def test_rows_that_share_a_text_read_it_once(build_model):

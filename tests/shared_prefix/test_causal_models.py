@@ -4,10 +4,14 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 import transformers
+from peft import get_peft_model
 
-from tests.helpers import one_thread  # noqa: F401
-from tests.shared_prefix.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome
+from peft_prompt_ext import PromptTuningExtConfig
+from tests.helpers import one_thread, prompt_of  # noqa: F401
+from tests.peft_models.suffix import make_suffix_batch, run_alone
+from tests.shared_prefix.causal_models import BATCHES, MODEL_TYPES, TABLE, outcome, tiny_model
 
 
 # windows, chunks, counted places, sparse attention, sinks, other layers, no attention interface
@@ -15,6 +19,11 @@ FEW = [
     "llama", "gemma3_text", "mixtral", "cohere2", "llama4_text", "qwen2_moe", "deepseek_v32", "minimax_m3_vl_text",
     "gpt_oss", "diffllama", "roberta", "bamba", "codegen", "bloom",
 ]  # fmt: skip
+
+
+def suffix_config():
+    values = {"num_virtual_tokens": 5, "prompt_tuning_init": "RANDOM_UNIFORM", "prompt_position": "suffix"}
+    return PromptTuningExtConfig(task_type="CAUSAL_LM", **values)
 
 
 def table_rows():
@@ -71,3 +80,24 @@ def test_the_errors_in_the_table_are_those_of_rounding():
 
     assert len(errors) > 150
     assert max(errors) < 1e-4
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize(
+    "model_type", [pytest.param(t, marks=() if t in FEW else pytest.mark.slow) for t in MODEL_TYPES]
+)
+def test_a_model_type_is_right_with_the_prompt_behind_or_refuses(model_type):
+    try:
+        model = get_peft_model(tiny_model(model_type), suffix_config())
+    except Exception as error:  # it cannot be built tiny, or it is an encoder
+        pytest.skip(f"{type(error).__name__}: {error}")
+    batch = make_suffix_batch("holes")
+    try:
+        with torch.no_grad():
+            got = model.eval()(**batch).logits
+    except ValueError as refusal:
+        pytest.skip(str(refusal))
+    with torch.no_grad():
+        _, logits, columns = run_alone(model.get_base_model(), [prompt_of(model)] * 3, batch)
+    for row, want, where in zip(got, logits, columns, strict=True):
+        assert (row[where] - want).norm() <= 1e-4 * want.norm()
