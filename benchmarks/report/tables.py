@@ -10,6 +10,7 @@ from .summary import Summary
 
 
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
+ENGINE |= {"suffix": "this plugin, suffixes", "suffix_kept": "the same, texts kept"}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
 GPU = {("stock", ""): "PEFT's prompt tuning", ("packed", "varlen"): "this plugin"}

@@ -17,12 +17,13 @@ def row(method, virtual, times, peak):
 
 def test_the_table_holds_medians_over_turns_and_ratios_at_the_same_prompt_length():
     rows = [row("stock", 20, [4.0, 9.0], 2**30), row("stock", 20, [5.0], 2**31), row("packed", 20, [2.0], 2**30)]
-    rows += [row("packed", 50, [3.0], 2**30), row("lora", 0, [8.0], 2**32)]
+    rows += [row("packed", 50, [3.0], 2**30), row("lora", 0, [8.0], 2**32), row("suffix_kept", 50, [1.0], 2**30)]
     lines = [line.strip("| ").split(" | ")[1:] for line in step_table(pd.DataFrame(rows)).splitlines()[2:]]
     assert lines == [
         ["20", "5.00 s", "1.00", "0.62", "-", "2.00 GiB", "1.00"],
         ["20", "2.00 s", "0.40", "0.25", "-", "1.00 GiB", "0.50"],
         ["50", "3.00 s", "-", "0.38", "-", "1.00 GiB", "-"],
+        ["50", "1.00 s", "-", "0.12", "-", "1.00 GiB", "-"],
         ["", "8.00 s", "-", "1.00", "-", "4.00 GiB", "-"],
     ]
 
