@@ -223,6 +223,18 @@ def mixed_table(lines: pd.DataFrame) -> str:
     return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
 
 
+def one_text_table(lines: pd.DataFrame) -> str:
+    """Medians of each way, and how many times those of suffixes they are."""
+    rows = []
+    for line in lines.to_dict("records"):
+        suffix, *others = (pd.Series(line[f"{way}_time_s"]).median() for way in ("suffix", "prefix", "lora"))
+        kinds = [str(line[name]) for name in ("tasks", "text", "num_virtual_tokens", "precision", "machine")]
+        times = [f"{suffix:.2f} s", *(f"{other:.2f} s ({other / suffix:.1f} x)" for other in others)]
+        rows.append([*kinds, *times, f"{max(line['largest_differences'].values()):.0e}"])
+    head = ["tasks", "tokens", "virtual tokens", "precision", "machine", "suffixes", "prefixes", "LoRA, r 8"]
+    return table([*head, "largest difference"], rows)
+
+
 def runs_by_task(summary: Summary) -> str:
     """The scores by seed, and the runs that did not end well."""
     cells = summary.runs.drop_duplicates("run_id").groupby(["variant", "task"]).apply(_cell).unstack(fill_value="")

@@ -66,6 +66,20 @@ def test_mixed_tasks_are_an_option(saved_model, movie_reviews, tmp_path, pytestc
 
 
 @pytest.mark.real
+def test_tasks_over_one_text_are_an_option(saved_model, movie_reviews, tmp_path, pytestconfig):
+    command = [sys.executable, "-m", "benchmarks", "speed", "--model_name_or_path", saved_model("llama")]
+    command += ["--one_text_tasks", "1", "3", "--text", "16", "--steps", "2", "--turns", "1"]
+    command += ["--output", str(tmp_path / "one_text.jsonl")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert ran.returncode == 0 and "| 3 | 16 | 12 | float32 |" in ran.stdout, ran.stdout + ran.stderr
+    lines = [json.loads(line) for line in (tmp_path / "one_text.jsonl").read_text().splitlines()]
+    assert [line["tasks"] for line in lines] == [1, 3]
+    for line in lines:
+        for way in ("suffix", "prefix", "lora"):
+            assert len(line[f"{way}_time_s"]) == 2 and line["largest_differences"][way] < 1e-4
+
+
+@pytest.mark.real
 def test_a_step_of_every_kind_of_run_is_timed_interleaved_and_a_failure_is_a_row(saved_model, movie_reviews, tmp_path):
     source = {"task": "plot_or_review", "num_virtual_tokens": 9}
     lora = {"method": "lora", "learning_rate": [0.1, 0.2], "lr_scheduler_type": ["linear", "none"]}
