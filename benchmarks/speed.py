@@ -2,6 +2,7 @@
 
     python -m benchmarks speed                              # PEFT, this plugin, LoRA, full fine-tuning, the floor
     python -m benchmarks speed --mixed_tasks 8              # one batch of 8 tasks beside one batch for each
+    python -m benchmarks speed --one_text_tasks 1 4 16 --text 512   # suffixes, prefixes and LoRA over one text
     python -m benchmarks speed --suite benchmarks/suites/cpu.yaml --data_dir path/to/rows   # what runs of a suite cost
 
 Each method has a process of its own, so that its peak memory is its own; the processes are interleaved, because
@@ -56,7 +57,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__, "epilog": methods}
     parser = argparse.ArgumentParser("python -m benchmarks speed", **form)
     parser.add_argument("--methods", nargs="+", choices=WHAT, default=list(WHAT))
-    parser.add_argument("--num_virtual_tokens", nargs="+", type=int, default=[20, 100])
+    parser.add_argument("--num_virtual_tokens", nargs="+", type=int, help="20 and 100; 12 over one text")
     parser.add_argument("--text", nargs="+", choices=LENGTHS, default=["short"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16])
     parser.add_argument("--precision", nargs="+", choices=PRECISIONS, default=["float32"])
@@ -71,6 +72,7 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     mixed.add_argument("--rows_per_task", type=int, default=1)
     mixed.add_argument("--logits", choices=["last", "all"], default="last", help="of the next token, or of all")
     mixed.add_argument("--single_path", choices=["packed", "stock"], default="stock", help="path of single batches")
+    mixed.add_argument("--one_text_tasks", nargs="+", type=int, metavar="N", help="time N tasks over one text")
     suite = parser.add_argument_group("steps of a suite's runs")
     suite.add_argument("--suite", nargs="+", type=Path, help="time a step of every kind of run of these, interleaved")
     suite.add_argument("--data_dir", help="where the folders of `data` in a suite lie")
@@ -92,18 +94,23 @@ def _suite_rows(options: argparse.Namespace) -> Iterator[Row]:
 
 def _grid(options: argparse.Namespace) -> Iterator[Row]:
     common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
-    if options.mixed_tasks:
+    lengths = options.num_virtual_tokens or ([12] if options.one_text_tasks else [20, 100])
+    if options.one_text_tasks:
+        grid = product(options.text, options.precision, lengths, options.one_text_tasks)
+        names = ("text", "precision", "num_virtual_tokens", "tasks")
+        kinds = [{"method": "one_text", "batch_size": 1, **dict(zip(names, cell, strict=True))} for cell in grid]
+    elif options.mixed_tasks:
         mixed = {"method": "mixed", "tasks": options.mixed_tasks, "rows_per_task": options.rows_per_task}
         mixed |= {"logits": options.logits, "single_path": options.single_path, "text": "short"}
         mixed |= {"precision": "float32", "batch_size": options.mixed_tasks * options.rows_per_task}
-        kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in options.num_virtual_tokens]
+        kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in lengths]
     else:
         kinds = [
             {"method": method, "num_virtual_tokens": virtual, "text": text, "batch_size": size, "precision": precision}
             | {"gradient_checkpointing": options.gradient_checkpointing}
             for text, size, precision in product(options.text, options.batch_size, options.precision)
             for method in options.methods
-            for virtual in (options.num_virtual_tokens if method in PROMPTED else [0])
+            for virtual in (lengths if method in PROMPTED else [0])
         ]
     for _ in range(options.turns):
         yield from ({**kind, **common} for kind in kinds)
@@ -124,7 +131,7 @@ def show(rows: list[Row]) -> None:
     """Print a table for each batch: medians over all turns, and ratios to PEFT, LoRA and the floor; then failures."""
     import pandas as pd
 
-    from .report.tables import mixed_table, step_table
+    from .report.tables import mixed_table, one_text_table, step_table
 
     good = pd.DataFrame([row for row in rows if not row.get("error")])
     if "kind" in good:
@@ -133,6 +140,8 @@ def show(rows: list[Row]) -> None:
             print(f"{what}: {row.step_s:.2f} s a step")
     elif "mixed_time_s" in good:
         print(mixed_table(good))
+    elif "largest_differences" in good:
+        print(one_text_table(good))
     elif len(good):
         for batch, group in good.groupby(["text", "batch_size", "precision", "gradient_checkpointing"]):
             text, size, precision, checkpointing = batch

@@ -130,14 +130,20 @@ def memory_parser() -> argparse.ArgumentParser:
         prog="peft-prompt-ext memory",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         description="What each way of training a causal language model needs, in bytes. Only its config is read.",
-        epilog="""example:
-  peft-prompt-ext memory smollm2-135m --card 8GB --batch 16 --tokens 256""",
+        epilog="""examples:
+  peft-prompt-ext memory smollm2-135m --card 8GB --batch 16 --tokens 256
+  peft-prompt-ext memory smollm2-135m --tokens 256 --text_rows 5000 --text_cache_bytes 16GB""",
     )
     parser.add_argument("model", help="an embedded default, a folder or a Hub name")
     parser.add_argument("--card", type=to_bytes, metavar="SIZE", help="memory of the device, such as 8GB")
     parser.add_argument("--batch", type=int, default=8, help="rows of a batch (default: %(default)s)")
     parser.add_argument("--tokens", type=int, default=128, help="text tokens of a row (default: %(default)s)")
     parser.add_argument("--num_virtual_tokens", type=int, default=20, help="(default: %(default)s)")
+    parser.add_argument("--labels_per_row", type=int, default=1, help="tokens of its answer (default: %(default)s)")
+    rows = "rows whose texts are kept, if prompts stand behind them (default: %(default)s)"
+    parser.add_argument("--text_rows", type=int, default=0, help=rows)
+    most = "the most bytes of kept texts, such as 16GB; by default all are kept"
+    parser.add_argument("--text_cache_bytes", type=to_bytes, metavar="SIZE", help=most)
     parser.add_argument("--dtype", choices=["float32", "bfloat16", "float16"], default="bfloat16")
     parser.add_argument("--gradient_checkpointing", action="store_true", help="recompute activations")
     return parser

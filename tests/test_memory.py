@@ -6,8 +6,15 @@ import sys
 
 import pytest
 import torch
+from peft import get_peft_model
 
-from peft_prompt_ext import MemoryEstimate, estimate_memory, load_frozen_backbone
+from peft_prompt_ext import (
+    MemoryEstimate,
+    PromptTuningExtConfig,
+    engine_status,
+    estimate_memory,
+    load_frozen_backbone,
+)
 from peft_prompt_ext.memory import parse_bytes
 from tests.zoo import tiny_config
 
@@ -42,6 +49,10 @@ CASES = [
     ("prompt_tuning", "nf4", 8, 32, 100, False),
     pytest.param("prompt_tuning", "int8", 8, 32, 20, False, marks=pytest.mark.slow),
     pytest.param("prompt_tuning", None, 16, 64, 20, True, marks=pytest.mark.slow),
+    ("suffix_kept", None, 8, 128, 20, False),
+    pytest.param("suffix", None, 8, 256, 12, False, marks=pytest.mark.slow),
+    pytest.param("suffix", "nf4", 8, 128, 20, False, marks=pytest.mark.slow),
+    pytest.param("suffix", None, 16, 128, 20, True, marks=pytest.mark.slow),
     pytest.param("lora", None, 16, 32, 1, False, marks=pytest.mark.slow),
     pytest.param("lora", "nf4", 8, 32, 1, False, marks=pytest.mark.slow),
     pytest.param("full", None, 8, 32, 1, False, marks=pytest.mark.slow),
@@ -72,17 +83,21 @@ def test_the_estimate_is_within_a_fifth_of_the_measured_peak(
     assert ran.returncode == 0, ran.stderr
     measured = int(ran.stdout.split()[-1])
 
+    behind = {"prompt_position": "suffix", "text_rows": batch if method == "suffix_kept" else 0}
+    is_suffix = method.startswith("suffix")
     estimate = estimate_memory(
         smollm2,
-        method,
+        "prompt_tuning" if is_suffix else method,
         quantization,
         batch=batch,
         tokens=tokens,
         num_virtual_tokens=virtual,
         gradient_checkpointing=checkpointing,
+        **(behind if is_suffix else {}),
     )
 
-    assert 0.8 * measured <= estimate.above_weights_bytes <= 1.2 * measured
+    estimated = estimate.above_weights_bytes + estimate.kept_texts_bytes  # on a CPU both are in one memory
+    assert 0.8 * measured <= estimated <= 1.2 * measured
 
 
 @pytest.mark.real
@@ -101,7 +116,7 @@ def test_parts_add_up_and_grow_with_what_they_depend_on():
     config = tiny_config("llama", num_hidden_layers=4)
     small = estimate_memory(config, batch=3, tokens=11)
     assert isinstance(small, MemoryEstimate)
-    assert small.total_bytes == sum(vars(small).values())
+    assert small.total_bytes == sum(vars(small).values()) and small.kept_texts_bytes == 0
     assert small.trainable_bytes == 4 * 20 * 24 and small.optimizer_bytes == 8 * 20 * 24
     assert estimate_memory(config, batch=3, tokens=37).step_bytes > small.step_bytes
     assert estimate_memory(config, batch=3, tokens=11, num_virtual_tokens=47).step_bytes > small.step_bytes
@@ -109,6 +124,41 @@ def test_parts_add_up_and_grow_with_what_they_depend_on():
     int8, nf4 = (estimate_memory(config, "prompt_tuning", kind, batch=3, tokens=11) for kind in ("int8", "nf4"))
     assert int8.step_bytes > nf4.step_bytes  # LLM.int8 keeps the inputs of its products
     assert estimate_memory(config, batch=3, tokens=11, dtype=torch.bfloat16).weights_bytes == small.weights_bytes / 2
+
+
+def test_a_suffix_keeps_activations_of_its_branches_alone():
+    config, shape = tiny_config("llama", num_hidden_layers=4), {"batch": 3, "tokens": 37, "num_virtual_tokens": 5}
+    prefix, suffix = (estimate_memory(config, **shape, prompt_position=name) for name in ("prefix", "suffix"))
+    assert suffix.step_bytes < prefix.step_bytes and suffix.kept_texts_bytes == 0
+    assert suffix.trainable_bytes == prefix.trainable_bytes
+
+    def step(**changes):
+        return estimate_memory(config, **{**shape, "prompt_position": "suffix", **changes}).step_bytes
+
+    assert step(tokens=67) - suffix.step_bytes < (step(tokens=67, prompt_position="prefix") - prefix.step_bytes) / 2
+    assert step(num_virtual_tokens=11) > suffix.step_bytes and step(labels_per_row=7) > suffix.step_bytes
+    assert step(gradient_checkpointing=True) < suffix.step_bytes
+
+
+def test_kept_texts_are_counted_apart_up_to_their_budget(build_model):
+    base = build_model("llama", num_hidden_layers=4)
+    shape = {"batch": 3, "tokens": 13, "labels_per_row": 2, "prompt_position": "suffix"}
+    without, kept = (estimate_memory(base, **shape, text_rows=rows) for rows in (0, 5))
+    init = {"prompt_tuning_init": "RANDOM_UNIFORM", "prompt_position": "suffix"}
+    config = PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=4, **init)
+    model = get_peft_model(base, config).eval()
+    ids = torch.arange(5 * 13).view(5, 13) % 40 + 5
+    with torch.no_grad():
+        model(input_ids=ids, answer_start=torch.full((5,), 11))
+    assert kept.kept_texts_bytes == engine_status(model).texts.num_bytes > 0
+    assert kept.total_bytes == without.total_bytes
+
+    one = kept.kept_texts_bytes // 5
+    limited = estimate_memory(base, **shape, text_rows=5, text_cache_bytes=3 * one + 1)
+    assert limited.kept_texts_bytes == 3 * one
+    half = estimate_memory(base, **shape, text_rows=5, dtype=torch.bfloat16)
+    assert half.kept_texts_bytes == kept.kept_texts_bytes / 2
+    assert estimate_memory(tiny_config("bloom"), **shape, text_rows=5).kept_texts_bytes == 0  # PEFT's path keeps none
 
 
 def test_a_models_config_is_left_as_it_is_and_refused_architectures_are_estimated_for_pefts_path(build_model):
@@ -125,6 +175,10 @@ def test_a_models_config_is_left_as_it_is_and_refused_architectures_are_estimate
         ({"quantization": "int4"}, "quantization \\('int4'\\) must be one of"),
         ({"method": "full", "quantization": "nf4"}, "cannot be trained"),
         ({"batch": 0}, "batch must be at least 1; got 0"),
+        ({"prompt_position": "sufix"}, "prompt_position \\('sufix'\\) must be one of .* 'suffix'"),
+        ({"prompt_position": "suffix", "method": "lora"}, "needs a prompt; method='lora' has none"),
+        ({"prompt_position": "suffix", "tokens": 4, "labels_per_row": 4}, "labels_per_row is 4, tokens is 4"),
+        ({"text_rows": 9}, "text_rows=9 with a prefix"),
     ],
 )
 def test_bad_values_are_refused(arguments, message):
@@ -148,4 +202,8 @@ def test_the_table_says_what_fits(tmp_path):
     command = [sys.executable, "-m", "peft_prompt_ext.cli", "memory", str(tmp_path), "--card", "1MB", "--tokens", "16"]
     ran = subprocess.run(command, capture_output=True, text=True)
     assert ran.returncode == 0, ran.stderr
-    assert "QLoRA" in ran.stdout and " no " in ran.stdout
+    assert "QLoRA" in ran.stdout and " no " in ran.stdout and "kept" not in ran.stdout
+    ran = subprocess.run([*command, "--text_rows", "100000"], capture_output=True, text=True)
+    assert "kept texts" in ran.stdout and "suffix" in ran.stdout and "host's memory" in ran.stdout, ran.stderr
+    ran = subprocess.run([*command, "--labels_per_row", "16"], capture_output=True, text=True)
+    assert ran.returncode == 1 and "error: labels_per_row is 16, tokens is 16" in ran.stderr

@@ -1,9 +1,16 @@
-"""One mixed-task batch beside one batch for each task: the same rows and results, other times.
+"""One mixed-task batch beside one batch for each task, and many tasks over one text: the same results, other times.
 
-Forward passes without gradients, as in serving; the two are interleaved in one process.
+Forward passes without gradients, as in serving; what is compared is interleaved in one process.
 """
 
+from functools import partial
 from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+
+from peft_prompt_ext import PromptTuningExtConfig
+from peft_prompt_ext.peft_models.padding import real_last
 
 from .machine import clock
 
@@ -16,33 +23,50 @@ def compare(
     The batch, right-padded, has as many rows for each task. `packed`: the batch of one task is packed as well, else it
     takes PEFT's path. `last`: logits of the next token alone.
     """
-    import torch
-    from peft import get_peft_model
+    mixed, single = _batches(base, batch, tasks, partial(_prompt, num_virtual_tokens, "prefix"), packed, last)
+    with torch.inference_mode():
+        difference = float((mixed() - single()).abs().max())
+        return {**_time({"mixed": mixed, "single": single}, repeats), "largest_difference": difference}
 
-    from peft_prompt_ext import PromptTuningExtConfig, engine_status
-    from peft_prompt_ext.peft_models.padding import real_last
 
+def compare_on_one_text(load: Any, ids: Any, tasks: int, num_virtual_tokens: int, repeats: int) -> dict[str, Any]:
+    """Time a batch that has one text [1, T] for each task, with suffixes, prefixes and LoRA adapters, interleaved.
+
+    `load` makes the base model. The largest differences are those of a row's logits from its adapter alone.
+    """
+    configs = {way: partial(_prompt, num_virtual_tokens, way) for way in ("suffix", "prefix")}
+    configs["lora"] = lambda _: LoraConfig(task_type="CAUSAL_LM", r=8, init_lora_weights=False)  # else all are equal
+    batch = {"input_ids": ids.expand(tasks, -1), "attention_mask": torch.ones_like(ids).expand(tasks, -1)}
+    ways = {way: _batches(load(), batch, tasks, config) for way, config in configs.items()}
+    with torch.inference_mode():
+        differences = {way: float((mixed() - single()).abs().max()) for way, (mixed, single) in ways.items()}
+        times = _time({way: mixed for way, (mixed, _) in ways.items()}, repeats)
+    return {**times, "largest_differences": differences}
+
+
+def _prompt(virtual: int, position: str, seed: int) -> Any:
+    init = {"prompt_tuning_init": "RANDOM_UNIFORM", "prompt_tuning_init_seed": seed, "text_cache": "none"}
+    return PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=virtual, prompt_position=position, **init)
+
+
+def _batches(base: Any, batch: Any, tasks: int, make: Any, packed: bool = True, last: bool = True) -> tuple[Any, ...]:
+    """Functions that run one batch of all tasks, and a batch for each; `make(number)` is the config of an adapter."""
     order = real_last(batch["attention_mask"])
     inputs = {name: batch[name].gather(1, order) for name in ("input_ids", "attention_mask")}
     keep = {"logits_to_keep": 1} if last else {}
-    common = {"task_type": "CAUSAL_LM", "num_virtual_tokens": num_virtual_tokens}
-    common["prompt_tuning_init"] = "RANDOM_UNIFORM"
-    configs = {f"task{n}": PromptTuningExtConfig(**common, prompt_tuning_init_seed=n) for n in range(tasks)}
-    model = get_peft_model(base, configs["task0"], adapter_name="task0")
-    for name in list(configs)[1:]:
-        model.add_adapter(name, configs[name])
+    model = get_peft_model(base, make(0), adapter_name="task0")
+    for number in range(1, tasks):
+        model.add_adapter(f"task{number}", make(number))
     model.eval()
-    if not engine_status(model).packed:
-        raise SystemExit(f"the engine does not take this model: {engine_status(model).reason}")
     each = len(order) // tasks
 
     def mixed() -> Any:
-        names = [name for name in configs for _ in range(each)]
+        names = [name for name in model.peft_config for _ in range(each)]
         return model(**inputs, adapter_names=names, **keep).logits[:, -1]
 
     def single() -> Any:
         outputs = []
-        for number, (name, config) in enumerate(configs.items()):
+        for number, (name, config) in enumerate(model.peft_config.items()):
             model.set_adapter(name)
             config.shared_prefix = packed
             part = slice(number * each, (number + 1) * each)
@@ -51,11 +75,13 @@ def compare(
             config.shared_prefix = True
         return torch.cat(outputs)
 
-    times: dict[str, list[float]] = {"mixed_time_s": [], "single_time_s": []}
-    with torch.inference_mode():
-        difference = float((mixed() - single()).abs().max())
-        for key, function in list(zip(times, (mixed, single), strict=True)) * repeats:
-            start = clock()
-            function()
-            times[key].append(clock() - start)
-    return {**times, "largest_difference": difference}
+    return mixed, single
+
+
+def _time(functions: dict[str, Any], repeats: int) -> dict[str, list[float]]:
+    times: dict[str, list[float]] = {f"{name}_time_s": [] for name in functions}
+    for key, function in list(zip(times, functions.values(), strict=True)) * repeats:
+        start = clock()
+        function()
+        times[key].append(clock() - start)
+    return times

@@ -13,14 +13,14 @@ LENGTHS = {"short": (8, 54), "long": (256, 512), **{str(n): (n, n) for n in (16,
 
 
 def measure(spec: dict[str, Any]) -> dict[str, Any]:
-    """Run the steps of one method in this process, or compare a mixed-task batch with single ones: a line."""
+    """Run the steps of one method in this process, or compare batches of several tasks: a line."""
     import torch
     import transformers
 
     from peft_prompt_ext.assets import resolve
 
     from .machine import clock, machine, peak, reset_peak, touch
-    from .mixed import compare
+    from .mixed import compare, compare_on_one_text
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
@@ -28,6 +28,10 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = resolve(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
+    if spec["method"] == "one_text":
+        base, ids = lambda: load(folder, spec["precision"]).to(device), batch["input_ids"][:, :-1]  # no answer
+        row = compare_on_one_text(base, ids, spec["tasks"], spec["num_virtual_tokens"], spec["steps"])
+        return {**spec, **row, **machine(device)}
     model = load(folder, spec["precision"]).to(device)
     if spec["method"] == "mixed":
         how = {"packed": spec["single_path"] == "packed", "last": spec["logits"] == "last"}

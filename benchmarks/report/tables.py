@@ -10,6 +10,7 @@ from .summary import Summary
 
 
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
+ENGINE |= {"suffix": "this plugin, suffixes", "suffix_kept": "the same, texts kept"}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
 ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
@@ -242,6 +243,18 @@ def mixed_table(lines: pd.DataFrame) -> str:
         kinds = [f"{line['tasks']} x {line['rows_per_task']} rows", line["logits"], path, line["machine"]]
         rows.append([*kinds, f"{together:.2f} s", f"{apart:.2f} s", f"{apart / together:.1f} x"])
     return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
+
+
+def one_text_table(lines: pd.DataFrame) -> str:
+    """Medians of each way, and how many times those of suffixes they are."""
+    rows = []
+    for line in lines.to_dict("records"):
+        suffix, *others = (pd.Series(line[f"{way}_time_s"]).median() for way in ("suffix", "prefix", "lora"))
+        kinds = [str(line[name]) for name in ("tasks", "text", "num_virtual_tokens", "precision", "machine")]
+        times = [f"{suffix:.2f} s", *(f"{other:.2f} s ({other / suffix:.1f} x)" for other in others)]
+        rows.append([*kinds, *times, f"{max(line['largest_differences'].values()):.0e}"])
+    head = ["tasks", "tokens", "virtual tokens", "precision", "machine", "suffixes", "prefixes", "LoRA, r 8"]
+    return table([*head, "largest difference"], rows)
 
 
 def runs_by_task(summary: Summary) -> str:

@@ -17,12 +17,13 @@ def row(method, virtual, times, peak):
 
 def test_the_table_holds_medians_over_turns_and_ratios_at_the_same_prompt_length():
     rows = [row("stock", 20, [4.0, 9.0], 2**30), row("stock", 20, [5.0], 2**31), row("packed", 20, [2.0], 2**30)]
-    rows += [row("packed", 50, [3.0], 2**30), row("lora", 0, [8.0], 2**32)]
+    rows += [row("packed", 50, [3.0], 2**30), row("lora", 0, [8.0], 2**32), row("suffix_kept", 50, [1.0], 2**30)]
     lines = [line.strip("| ").split(" | ")[1:] for line in step_table(pd.DataFrame(rows)).splitlines()[2:]]
     assert lines == [
         ["20", "5.00 s", "1.00", "0.62", "-", "2.00 GiB", "1.00"],
         ["20", "2.00 s", "0.40", "0.25", "-", "1.00 GiB", "0.50"],
         ["50", "3.00 s", "-", "0.38", "-", "1.00 GiB", "-"],
+        ["50", "1.00 s", "-", "0.12", "-", "1.00 GiB", "-"],
         ["", "8.00 s", "-", "1.00", "-", "4.00 GiB", "-"],
     ]
 
@@ -62,6 +63,20 @@ def test_mixed_tasks_are_an_option(saved_model, movie_reviews, tmp_path, pytestc
     assert ran.returncode == 0 and "| 3 x 1 rows | last | PEFT's path |" in ran.stdout, ran.stderr
     (line,) = map(json.loads, (tmp_path / "mixed.jsonl").read_text().splitlines())
     assert len(line["mixed_time_s"]) == len(line["single_time_s"]) == 2 and line["largest_difference"] < 1e-4
+
+
+@pytest.mark.real
+def test_tasks_over_one_text_are_an_option(saved_model, movie_reviews, tmp_path, pytestconfig):
+    command = [sys.executable, "-m", "benchmarks", "speed", "--model_name_or_path", saved_model("llama")]
+    command += ["--one_text_tasks", "1", "3", "--text", "16", "--steps", "2", "--turns", "1"]
+    command += ["--output", str(tmp_path / "one_text.jsonl")]
+    ran = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath)
+    assert ran.returncode == 0 and "| 3 | 16 | 12 | float32 |" in ran.stdout, ran.stdout + ran.stderr
+    lines = [json.loads(line) for line in (tmp_path / "one_text.jsonl").read_text().splitlines()]
+    assert [line["tasks"] for line in lines] == [1, 3]
+    for line in lines:
+        for way in ("suffix", "prefix", "lora"):
+            assert len(line[f"{way}_time_s"]) == 2 and line["largest_differences"][way] < 1e-4
 
 
 @pytest.mark.real
