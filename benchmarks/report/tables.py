@@ -10,7 +10,6 @@ from .summary import Summary
 
 
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
-ENGINE |= {"suffix": "this plugin, suffixes", "suffix_kept": "the same, texts kept"}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
 ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
