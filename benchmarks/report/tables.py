@@ -244,6 +244,12 @@ def mixed_table(lines: pd.DataFrame) -> str:
     return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
 
 
+def one_text(summary: Summary) -> str:
+    """Many tasks over one text."""
+    caption = "SmolLM2-135M, no gradients, one row and its next token for each task, the text read for the first time"
+    return f"{caption}:\n\n{one_text_table(read_lines('one_text_cpu.jsonl'))}"
+
+
 def one_text_table(lines: pd.DataFrame) -> str:
     """Medians of each way, and how many times those of suffixes they are."""
     rows = []
@@ -269,5 +275,5 @@ def _cell(runs: pd.DataFrame) -> str:
 
 
 FOR_READMES: dict[str, Callable[[Summary], str]] = {
-    table.__name__: table for table in (headline, tasks, bits, engine_cpu, suffix, engine_gpu, mixed)
+    table.__name__: table for table in (headline, tasks, bits, engine_cpu, suffix, one_text, engine_gpu, mixed)
 }
