@@ -8,7 +8,7 @@ Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 
 
+@dataclass(eq=False)
+class TextKeys:
+    """The key of each text in the cache, none if a text may not be kept.
+
+    An object, because torch.compile would compile again for other keys in a list.
+    """
+
+    keys: list[bytes]
+
+
 class Plan(NamedTuple):
     """A packed batch before it runs.
 
@@ -40,14 +50,13 @@ class Plan(NamedTuple):
         layout: The place of each token.
         names: The adapter of each row.
         status: The result of the proof.
-        texts: With prompts behind all texts, the key of each text in the cache (none if the text may not be kept);
-            None: trunks and branches run together.
+        texts: With prompts behind all texts, their keys; None: trunks and branches run together.
     """
 
     layout: PackedLayout
     names: list[str]
     status: EngineStatus
-    texts: list[bytes] | None = None
+    texts: TextKeys | None = None
 
 
 class PackedMixin(PromptTuningMixin):
@@ -146,6 +155,7 @@ class PackedMixin(PromptTuningMixin):
         start = torch.where(labelled.any(1), labelled.int().argmax(1), labels.shape[1])
         return {"answer_start": start}
 
+    @torch.compiler.disable  # reads values, where a trace would break
     def _place_prompts(
         self,
         text: torch.Tensor,
@@ -212,6 +222,7 @@ class PackedMixin(PromptTuningMixin):
         obstacle = _find_length_obstacle(layout, status) or self._find_unshared(names)
         return plan if obstacle is None else EngineStatus(False, obstacle)
 
+    @torch.compiler.disable  # reads values, where a trace would break
     def _plan_behind(
         self, text: torch.Tensor, mask: torch.Tensor, names: list[str], status: EngineStatus, start: torch.Tensor
     ) -> Plan:
@@ -227,7 +238,7 @@ class PackedMixin(PromptTuningMixin):
             ids = download(text)[0]
             keys = [row[real].numpy().tobytes() for row, real in zip(ids, in_front, strict=True)]
         layout = pack_behind(mask, lengths, prompt_of_row, start, keys or range(len(mask)))
-        return Plan(layout, names, status, list(dict.fromkeys(keys)) if runs_alone else None)
+        return Plan(layout, names, status, TextKeys(list(dict.fromkeys(keys))) if runs_alone else None)
 
     def _texts_learn(self, text: torch.Tensor) -> bool:
         """Whether texts need gradients: the input has some, or a module of the base model but a classifier's head."""
@@ -354,6 +365,7 @@ class PackedMixin(PromptTuningMixin):
         behind = any(is_suffix(self.peft_config[name]) for name in prompts)
         return not behind and not bool((plan.layout.last < plan.layout.num_trunk_tokens).any())
 
+    @torch.compiler.disable  # a trace would be of one number of texts and of their lengths
     def _embed_behind(
         self, plan: Plan, prompts: dict[str, torch.Tensor], words: torch.Tensor, packed: PackedPass
     ) -> torch.Tensor:
@@ -365,8 +377,9 @@ class PackedMixin(PromptTuningMixin):
         if not count:  # all texts are empty
             return tokens[None]
         base_model, config = self.get_base_model(), self.active_peft_config
+        keys = plan.texts.keys if plan.texts is not None else []
         cache = None
-        if plan.texts:
+        if keys:
             cache = self._engine.keep_texts(base_model, self.word_embeddings, plan.status.attention, config)
         packed.trunks = Texts(
             base_model,
@@ -374,7 +387,7 @@ class PackedMixin(PromptTuningMixin):
             tokens[:count],
             plan.layout.trunk_lengths,
             cache,
-            plan.texts or (),
+            keys,
             self._engine.expect_writes,
         )
         return tokens[count:][None]
