@@ -229,11 +229,12 @@ class PackedMixin(PromptTuningMixin):
         """Plan a batch where some prompts stand behind the texts; rows with the same text share it."""
         from ..shared_prefix.layout import pack_behind
         from ..shared_prefix.transfer import download
+        from ..shared_prefix.watch import has_hooks
 
         lengths, prompt_of_row = self._list_prompts(mask, names)
         runs_alone = bool((start > 0).all()) and not self._texts_learn(text)
         keys: list[bytes] = []
-        if runs_alone and text.dim() == 2 and not _has_hooks(self.word_embeddings):
+        if runs_alone and text.dim() == 2 and not has_hooks(vars(self.word_embeddings)):
             in_front = (mask != 0) & (torch.arange(mask.shape[1]) < start[:, None])
             ids = download(text)[0]
             keys = [row[real].numpy().tobytes() for row, real in zip(ids, in_front, strict=True)]
@@ -434,11 +435,6 @@ def _embed(layout: PackedLayout, prompts: dict[str, torch.Tensor], words: torch.
     virtual = torch.cat([*prompts.values(), flat[:1]])  # a row at least
     is_virtual = (sources < count)[:, None]
     return torch.where(is_virtual, repeat(virtual, sources.clamp(max=count)), flat[(sources - count).clamp(min=0)])
-
-
-def _has_hooks(module: Any) -> bool:
-    """Whether a module has hooks, such as NEFTune's noise, so that equal tokens have different embeddings."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _find_length_obstacle(layout: PackedLayout, status: EngineStatus) -> str | None:

@@ -25,6 +25,19 @@ from tests.zoo import AUTO_CLASSES
 STEPS = 3
 
 
+def large_model(**changes):
+    base_model = tiny_model(**changes)
+    for parameter in base_model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)  # large enough for attention to matter
+    return base_model
+
+
+def assert_near(got, wanted, rtol=1e-5):
+    """Loss and gradient within a relative error."""
+    for mine, other in zip(got, wanted, strict=True):
+        assert (mine - other).norm() <= rtol * other.norm()
+
+
 def with_suffix(base_model, **changes):
     changes = {"prompt_position": "suffix", "train_logits": "supervised", **changes}
     return prompted(base_model, "CAUSAL_LM", **changes).train()
@@ -54,7 +67,7 @@ def batch_of(rank, step):
 
 def in_one_of_two_processes(rank, folder):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    model = with_suffix(tiny_model())
+    model = with_suffix(large_model())
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     for step in range(STEPS):
         with contextlib.nullcontext() if step == STEPS - 1 else parallel.no_sync():
@@ -70,12 +83,12 @@ def test_two_processes_get_the_mean_of_their_gradients_with_texts_kept_in_one():
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(in_one_of_two_processes, (folder,), nprocs=2)
         gradients, hits = zip(*(torch.load(Path(folder, f"{rank}.pt")) for rank in range(2)), strict=True)
-    model = with_suffix(tiny_model())
+    model = with_suffix(large_model())
     for step in range(STEPS):  # all rows of the step in one batch
         batches = [batch_of(rank, step) for rank in range(2)]
         model(**{name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}).loss.backward()
     assert torch.equal(*gradients)
-    torch.testing.assert_close(gradients[0], prompt_of(model).grad)
+    assert_near([gradients[0]], [prompt_of(model).grad])
     assert hits == (3 * (STEPS - 1), 0)
 
 
@@ -109,18 +122,16 @@ def gather_gradient(model):
 def in_one_of_two_sharded_processes(rank, folder, version):
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
     batches = [batch_of(rank, step) for step in (0, 0)]  # texts of the first step could be kept
-    whole, model = with_suffix(tiny_model()), shard(with_suffix(tiny_model()), version)
+    whole, model = with_suffix(large_model()), shard(with_suffix(large_model()), version)
     for step, batch in enumerate(batches):
         loss, _ = gradient_of(whole, batch)
         out = model(**batch)
         out.loss.backward()
-        torch.testing.assert_close(out.loss, loss)
         assert engine_status(model).packed
         assert texts_of(model) is None  # all processes have to run the same passes
-        gradient = gather_gradient(model)
         mean = (step + 1) * prompt_of(whole).grad
         dist.all_reduce(mean)
-        torch.testing.assert_close(gradient, mean / 2)
+        assert_near((out.loss, gather_gradient(model)), (loss, mean / 2))
     with torch.no_grad():
         torch.testing.assert_close(model.eval()(**batch).loss, loss)
     assert texts_of(model) is None
@@ -139,7 +150,7 @@ def test_sharded_backbones_give_the_same_gradients_and_keep_no_texts(tmp_path, v
 @pytest.fixture(params=[*QUANTIZED, "int8 with outliers"])
 def quantized_base(request, tmp_path):
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs a line for each int8 product
-    base, kind = tiny_model(**SIZES), request.param.split()[0]
+    base, kind = large_model(**SIZES), request.param.split()[0]
     if request.param.endswith("outliers"):
         with torch.no_grad():
             for layer in base.model.layers:
@@ -155,10 +166,10 @@ def test_quantised_backbones_give_what_each_row_gives_alone(quantized_base):
     kind, base = quantized_base
     model, batch = with_suffix(base), make_suffix_batch("holes")
     wanted = gradient_of_rows_alone(model, batch)
-    # int8 also rounds activations, scaled by each token's maximum
-    near = {"rtol": 1e-5, "atol": 1e-7} if kind == "nf4" else {"rtol": 2e-2, "atol": 1e-3}
+    # int8 rounds activations too, scaled by each token's maximum; an outlier changes how all tokens of its pass round
+    rtol = {"nf4": 1e-5, "int8": 2e-2, "int8 with outliers": 5e-2}[kind]
     for hits in (0, 3):
-        torch.testing.assert_close(gradient_of(model, batch), wanted, **near)
+        assert_near(gradient_of(model, batch), wanted, rtol)
         assert engine_status(model).packed
         assert texts_of(model).hits == hits
 
@@ -167,7 +178,7 @@ def test_quantised_backbones_give_what_each_row_gives_alone(quantized_base):
 def test_a_compiled_model_gives_the_same_and_is_not_compiled_again_for_other_rows():
     from torch._dynamo.testing import CompileCounter
 
-    model = with_suffix(tiny_model(num_hidden_layers=1))
+    model = with_suffix(large_model(num_hidden_layers=1))
     counter = CompileCounter()
     compiled, counts = torch.compile(model, backend=counter), []
     for seed in range(7):
@@ -177,7 +188,7 @@ def test_a_compiled_model_gives_the_same_and_is_not_compiled_again_for_other_row
         prompt_of(model).grad = None
         loss = compiled(**batch).loss
         loss.backward()
-        torch.testing.assert_close((loss.detach(), prompt_of(model).grad), wanted)
+        assert_near((loss, prompt_of(model).grad), wanted)
         counts.append(counter.frame_count)
     assert engine_status(compiled).packed
     assert 0 < counts[3] == counts[-1], counts
@@ -185,34 +196,35 @@ def test_a_compiled_model_gives_the_same_and_is_not_compiled_again_for_other_row
 
 @pytest.mark.parametrize("use_reentrant", [True, False])
 def test_gradient_checkpointing_gives_the_same_gradient(use_reentrant):
-    model, batch = with_suffix(tiny_model()), make_suffix_batch("holes")
+    model, batch = with_suffix(large_model()), make_suffix_batch("holes")
     wanted = gradient_of_rows_alone(model, batch)
     checkpoint_activations(model.get_base_model(), use_reentrant)
-    for _ in range(2):
-        torch.testing.assert_close(gradient_of(model, batch), wanted)
+    for hits in (0, 3):
+        assert_near(gradient_of(model, batch), wanted)
+        assert engine_status(model).packed
+        assert texts_of(model).hits == hits
 
 
 @pytest.mark.parametrize("place", OFFLOADS)
 def test_offloaded_and_dispatched_backbones_give_what_each_row_gives_alone(tmp_path, place):
-    model, batch = with_suffix(tiny_model()), make_suffix_batch("holes")
+    model, batch = with_suffix(large_model()), make_suffix_batch("holes")
     wanted = gradient_of_rows_alone(model, batch)
     with torch.no_grad():
         OFFLOADS[place](model.get_base_model(), tmp_path)
     for _ in range(2):
-        torch.testing.assert_close(gradient_of(model, batch), wanted)
+        assert_near(gradient_of(model, batch), wanted)
     assert engine_status(model).packed
     assert texts_of(model) is None or texts_of(model).hits == 3
 
 
 def test_a_replica_of_data_parallel_is_right_on_pefts_path():
-    model, batch = with_suffix(tiny_model()), make_suffix_batch("holes")
-    wanted, wanted_gradient = gradient_of_rows_alone(model, batch)
+    model, batch = with_suffix(large_model()), make_suffix_batch("holes")
+    wanted = gradient_of_rows_alone(model, batch)
     replica = replicate(model, {})
     loss = replica(**batch).loss
     (gradient,) = torch.autograd.grad(loss, prompt_of(model))
     assert "DataParallel" in engine_status(replica).reason
-    torch.testing.assert_close(loss, wanted)
-    assert (gradient - wanted_gradient).norm() <= 1e-5 * wanted_gradient.norm()
+    assert_near((loss, gradient), wanted)
 
 
 COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle.dumps(model))}
@@ -220,7 +232,7 @@ COPIES = {"deepcopy": copy.deepcopy, "pickle": lambda model: pickle.loads(pickle
 
 @pytest.mark.parametrize("how", COPIES)
 def test_a_copy_has_no_texts_of_its_source(how):
-    model, batch = with_suffix(tiny_model()), make_suffix_batch("holes")
+    model, batch = with_suffix(large_model()), make_suffix_batch("holes")
     model(**batch)
     model(**batch)
     assert texts_of(model).hits == 3
@@ -228,9 +240,9 @@ def test_a_copy_has_no_texts_of_its_source(how):
     assert texts_of(twin) is None
     with torch.no_grad():
         next(twin.get_base_model().model.parameters()).mul_(1.5)
-    torch.testing.assert_close(gradient_of(twin, batch), gradient_of_rows_alone(twin, batch))
+    assert_near(gradient_of(twin, batch), gradient_of_rows_alone(twin, batch))
     assert texts_of(twin).hits == 0
-    torch.testing.assert_close(gradient_of(model, batch), gradient_of_rows_alone(model, batch))
+    assert_near(gradient_of(model, batch), gradient_of_rows_alone(model, batch))
     assert texts_of(model).hits == 6
 
 
