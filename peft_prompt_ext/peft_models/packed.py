@@ -197,7 +197,8 @@ class PackedMixin(PromptTuningMixin):
         obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
-        status = self._prove(behind=start is not None)
+        one_pass = adapter_names is not None and self._needs_one_pass()
+        status = self._prove(behind=start is not None or one_pass)
         if not status.packed:
             return status
         mask, texts = _read_batch(text, attention_mask, extras.get("position_ids"))
@@ -214,7 +215,7 @@ class PackedMixin(PromptTuningMixin):
                     "position_ids begin again at 0 inside a row, so the row holds several texts. With "
                     "prompt_position='suffix' pass one text per row (TRL: packing=False, padding_free=False)."
                 )
-            plan = self._plan_behind(text, mask, names, status, start)
+            plan = self._plan_behind(text, mask, names, status, start, one_pass)
         layout = plan.layout
         configs: dict[str, Any] = self.peft_config
         prompt = max((configs[name].num_virtual_tokens for name in names if name != BASE), default=0)
@@ -224,7 +225,13 @@ class PackedMixin(PromptTuningMixin):
 
     @torch.compiler.disable  # reads values, where a trace would break
     def _plan_behind(
-        self, text: torch.Tensor, mask: torch.Tensor, names: list[str], status: EngineStatus, start: torch.Tensor
+        self,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        names: list[str],
+        status: EngineStatus,
+        start: torch.Tensor,
+        one_pass: bool,
     ) -> Plan:
         """Plan a batch where some prompts stand behind the texts; rows with the same text share it."""
         from ..shared_prefix.layout import pack_behind
@@ -232,7 +239,7 @@ class PackedMixin(PromptTuningMixin):
         from ..shared_prefix.watch import has_hooks
 
         lengths, prompt_of_row = self._list_prompts(mask, names)
-        runs_alone = bool((start > 0).all()) and not self._texts_learn(text)
+        runs_alone = bool((start > 0).all()) and not one_pass and not self._texts_learn(text)
         keys: list[bytes] = []
         if runs_alone and text.dim() == 2 and not has_hooks(vars(self.word_embeddings)):
             in_front = (mask != 0) & (torch.arange(mask.shape[1]) < start[:, None])
@@ -240,6 +247,18 @@ class PackedMixin(PromptTuningMixin):
             keys = [row[real].numpy().tobytes() for row, real in zip(ids, in_front, strict=True)]
         layout = pack_behind(mask, lengths, prompt_of_row, start, keys or range(len(mask)))
         return Plan(layout, names, status, TextKeys(list(dict.fromkeys(keys))) if runs_alone else None)
+
+    def _needs_one_pass(self) -> bool:
+        """Whether batches of any positions run in one pass.
+
+        Sharded weights are gathered for each pass, so all processes have to run the same passes, and batches of other
+        processes may have prompts in front of the texts, or none.
+        """
+        from ..shared_prefix.watch import is_sharded
+
+        base_model: Any = self.get_base_model()
+        has_suffix = any(map(is_suffix, self.peft_config.values()))
+        return has_suffix and is_sharded(base_model.modules(), base_model.parameters())
 
     def _texts_learn(self, text: torch.Tensor) -> bool:
         """Whether texts need gradients: the input has some, or a module of the base model but a classifier's head."""

@@ -61,7 +61,7 @@ class Watch:
             or any(_may_change_output(d) for d in self._dicts)
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
-            or _is_sharded(modules, self._tensors)
+            or is_sharded(modules, self._tensors)
         )
 
     @torch.compiler.disable
@@ -125,7 +125,7 @@ def _may_change_output(module: dict[str, Any]) -> bool:
     return not isinstance(hook, AlignDevicesHook) or hook.offload
 
 
-def _is_sharded(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> bool:
+def is_sharded(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> bool:
     """Whether weights are gathered for each pass (FSDP, ZeRO-3), so that all processes have to run the same passes."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor

@@ -5,6 +5,7 @@ import copy
 import logging
 import pickle
 import tempfile
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 from transformers import BitsAndBytesConfig
 
-from peft_prompt_ext import engine_status
+from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from peft_prompt_ext._versions import checkpoint_activations
 from tests.helpers import one_thread, prompt_of, prompted  # noqa: F401
 from tests.peft_models.suffix import assert_equals_rows_alone, make_suffix_batch, run_alone
@@ -65,8 +66,13 @@ def batch_of(rank, step):
     return make_suffix_batch("holes", seed=1 if rank == 0 else 2 + step)
 
 
+def join(rank, folder):
+    store, limit = f"file://{folder}/store", timedelta(seconds=100)  # processes that wait for each other are an error
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=limit)
+
+
 def in_one_of_two_processes(rank, folder):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join(rank, folder)
     model = with_suffix(large_model())
     parallel = torch.nn.parallel.DistributedDataParallel(model)
     for step in range(STEPS):
@@ -120,7 +126,7 @@ def gather_gradient(model):
 
 
 def in_one_of_two_sharded_processes(rank, folder, version):
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
+    join(rank, folder)
     batches = [batch_of(rank, step) for step in (0, 0)]  # texts of the first step could be kept
     whole, model = with_suffix(large_model()), shard(with_suffix(large_model()), version)
     for step, batch in enumerate(batches):
@@ -137,6 +143,33 @@ def in_one_of_two_sharded_processes(rank, folder, version):
     assert texts_of(model) is None
     dist.barrier()
     dist.destroy_process_group()
+
+
+def with_both_positions():
+    model = with_suffix(large_model())
+    prefix = {"num_virtual_tokens": 3, "prompt_tuning_init": "RANDOM_UNIFORM"}
+    model.add_adapter("prefix", PromptTuningExtConfig(task_type="CAUSAL_LM", **prefix))
+    return model
+
+
+def in_one_of_two_processes_of_other_positions(rank, folder):
+    join(rank, folder)
+    whole, model, batch = with_both_positions(), shard(with_both_positions(), 2), batch_of(rank, 0)
+    names = ["default", "default", "__base__"] if rank == 0 else ["default"] * 3
+    loss, out = whole(**batch, adapter_names=names).loss, model(**batch, adapter_names=names)
+    out.loss.backward()
+    assert_near([out.loss], [loss])
+    with torch.no_grad():
+        names = ["default" if rank == 0 else "prefix"] * 3
+        loss, out = (one.eval()(**batch, adapter_names=names).loss for one in (whole, model))
+    assert_near([out], [loss])
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
+def test_sharded_processes_with_other_positions_run_the_same_passes(tmp_path):
+    assert torch.multiprocessing.spawn(in_one_of_two_processes_of_other_positions, (str(tmp_path),), nprocs=2) is None
 
 
 @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module")
