@@ -8,7 +8,7 @@ Shapes: B rows, T padded text length, P virtual tokens, S real text tokens, H hi
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from types import MethodType
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
@@ -33,6 +33,16 @@ if TYPE_CHECKING:
 BASE = "__base__"  # PEFT's name in `adapter_names` for a row without an adapter
 
 
+@dataclass(eq=False)
+class TextKeys:
+    """The key of each text in the cache, none if a text may not be kept.
+
+    An object, because torch.compile would compile again for other keys in a list.
+    """
+
+    keys: list[bytes]
+
+
 class Plan(NamedTuple):
     """A packed batch before it runs.
 
@@ -40,14 +50,13 @@ class Plan(NamedTuple):
         layout: The place of each token.
         names: The adapter of each row.
         status: The result of the proof.
-        texts: With prompts behind all texts, the key of each text in the cache (none if the text may not be kept);
-            None: trunks and branches run together.
+        texts: With prompts behind all texts, their keys; None: trunks and branches run together.
     """
 
     layout: PackedLayout
     names: list[str]
     status: EngineStatus
-    texts: list[bytes] | None = None
+    texts: TextKeys | None = None
 
 
 class PackedMixin(PromptTuningMixin):
@@ -164,7 +173,8 @@ class PackedMixin(PromptTuningMixin):
         obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
-        status = self._prove(behind=start is not None)
+        one_pass = adapter_names is not None and self._needs_one_pass()
+        status = self._prove(behind=start is not None or one_pass)
         if not status.packed:
             return status
         mask, texts = _read_batch(text, attention_mask, extras.get("position_ids"))
@@ -181,7 +191,7 @@ class PackedMixin(PromptTuningMixin):
                     "position_ids begin again at 0 inside a row, so the row holds several texts. With "
                     "prompt_position='suffix' pass one text per row (TRL: packing=False, padding_free=False)."
                 )
-            plan = self._plan_behind(text, mask, names, status, start)
+            plan = self._plan_behind(text, mask, names, status, start, one_pass)
         layout = plan.layout
         configs: dict[str, Any] = self.peft_config
         prompt = max((configs[name].num_virtual_tokens for name in names if name != BASE), default=0)
@@ -189,22 +199,42 @@ class PackedMixin(PromptTuningMixin):
         obstacle = _find_length_obstacle(layout, status) or self._find_unshared(names)
         return plan if obstacle is None else EngineStatus(False, obstacle)
 
+    @torch.compiler.disable  # reads values, where a trace would break
     def _plan_behind(
-        self, text: torch.Tensor, mask: torch.Tensor, names: list[str], status: EngineStatus, start: torch.Tensor
+        self,
+        text: torch.Tensor,
+        mask: torch.Tensor,
+        names: list[str],
+        status: EngineStatus,
+        start: torch.Tensor,
+        one_pass: bool,
     ) -> Plan:
         """Plan a batch where some prompts stand behind the texts; rows with the same text share it."""
         from ..shared_prefix.layout import pack_behind
         from ..shared_prefix.transfer import download
+        from ..shared_prefix.watch import has_hooks
 
         lengths, prompt_of_row = self._list_prompts(mask, names)
-        runs_alone = bool((start > 0).all()) and not self._texts_learn(text)
+        runs_alone = bool((start > 0).all()) and not one_pass and not self._texts_learn(text)
         keys: list[bytes] = []
-        if runs_alone and text.dim() == 2 and not _has_hooks(self.word_embeddings):
+        if runs_alone and text.dim() == 2 and not has_hooks(vars(self.word_embeddings)):
             in_front = (mask != 0) & (torch.arange(mask.shape[1]) < start[:, None])
             ids = download(text)[0]
             keys = [row[real].numpy().tobytes() for row, real in zip(ids, in_front, strict=True)]
         layout = pack_behind(mask, lengths, prompt_of_row, start, keys or range(len(mask)))
-        return Plan(layout, names, status, list(dict.fromkeys(keys)) if runs_alone else None)
+        return Plan(layout, names, status, TextKeys(list(dict.fromkeys(keys))) if runs_alone else None)
+
+    def _needs_one_pass(self) -> bool:
+        """Whether batches of any positions run in one pass.
+
+        Sharded weights are gathered for each pass, so all processes have to run the same passes, and batches of other
+        processes may have prompts in front of the texts, or none.
+        """
+        from ..shared_prefix.watch import is_sharded
+
+        base_model: Any = self.get_base_model()
+        has_suffix = any(map(is_suffix, self.peft_config.values()))
+        return has_suffix and is_sharded(base_model.modules(), base_model.parameters())
 
     def _texts_learn(self, text: torch.Tensor) -> bool:
         """Whether texts need gradients: the input has some, or a module of the base model but a classifier's head."""
@@ -331,6 +361,7 @@ class PackedMixin(PromptTuningMixin):
         behind = any(is_suffix(self.peft_config[name]) for name in prompts)
         return not behind and not bool((plan.layout.last < plan.layout.num_trunk_tokens).any())
 
+    @torch.compiler.disable  # a trace would be of one number of texts and of their lengths
     def _embed_behind(
         self, plan: Plan, prompts: dict[str, torch.Tensor], words: torch.Tensor, packed: PackedPass
     ) -> torch.Tensor:
@@ -342,8 +373,9 @@ class PackedMixin(PromptTuningMixin):
         if not count:  # all texts are empty
             return tokens[None]
         base_model, config = self.get_base_model(), self.active_peft_config
+        keys = plan.texts.keys if plan.texts is not None else []
         cache = None
-        if plan.texts:
+        if keys:
             cache = self._engine.keep_texts(base_model, self.word_embeddings, plan.status.attention, config)
         packed.trunks = Texts(
             base_model,
@@ -351,7 +383,7 @@ class PackedMixin(PromptTuningMixin):
             tokens[:count],
             plan.layout.trunk_lengths,
             cache,
-            plan.texts or (),
+            keys,
             self._engine.expect_writes,
         )
         return tokens[count:][None]
@@ -398,11 +430,6 @@ def _embed(layout: PackedLayout, prompts: dict[str, torch.Tensor], words: torch.
     virtual = torch.cat([*prompts.values(), flat[:1]])  # a row at least
     is_virtual = (sources < count)[:, None]
     return torch.where(is_virtual, repeat(virtual, sources.clamp(max=count)), flat[(sources - count).clamp(min=0)])
-
-
-def _has_hooks(module: Any) -> bool:
-    """Whether a module has hooks, such as NEFTune's noise, so that equal tokens have different embeddings."""
-    return bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _find_length_obstacle(layout: PackedLayout, status: EngineStatus) -> str | None:

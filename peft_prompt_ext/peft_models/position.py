@@ -85,6 +85,7 @@ def find_start(
     return torch.where(behind, start, 0)
 
 
+@torch.compiler.disable  # reads values, where a trace would break
 def place_prompts(
     text: torch.Tensor,
     behind: Sequence[bool],

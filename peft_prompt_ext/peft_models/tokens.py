@@ -152,7 +152,8 @@ def _put_back(value: Any, back: torch.Tensor, cross: bool, predicts_next: bool) 
     if shape[:2] == (rows, columns):
         return reorder(value, back)
     if predicts_next and shape[:2] == (rows, columns - 1):
-        return reorder(value, back[:, 1:] - 1)
+        of_column = torch.cat([torch.zeros_like(value[:, :1]), value], dim=1)  # nothing predicts the first one
+        return reorder(of_column, back)[:, 1:]
     if shape[0] == rows * columns:
         return reorder(value.unflatten(0, (rows, columns)), back).flatten(0, 1)
     return value

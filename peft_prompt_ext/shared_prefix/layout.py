@@ -45,6 +45,8 @@ class PackedLayout:
         last: Place of each row's last token, [B].
         columns: Place of each column of the outputs, [B, P+T]; -1 at pads. Always on the host.
         text_columns: Column of the outputs of each text token, [B, T]. Always on the host.
+        num_trunk_tokens: The number of tokens of all trunks, which is the place of the first branch token.
+        has_equal_trunks: Whether all trunks have one length.
         has_prompts_behind: Whether trunks are texts, in some rows at least.
         derived: Indices that an attention derives from the layout, for all layers.
     """
@@ -64,6 +66,8 @@ class PackedLayout:
     last: torch.Tensor
     columns: torch.Tensor
     text_columns: torch.Tensor
+    num_trunk_tokens: int  # fields, because torch.compile would compile again for other lengths
+    has_equal_trunks: bool
     has_prompts_behind: bool = False
     derived: dict[Any, Any] = field(default_factory=dict, repr=False)
     _masks: dict[int | None, torch.Tensor] = field(default_factory=dict, repr=False)
@@ -85,11 +89,6 @@ class PackedLayout:
     def on_host(self) -> PackedLayout:
         """Get the layout with its tensors on the host."""
         return self._host or self
-
-    @property
-    def num_trunk_tokens(self) -> int:
-        """The number of tokens of all trunks, which is the place of the first branch token."""
-        return sum(self.trunk_lengths)
 
     @property
     def num_tokens(self) -> int:
@@ -116,7 +115,7 @@ class PackedLayout:
             longest = self.trunk_ends.shape[1]
             key = torch.arange(longest + self.longest_branch, device=self.branches.device)
             mask = causal(key[longest:], key, sliding_window)
-            if len(set(self.trunk_lengths)) > 1:
+            if not self.has_equal_trunks:
                 missing = longest - self.lengths[self.trunk_of_branch]
                 mask = mask & (key >= missing[:, None])[:, None, None]
             self._masks[sliding_window] = mask
@@ -320,6 +319,8 @@ def _assemble(
     return PackedLayout(
         trunk_lengths=trunk_lengths,
         longest_branch=longest_branch,
+        num_trunk_tokens=total,
+        has_equal_trunks=len(set(trunk_lengths)) <= 1,
         lengths=lengths,
         trunk_of_branch=trunk_of_branch,
         branch=branch,

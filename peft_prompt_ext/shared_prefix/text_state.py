@@ -31,14 +31,16 @@ class TextState:
     """
 
     def __init__(self, backbone: nn.Module, key: Any) -> None:
-        self._watch, self._key, self._sums = Watch(backbone), key, _sum_weights(backbone)
+        self._watch, self._key = Watch(backbone), key
         self.constant, self.is_checked = self._watch.constant, True
+        # a state that is not constant has no texts, and shards (FSDP 2) have no checksum
+        self._sums = _sum_weights(backbone) if self.constant else []
 
     def holds(self, backbone: nn.Module, key: Any) -> bool:
         """Whether nothing has changed that decides the keys and values of texts."""
         if key != self._key or not self._watch.holds():
             return False
-        if not self.is_checked:
+        if self.constant and not self.is_checked:
             self.is_checked = True
             return all(map(torch.equal, self._sums, _sum_weights(backbone)))
         return True

@@ -46,6 +46,7 @@ class Texts:
         self.cache, self.keys, self.after = cache, keys, after
         self._parts: list[KeysValues] = []
 
+    @torch.compiler.disable  # a trace would be of one number of texts and of their lengths
     # inference mode would make tensors that a later training step cannot use
     @torch.inference_mode(False)
     @torch.no_grad()

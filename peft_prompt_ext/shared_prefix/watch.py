@@ -61,7 +61,7 @@ class Watch:
             or any(_may_change_output(d) for d in self._dicts)
             or torch_module._global_forward_hooks
             or torch_module._global_forward_pre_hooks
-            or _is_sharded(modules, self._tensors)
+            or is_sharded(modules, self._tensors)
         )
 
     @torch.compiler.disable
@@ -101,10 +101,21 @@ class Watch:
         return [*map(_version, self._tensors), *map(torch.Tensor.data_ptr, self._tensors)]
 
 
+def has_hooks(module: dict[str, Any]) -> bool:
+    """Whether a module, given as its attributes, has hooks that may change its output, such as NEFTune's noise."""
+    return not all(map(_keeps_values, chain.from_iterable(module[name].values() for name in _HOOKS)))
+
+
+def _keeps_values(hook: Any) -> bool:
+    if getattr(hook, "__module__", None) == "transformers.utils.output_capturing":
+        return True
+    # gradient checkpointing: the hook of transformers and PEFT only has the embeddings require gradients
+    return getattr(hook, "__name__", "").startswith("make_inputs_require_grad")
+
+
 def _may_change_output(module: dict[str, Any]) -> bool:
     """Whether a module has hooks or a replaced forward that may change its output."""
-    hooks = chain.from_iterable(module[name].values() for name in _HOOKS)
-    if any(getattr(hook, "__module__", None) != "transformers.utils.output_capturing" for hook in hooks):
+    if has_hooks(module):
         return True
     if "forward" not in module:
         return False
@@ -114,7 +125,7 @@ def _may_change_output(module: dict[str, Any]) -> bool:
     return not isinstance(hook, AlignDevicesHook) or hook.offload
 
 
-def _is_sharded(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> bool:
+def is_sharded(modules: Iterable[nn.Module], tensors: Iterable[torch.Tensor]) -> bool:
     """Whether weights are gathered for each pass (FSDP, ZeRO-3), so that all processes have to run the same passes."""
     from torch.distributed.fsdp import FullyShardedDataParallel
     from torch.distributed.tensor import DTensor
