@@ -95,6 +95,20 @@ def test_branches_with_kept_trunks_have_their_outputs_and_gradients(case, slidin
         assert_equal_with_kept_trunks(function, layout, sliding_window=sliding_window)
 
 
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_branches_that_share_a_long_text_do_not_copy_it(scaling):
+    mask = torch.tensor([[1] * 11 + [1, 0]] * 3)
+    mask[1, 12] = 1
+    layout = pack_behind(mask, (2, 3), torch.tensor([0, 1, 1]), torch.tensor([11, 11, 11]), "aaa")
+    query, key, value = (x.detach() for x in tokens(layout))
+    with torch.no_grad():
+        want = reference.packed_attention(query, key, value, layout, scaling=scaling)
+        torch.testing.assert_close(packed_attention(query, key, value, layout, scaling=scaling), want)
+        branches = [x[:, :, 11:] for x in (query, key, value)]
+        got = packed_attention(*branches, layout, kept=(key[:, :, :11], value[:, :, :11]), scaling=scaling)
+    torch.testing.assert_close(got, want[:, 11:])
+
+
 @settings(max_examples=100, deadline=None)
 @given(layouts(), st.data())
 def test_the_oracle_sees_the_own_prompt_and_the_own_text_causally_and_nothing_else(case, data):

@@ -91,12 +91,50 @@ def _attend_branches(
     if sliding_window is not None and sliding_window >= layout.trunk_ends.shape[1] + layout.longest_branch:
         sliding_window = None
     first = len(key) - len(layout.branch)  # index of the first branch token
+    plain = sliding_window is None and not options["dropout"] and options["softcap"] is options["sinks"] is None
+    if plain and _shares_long_text(layout) and not torch.is_grad_enabled():
+        query, key, value = (_Pad.apply(x, layout, first) for x in (query, key, value))
+        trunk_key, trunk_value = (x[: layout.num_trunk_tokens] for x in trunks)
+        out = _attend_shared(query, key, value, trunk_key, trunk_value, options["scaling"])
+        return out.flatten(0, 1)[layout.flat]
     keys, values = (
         torch.cat([_expand_trunks(trunk, layout), _Pad.apply(x, layout, first)], dim=1)
         for trunk, x in zip(trunks, (key, value), strict=True)
     )
     out = _attend(_Pad.apply(query, layout, first), keys, values, layout.mask(sliding_window), options)
     return out.flatten(0, 1)[layout.flat]  # from [R, M, A, D]
+
+
+def _shares_long_text(layout: PackedLayout) -> bool:
+    """Whether several branches share one trunk that is longer than they are, so that copies of it would be costly."""
+    is_shared = len(layout.trunks) == 1 and len(layout.branches) > 1
+    return is_shared and layout.has_prompts_behind and layout.num_trunk_tokens > layout.longest_branch
+
+
+def _attend_shared(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    trunk_key: torch.Tensor,
+    trunk_value: torch.Tensor,
+    scaling: float | None,
+) -> torch.Tensor:
+    """Compute attention of branches to themselves and to one trunk, whose keys and values are not copied.
+
+    Scores are computed in float32: [R, M, A, D], [R, M, G, D], [L, G, D] -> [R, M, A, D].
+    """
+    longest, heads, size = query.shape[1:]
+    groups, count = key.shape[2], len(trunk_key)
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    q = query.to(dtype).unflatten(2, (groups, heads // groups)) * (size**-0.5 if scaling is None else scaling)
+    scores = torch.einsum("rmgad,lgd->rmgal", q, trunk_key.to(dtype))
+    own = torch.einsum("rmgad,rlgd->rmgal", q, key.to(dtype))
+    place = torch.arange(longest, device=query.device)
+    own = own.masked_fill(~causal(place, place, None)[:, None, None], float("-inf"))
+    weights = torch.cat([scores, own], -1).softmax(-1)
+    out = torch.einsum("rmgal,lgd->rmgad", weights[..., :count], trunk_value.to(dtype))
+    out = out + torch.einsum("rmgal,rlgd->rmgad", weights[..., count:], value.to(dtype))
+    return out.flatten(2, 3).to(query.dtype)
 
 
 def _expand_trunks(x: torch.Tensor, layout: PackedLayout) -> torch.Tensor:
