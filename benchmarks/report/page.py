@@ -42,8 +42,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
     """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
     prompt = summary.best("prompt_tuning")
     inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
-    of_engine = (tables.suffix, tables.one_text, tables.engine_gpu, tables.mixed)
-    engine = [tables.engine_cpu(summary), PADDED, *(table(summary) for table in of_engine)] if is_own else []
+    engine = [tables.engine_cpu(summary), PADDED, tables.engine_gpu(summary), tables.mixed(summary)] if is_own else []
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),
