@@ -204,7 +204,8 @@ def suffix(summary: Summary) -> str:
         f"SmolLM2-135M, 8 rows of equal length, {', '.join(lines['machine'].unique())}; a step, and its ratio to that"
     )
     caption += " of LoRA with its head at labels; kept texts count as memory:"
-    return f"{caption}\n\n{table([*head, f'peak memory, {columns[-1]} tokens'], rows)}".replace("nan s, nan", "").replace("nan GiB", "")
+    steps_table = table([*head, f"peak memory, {columns[-1]} tokens"], rows)
+    return f"{caption}\n\n{steps_table}".replace("nan s, nan", "").replace("nan GiB", "")
 
 
 def engine_gpu(summary: Summary) -> str:
