@@ -5,8 +5,8 @@
 - `PeftConfigMixin.from_peft_type`, `PeftModel.add_adapter` and the functions that get and set the tensors of a saved
   adapter: a prompt behind the text has other files, so that stock PEFT does not load it as a prefix.
 - `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
-- `LabelSmoother.__call__`, `Trainer.compute_loss` and `Trainer.prediction_step`: a Trainer compares PEFT's logits
-  [B, P+T, V] with labels [B, T], its default learning rate is too low for a prompt, and a loss of its own takes the
+- `LabelSmoother.__call__`, and `compute_loss`, `prediction_step` and `evaluate` of `Trainer`: it compares PEFT's
+  logits [B, P+T, V] with labels [B, T], its default learning rate is too low for a prompt, and a loss of its own takes the
   labels that say where a suffix stands.
 - The logger of bitsandbytes' matrix products: it repeats one message for every product.
 
@@ -154,6 +154,8 @@ def prepare_trainer() -> None:
         replace(trainer, "compute_loss", _prepare_loss(trainer.compute_loss))
     if trainer is not None and not is_in_place(trainer, "prediction_step"):
         replace(trainer, "prediction_step", _prepare_prediction(trainer.prediction_step))
+    if trainer is not None and not is_in_place(trainer, "evaluate"):
+        replace(trainer, "evaluate", _prepare_evaluation(trainer.evaluate))
 
 
 def _cut_prompt_columns(original: Any) -> Any:
@@ -183,7 +185,8 @@ def _prepare_loss(original: Any) -> Any:
         smoother, loss_func = self.label_smoother, self.compute_loss_func
         if smoother is None and loss_func is None:
             # the model computes the loss, and nothing else reads its outputs
-            prompted.loss_alone = not return_outputs and not model._forward_hooks
+            hooks = (*model._forward_hooks.values(), *prompted._forward_hooks.values())
+            prompted.loss_alone = not return_outputs and not hooks
         elif getattr(prompted, "has_suffix", False):
             # the model gets no labels, so they cannot say where the answer begins
             inputs = {**inputs, **prompted.find_answer_start(inputs)}
@@ -198,17 +201,32 @@ def _prepare_loss(original: Any) -> Any:
     return compute_loss
 
 
+def _prepare_evaluation(original: Any) -> Any:
+    @wraps(original)
+    def evaluate(self: Any, *args: Any, **kwargs: Any) -> Any:
+        prompted = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        if not getattr(prompted, "has_suffix", False):
+            return original(self, *args, **kwargs)
+        prompted.has_answers = True  # also where a trainer has a prediction step of its own (DPO)
+        try:
+            return original(self, *args, **kwargs)
+        finally:
+            prompted.has_answers = False
+
+    return evaluate
+
+
 def _prepare_prediction(original: Any) -> Any:
     @wraps(original)
     def prediction_step(self: Any, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         prompted = self.accelerator.unwrap_model(model, keep_torch_compile=False)
         if not getattr(prompted, "has_suffix", False) or inputs.get("labels") is None:
             return original(self, model, inputs, *args, **kwargs)
-        prompted.has_answers = True  # so a call without labels, by a loss of the user's own, is refused
+        before, prompted.has_answers = prompted.has_answers, True  # a call without labels is refused
         try:
             return original(self, model, inputs, *args, **kwargs)
         finally:
-            prompted.has_answers = False
+            prompted.has_answers = before
 
     return prediction_step
 

@@ -57,7 +57,8 @@ class PromptTuningExtConfig(PromptTuningConfig):
             ([B], the column of each row's first answer token). Only for decoders.
         text_cache (`str`, defaults to `"memory"`):
             With `"suffix"`, where keys and values of texts are kept between batches: `"none"`, `"memory"` or `"disk"`.
-            Texts run in evaluation mode (a kept text cannot have new dropout in each epoch).
+            Texts run in evaluation mode (a kept text cannot have new dropout in each epoch), unless they need
+            gradients, or a row of the batch has its prompt in front or has no text.
         text_cache_bytes (`int`, *optional*):
             The most bytes to keep; by default a quarter of the free memory (or disk). Texts beyond it run again.
         text_cache_dir (`str`, *optional*):

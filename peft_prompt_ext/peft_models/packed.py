@@ -113,7 +113,7 @@ class PackedMixin(PromptTuningMixin):
             ValueError: The mask does not fit the text, or a batch with `adapter_names` cannot run packed.
         """
         self._check_token_path(kwargs)
-        text = input_ids if input_ids is not None else inputs_embeds
+        text = inputs_embeds if inputs_embeds is not None else input_ids  # with both, ids do not say what a text is
         if text is not None and find_cache(kwargs) is None:
             check_mask(attention_mask, *text.shape[:2])
         outputs = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
@@ -173,7 +173,7 @@ class PackedMixin(PromptTuningMixin):
         obstacle = "the call has no text" if text is None else self._find_obstacle(attention_mask, extras)
         if text is None or obstacle is not None:
             return EngineStatus(False, obstacle or "")
-        one_pass = adapter_names is not None and self._needs_one_pass()
+        one_pass = self._needs_one_pass()
         status = self._prove(behind=start is not None or one_pass)
         if not status.packed:
             return status
@@ -228,13 +228,14 @@ class PackedMixin(PromptTuningMixin):
         """Whether batches of any positions run in one pass.
 
         Sharded weights are gathered for each pass, so all processes have to run the same passes, and batches of other
-        processes may have prompts in front of the texts, or none.
+        processes may have prompts in front of the texts, rows without text, or no need of a text's logits.
         """
         from ..shared_prefix.watch import is_sharded
 
+        if not any(map(is_suffix, self.peft_config.values())):
+            return False
         base_model: Any = self.get_base_model()
-        has_suffix = any(map(is_suffix, self.peft_config.values()))
-        return has_suffix and is_sharded(base_model.modules(), base_model.parameters())
+        return is_sharded(base_model.modules(), base_model.parameters())
 
     def _texts_learn(self, text: torch.Tensor) -> bool:
         """Whether texts need gradients: the input has some, or a module of the base model but a classifier's head."""

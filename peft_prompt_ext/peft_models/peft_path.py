@@ -18,7 +18,7 @@ from ..devices import device_of
 from ..sizes import max_positions
 from .pad_side import BEHIND, find_pad_side
 from .padding import count_real, is_padded, pads_behind, real_first, real_last, reorder
-from .position import order_columns
+from .position import is_suffix, order_columns
 from .tokens import VIRTUAL_TOKEN_VALUES, check_mask, put_back, shift_column, shift_positions, widen
 
 
@@ -77,6 +77,8 @@ class PeftPathMixin(PeftModel):
     def _prepend_prompt(self, inputs: dict[str, Any]) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
         """Add the prompt to the inputs per token. Returns those, [B, P+T, ...], and the other inputs."""
         start = inputs.pop("answer_start", None)
+        if start is not None and not is_suffix(self.active_peft_config):
+            raise ValueError("answer_start is for a prompt behind the text (prompt_position='suffix'). Leave it out.")
         ids, text = inputs.pop("input_ids", None), inputs.pop("inputs_embeds", None)
         if ids is None and text is None:
             raise ValueError("The model got neither input_ids nor inputs_embeds. Pass one of them.")

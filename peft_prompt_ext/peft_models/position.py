@@ -113,11 +113,18 @@ def place_prompts(
         raise ValueError(f"adapter_names has {len(behind)} names, the batch has {rows} rows.")
     if labels is not None and labels.shape != (rows, columns):
         raise ValueError(f"labels are {list(labels.shape)}; wanted {[rows, columns]}, one for each text token.")
+    if answer_start is not None and (
+        not isinstance(answer_start, torch.Tensor) or answer_start.is_floating_point() or answer_start.shape != (rows,)
+    ):
+        raise ValueError(
+            f"answer_start is {answer_start!r}; wanted a tensor of {rows} whole numbers: the column of each row's "
+            "first answer token."
+        )
     mask = attention_mask if attention_mask is not None else torch.ones(rows, columns, dtype=torch.long)
     read = iter(download(*(x for x in (mask, labels, answer_start) if x is not None)))
     mask = next(read)
     labels, answer_start = (None if x is None else next(read) for x in (labels, answer_start))
-    if answer_start is not None and (answer_start.shape != (rows,) or bool((answer_start < 1).any())):
+    if answer_start is not None and bool((answer_start < 1).any()):
         raise ValueError(
             f"answer_start is {answer_start.tolist()}; wanted {rows} columns, each 1 or more: that of the row's "
             "first answer token."

@@ -37,6 +37,8 @@ class PeftModelForSequenceClassification(PackedMixin, peft.PeftModelForSequenceC
         kwargs = self._name_arguments(args, kwargs)
         if kwargs.get("input_ids") is not None and kwargs.get("attention_mask") is None:
             kwargs["attention_mask"] = self._make_mask(kwargs["input_ids"])
+        if kwargs.pop("answer_start", None) is not None:
+            raise ValueError("A classifier takes no answer_start: its prompt stands behind the last real token.")
         text = kwargs.get("inputs_embeds") if kwargs.get("input_ids") is None else kwargs["input_ids"]
         if text is not None and self.active_adapter:
             names = kwargs.get("adapter_names") or [self.active_adapter]

@@ -99,7 +99,8 @@ class TextCache:
         for part, tensor in zip(flat.split(sizes), tensors, strict=True):
             part[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
         self.store[key] = flat
-        self.num_bytes += len(flat)
+        if key in self.store:  # a full disk keeps no more
+            self.num_bytes += len(flat)
 
     def _count_bytes(self, tokens: int) -> int:
         forms = (form for _, pair in self._forms or () for form in pair)

@@ -10,8 +10,10 @@ import hashlib
 import logging
 import os
 import re
+import secrets
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -54,14 +56,24 @@ class TextFolder:
             ) from None
         if not os.access(self.folder, os.W_OK | os.X_OK):
             raise ValueError(f"text_cache_dir: {self.folder} cannot be written. Choose another folder.")
-        files = list(self.folder.glob("*.safetensors"))
-        self.num_bytes = sum(_size(path) for path in files)
+        files = list(list_files(self.folder.parent))
+        self.num_bytes = sum(map(_size, files))
         logger.info(
             "Texts are kept in %s: %d files, %.1f MB. `peft-prompt-ext texts --clear` deletes them.",
-            self.folder,
+            self.folder.parent,
             len(files),
             self.num_bytes / 1e6,
         )
+
+    def limit(self, budget: int) -> None:
+        """Delete texts of other models and states, the oldest first, until they take half of a budget of bytes."""
+        others = sorted((p for p in list_files(self.folder.parent) if p.parent != self.folder), key=_time)
+        taken = sum(map(_size, others))
+        for path in others:
+            if taken <= budget // 2:
+                return
+            taken, self.num_bytes = taken - _size(path), self.num_bytes - _size(path)
+            path.unlink(missing_ok=True)
 
     def get(self, key: bytes) -> torch.Tensor | None:
         """Read a text's bytes; None if there is no whole file."""
@@ -82,7 +94,7 @@ class TextFolder:
         if self._is_full:
             return
         path = self._path(key)
-        partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+        partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(save({TENSOR: flat}))
@@ -120,8 +132,15 @@ def clear_text_cache(root: str | Path | None = None) -> int:
         folders.add(path.parent)
         path.unlink(missing_ok=True)
     for folder in folders:
-        folder.rmdir()
+        with suppress(OSError):  # another process writes there
+            folder.rmdir()
     return freed
+
+
+def _time(path: Path) -> float:
+    with suppress(OSError):
+        return path.stat().st_mtime
+    return 0.0
 
 
 def _size(path: Path) -> int:

@@ -51,12 +51,13 @@ class TextState:
 
 
 def _sum_weights(backbone: nn.Module) -> list[torch.Tensor]:
-    """Compute a checksum of each row of each weight; the first row is copied, because a checksum has no order."""
+    """Compute two checksums of each row of each weight: of its bits, and of its values by their place."""
     sums = []
     for weight in backbone.parameters():
         if weight.numel() and not weight.is_meta:
             table = weight.detach().reshape(len(weight) if weight.dim() > 1 else 1, -1)
-            sums += [torch.hash_tensor(table, dim=1).cpu().view(torch.int64), table[0].clone()]
+            places = torch.rand(table.shape[1], generator=torch.Generator().manual_seed(0)).to(table.device)
+            sums += [torch.hash_tensor(table, dim=1).cpu().view(torch.int64), table.float() @ places]
     return sums
 
 
@@ -80,9 +81,12 @@ def make_cache(backbone: nn.Module, computation: str, config: Any) -> TextCache:
     if config.text_cache == "memory":
         free = psutil.virtual_memory().available
         return TextCache(free // SHARE if is_default else budget, is_default=is_default)
+    if getattr(backbone.config, "quantization_config", None) is not None:
+        raise ValueError("text_cache='disk' is not for quantised weights. Set text_cache='memory'.")
     store = TextFolder(config.text_cache_dir, _hash_model(backbone, computation))
     free = shutil.disk_usage(store.folder).free
     budget = store.num_bytes + free // SHARE if is_default else budget
+    store.limit(budget)
     return TextCache(budget, store, num_bytes=store.num_bytes, is_default=is_default)
 
 

@@ -13,7 +13,7 @@ from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix import probe
 from peft_prompt_ext.shared_prefix.layout import pack_behind
 from peft_prompt_ext.shared_prefix.texts import Texts
-from tests.helpers import VIRTUAL, one_thread, prompt_of, prompted  # noqa: F401
+from tests.helpers import VIRTUAL, make_batch, one_thread, prompt_of, prompted  # noqa: F401
 from tests.peft_models.suffix import MASKS, assert_equals_rows_alone, make_suffix_batch, run_alone
 from tests.zoo import DECODERS
 
@@ -91,6 +91,12 @@ def swap_rows_of_data_and_change_the_mode(model):
     model.train()
 
 
+def flip_signs_of_data_and_change_the_mode(model):
+    model.get_base_model().model.layers[0].self_attn.v_proj.weight.data[1:3].neg_()
+    model.eval()
+    model.train()
+
+
 def add_a_hook(model):
     model.get_base_model().base_model.layers[0].register_forward_hook(lambda *_: None)
 
@@ -121,6 +127,7 @@ CHANGES = [
     write_a_weight,
     write_data_and_change_the_mode,
     swap_rows_of_data_and_change_the_mode,
+    flip_signs_of_data_and_change_the_mode,
     add_a_hook,
     change_an_option,
     set_a_config,
@@ -301,6 +308,43 @@ def test_calls_without_labels(build_model):
     _, logits, columns = run_alone(model.get_base_model(), [prompt_of(model)] * 3, behind)
     for got, want, where in zip(out.logits, logits, columns, strict=True):
         torch.testing.assert_close(got[where], want, rtol=0, atol=1e-4)
+
+
+def test_embeddings_beside_ids_are_the_text(build_model):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix", train_logits="supervised").train()
+    batch = make_suffix_batch("none")
+    embeds = model.get_base_model().get_input_embeddings()(batch["input_ids"]).detach() * 1.5
+    model(**batch)
+    wanted = model(inputs_embeds=embeds, labels=batch["labels"], attention_mask=batch["attention_mask"]).loss
+    torch.testing.assert_close(model(**batch, inputs_embeds=embeds).loss, wanted)
+
+
+@pytest.mark.parametrize(("architecture", "task_type"), [("bert", "TOKEN_CLS"), ("llama", "SEQ_CLS")])
+def test_a_prefix_takes_no_answer_start(build_model, architecture, task_type):
+    model = prompted(build_model(architecture, task_type), task_type)
+    batch = make_batch(task_type)
+    with pytest.raises(ValueError, match="answer_start"):
+        model(**batch, answer_start=torch.tensor([2, 2, 2]))
+
+
+@pytest.mark.parametrize("wrong", [[3, 3, 3], torch.tensor([3.5, 3.5, 3.5]), torch.tensor([3, 3])])
+def test_an_answer_start_that_is_no_column_is_refused(build_model, wrong):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    with pytest.raises(ValueError, match="wanted a tensor of 3 whole numbers"):
+        model(input_ids=make_suffix_batch("none")["input_ids"], answer_start=wrong)
+
+
+class OwnStep(OwnLoss):
+    def prediction_step(self, model, inputs, *args, **kwargs):
+        with torch.no_grad():
+            return self.compute_loss(model, inputs), None, None
+
+
+def test_a_prediction_step_of_ones_own_is_refused(build_model, tmp_path):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    with pytest.raises(ValueError, match="needs labels, or answer_start"):
+        make_suffix_trainer(model, tmp_path, OwnStep).evaluate()
+    assert not model.has_answers
 
 
 @pytest.mark.parametrize("labels", ["every token", "in front"])

@@ -39,6 +39,7 @@ def test_a_later_model_finds_the_texts(build_model, tmp_path):
     torch.testing.assert_close(other, loss)
     assert kept.num_bytes == sum(path.stat().st_size for path in files(tmp_path))
     assert kept.place == str(files(tmp_path)[0].parent)
+    assert kept.num_bytes > 0
 
 
 def write_a_weight(model):
@@ -115,6 +116,14 @@ def test_a_budget_holds_on_disk(build_model, tmp_path):
     _, kept = run(keeping(build_model("llama"), tmp_path, text_cache_bytes=2500), times=2)
     assert 0 < len(files(tmp_path)) < 3
     assert kept.hits == len(files(tmp_path))
+
+
+def test_a_budget_is_of_all_models_and_states(build_model, tmp_path):
+    one = run(keeping(build_model("llama"), tmp_path, text_cache_bytes=10**6))[1].num_bytes
+    for seed in (1, 2, 3):
+        run(keeping(build_model("llama", seed=seed), tmp_path, text_cache_bytes=3 * one))
+    assert sum(path.stat().st_size for path in files(tmp_path)) <= 4 * one  # with the heads of the files
+    assert run(keeping(build_model("llama", seed=3), tmp_path, text_cache_bytes=3 * one), times=2)[1].hits == 3
 
 
 @pytest.mark.parametrize("place", ["a file", "no permission"])
