@@ -6,8 +6,8 @@
   adapter: a prompt behind the text has other files, so that stock PEFT does not load it as a prefix.
 - `AttentionInterface.get_interface`: a packed batch needs its own attention, and the config has to keep its name.
 - `LabelSmoother.__call__`, and `compute_loss`, `prediction_step` and `evaluate` of `Trainer`: it compares PEFT's
-  logits [B, P+T, V] with labels [B, T], its default learning rate is too low for a prompt, and a loss of its own takes the
-  labels that say where a suffix stands.
+  logits [B, P+T, V] with labels [B, T], its default learning rate is too low for a prompt, and a loss of its own takes
+  the labels that say where a suffix stands.
 - The logger of bitsandbytes' matrix products: it repeats one message for every product.
 
 A replacement calls the original for models and adapters of other libraries. `deactivate` restores the originals.
