@@ -10,9 +10,9 @@ from .summary import Summary
 
 
 ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
+ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
 ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
 ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
-ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
 GPU = {("stock", ""): "PEFT's prompt tuning", ("packed", "varlen"): "this plugin"}
 GPU |= {("packed", "sdpa"): "this plugin, SDPA", ("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels"}
 GPU |= {("full", ""): "full", ("floor", "varlen"): "frozen model alone"}
