@@ -400,6 +400,8 @@ class PackedMixin(PromptTuningMixin):
     def train(self, mode: bool = True) -> Any:
         """See torch; drops kept prefixes, also in `eval()`."""
         self._engine.forget_prefixes()
+        if mode != self.training:  # a Trainer calls train() in each step, and a checksum takes as long as half a step
+            self._engine.recheck_texts()
         return super().train(mode)
 
 

@@ -133,8 +133,11 @@ class Engine:
             self._text_state.expect()
 
     def forget_prefixes(self) -> None:
-        """Drop all kept prefixes, and compare the weights before texts are used again."""
+        """Drop all kept prefixes."""
         self.prefixes, self._watch = {}, None
+
+    def recheck_texts(self) -> None:
+        """Compare checksums of the weights before kept texts are used again."""
         if self._text_state is not None:
             self._text_state.is_checked = False
 

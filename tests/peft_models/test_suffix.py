@@ -10,7 +10,7 @@ from transformers import Trainer, TrainingArguments
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status
 from peft_prompt_ext._versions import checkpoint_activations
-from peft_prompt_ext.shared_prefix import probe
+from peft_prompt_ext.shared_prefix import probe, text_state
 from peft_prompt_ext.shared_prefix.layout import pack_behind
 from peft_prompt_ext.shared_prefix.texts import Texts
 from tests.helpers import VIRTUAL, make_batch, one_thread, prompt_of, prompted  # noqa: F401
@@ -150,6 +150,16 @@ def test_a_change_of_the_model_drops_kept_texts(build_model, change):
     assert texts_of(model) is None or texts_of(model).hits == 0
     fresh = prompted(copy.deepcopy(model.get_base_model()), "CAUSAL_LM", prompt_position="suffix")
     torch.testing.assert_close(out.loss, fresh(**batch).loss)
+
+
+def test_a_trainers_steps_compare_no_checksums(build_model, tmp_path, monkeypatch):
+    sums = []
+    own = text_state._sum_weights
+    monkeypatch.setattr(text_state, "_sum_weights", lambda backbone: sums.append(1) or own(backbone))
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    make_suffix_trainer(model, tmp_path, max_steps=6).train()
+    assert texts_of(model).hits > 0
+    assert len(sums) == 1
 
 
 def test_evaluation_between_epochs_keeps_the_texts(build_model):
