@@ -188,7 +188,11 @@ def test_candidates_of_a_padded_row_are_accepted_as_without_its_pads(pair, side)
 
 
 @pytest.mark.parametrize("options", [{}, {"do_sample": True, "top_k": 1}], ids=str)
-def test_an_assistant_may_have_a_tokenizer_of_its_own(pair, build_model, tokenizer, options):
+def test_an_assistant_may_have_a_tokenizer_of_its_own(pair, build_model, tokenizer, options, monkeypatch):
+    # transformers pairs both vocabularies in their order, which tokenizers draws anew at each call; in some orders its
+    # candidates have no logit, and its own models fail too
+    kind, get_vocab = PreTrainedTokenizerFast, PreTrainedTokenizerFast.get_vocab
+    monkeypatch.setattr(kind, "get_vocab", lambda self: dict(sorted(get_vocab(self).items(), key=lambda one: one[1])))
     bpe = ByteLevelBPETokenizer()
     words = ["fine actors and grim endings", "a grim plot, a fine cast"] * 3
     bpe.train_from_iterator(words, 270, special_tokens=["<s>", "</s>", "<pad>"], show_progress=False)
