@@ -11,10 +11,12 @@ quickstart: $(VENV)/recipes.ready ## a real model on real reviews; SENTENCES='"o
 	$(BIN)/python recipes/quickstart.py $(SENTENCES)
 
 quickstart-4bit: $(VENV)/benchmarks.ready ## the same prompt over a base model in full precision and in 4 bits, and a report
-	$(BIN)/python -m benchmarks run benchmarks/suites/quickstart_4bit.yaml --report outputs/quickstart-4bit
+	$(BIN)/python -m benchmarks run benchmarks/suites/quickstart_4bit.yaml
+	$(BIN)/python -m benchmarks report --results outputs/benchmarks/quickstart_4bit.jsonl --output outputs/quickstart-4bit
 
 benchmark-smoke: $(VENV)/benchmarks.ready ## every method for a moment, and the report of it
-	$(BIN)/python -m benchmarks run benchmarks/suites/smoke.yaml --report outputs/benchmarks/smoke
+	$(BIN)/python -m benchmarks run benchmarks/suites/smoke.yaml
+	$(BIN)/python -m benchmarks report --results outputs/benchmarks/smoke.jsonl --output outputs/benchmarks/smoke
 
 test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)

@@ -4,6 +4,9 @@ import logging
 import sys
 from importlib import import_module
 
+from .harness.store import StoreError
+from .harness.suite import SuiteError
+
 
 COMMANDS = {
     "run": "the grids of suites: methods, inits, tasks, precisions, seeds; goes on where it was stopped",
@@ -15,17 +18,20 @@ COMMANDS = {
 MODULES = {"report": "report.command", "gpu": "gpu.command"}
 
 
-def main() -> None:
-    """Run a command; what it needs is imported by it."""
-    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+def main(arguments: list[str]) -> None:
+    """Run a command; what it needs is imported by it. A wrong suite or store ends it with one line."""
+    name = arguments[0] if arguments else "--help"
     if name not in COMMANDS:
         lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
         raise SystemExit(0 if name in {"-h", "--help"} else 2)
     if name == "recommend":  # an answer in ten lines
         logging.disable(logging.WARNING)
-    import_module(f"benchmarks.{MODULES.get(name, name)}").main(sys.argv[2:])
+    try:
+        import_module(f"benchmarks.{MODULES.get(name, name)}").main(arguments[1:])
+    except (StoreError, SuiteError) as error:
+        raise SystemExit(f"error: {error}") from None
 
 
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

@@ -2,9 +2,9 @@
 
     python -m benchmarks recommend --memory 8GB --tasks 50 --storage 1GB --least_score 0.7
 
-Left out is what was not measured, what does not fit, and what is clearly or probably behind the best mean. Of the
-rest, which are tied, the least time (or what --prefer names) decides; costs within a tenth count as equal. Then, of
-one task, LoRA is taken, because inference servers load it, and of several what costs less.
+Left out is what was not measured, does not fit, or is clearly or probably behind the best mean. Of the tied rest the
+least time (or what --prefer names) decides; costs within a tenth count as equal. Then, of one task, LoRA is taken,
+because inference servers load it, and of several what costs less.
 """
 
 import argparse
@@ -25,11 +25,7 @@ def main(arguments: list[str]) -> None:
     options = _options(arguments)
     from .report.command import read
 
-    try:
-        summary = read(options.results)
-        lines, fits = answer(summary, options)
-    except (StoreError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+    lines, fits = answer(read(options.results), options)
     try:
         print("\n".join(lines if options.all else lines[:10]), flush=True)
     except BrokenPipeError:  # the reader, such as head, has seen enough
@@ -39,14 +35,15 @@ def main(arguments: list[str]) -> None:
 
 
 def answer(summary: Any, options: argparse.Namespace) -> tuple[list[str], bool]:
-    """The lines of the answer, the pick first, and whether there is one; a task that no run has is a ValueError."""
+    """The lines of the answer, the pick first, and whether there is one; a task that no run has is a StoreError."""
     from .report.tables import COSTS, difference_text, names, on_what, percent
 
     tasks = sorted(set(options.task or summary.common))
     if unknown := sorted(set(tasks) - set(summary.tasks)):
-        from peft_prompt_ext._choices import check_choice  # takes its time, for a good message
+        from peft_prompt_ext._choices import nearest  # takes its time, for a good message
 
-        check_choice("--task", unknown[0], summary.tasks)
+        hint = nearest(unknown[0], summary.tasks)
+        raise StoreError(f"--task: {unknown[0]!r} has no runs{hint}; {names(summary.tasks)} have some.")
     where = f"Speaks of {on_what(summary, tasks)}"
     unlearnt = [task for task in tasks if task in summary.at_majority]
     nothing = f"No method clearly beats the majority class on {names(unlearnt)} with this model"

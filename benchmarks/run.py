@@ -12,23 +12,19 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from .harness.store import RERUN, Event, RunStore, StoreError, wanted
+from .harness.store import RERUN, Event, RunStore, wanted
 
 
 def main(arguments: list[str]) -> None:
     """Run what the arguments ask for, and print how each run ended."""
     from .harness.execute import Grid, run_local
-    from .harness.suite import SuiteError, check_data, load_suites, run_id
+    from .harness.suite import load_suites, run_id
 
     options = _options(arguments)
     results = options.results or Path("outputs/benchmarks", f"{options.suite[0].stem}.jsonl")
     store, number = RunStore(results), count(1)
-    try:
-        specs, time_limit_s = load_suites(options.suite)
-        latest = store.latest()
-        check_data(specs, options.data_dir)
-    except (SuiteError, StoreError) as error:
-        raise SystemExit(f"error: {error}") from None
+    specs, time_limit_s = load_suites(options.suite, options.data_dir)
+    latest = store.latest()
     left = [spec for spec in specs if wanted(latest.get(run_id(spec)), options.rerun)]
     print(f"{len(specs)} runs, {len(left)} to do; events go to {results}", flush=True)
 
@@ -36,25 +32,18 @@ def main(arguments: list[str]) -> None:
         print(f"{next(number)}/{len(left)} {event['status']}: {describe(spec)}  {outcome(event)}", flush=True)
 
     if not options.dry_run:
-        try:
-            grid = Grid(left, store, options.data_dir, time_limit_s, options.rerun, report)
-            if options.executor == "ray":
-                from .harness.on_ray import run_on_ray
+        grid = Grid(left, store, options.data_dir, time_limit_s, options.rerun, report)
+        if options.executor == "ray":
+            from .harness.on_ray import run_on_ray
 
-                run_on_ray(grid, options.ray_address, options.cpus_per_run, options.gpus_per_run)
-            else:
-                run_local(grid)
-        except (ImportError, SuiteError) as error:  # Ray is an extra, and a cluster may be too small
-            raise SystemExit(f"error: {error}") from None
+            run_on_ray(grid, options.ray_address, options.cpus_per_run, options.gpus_per_run)
+        else:
+            run_local(grid)
     events = store.latest()
     for spec in specs if options.dry_run else []:
         print(f"{events.get(run_id(spec), {}).get('status', 'not run')}: {describe(spec)}")
     counts = Counter(events[name]["status"] if (name := run_id(spec)) in events else "not run" for spec in specs)
     print(", ".join(f"{number} {state}" for state, number in counts.items()))
-    if options.report:
-        from .report.command import main as write_report
-
-        write_report(["--results", str(results), "--output", str(options.report)])
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
@@ -69,7 +58,6 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     parser.add_argument("--ray_address", help="of a Ray cluster; by default one on this machine")
     parser.add_argument("--cpus_per_run", type=float, default=2, help="cores that Ray keeps for a run")
     parser.add_argument("--gpus_per_run", type=float, default=0, help="GPUs that Ray keeps for a run")
-    parser.add_argument("--report", type=Path, metavar="FOLDER", help="then write the report there")
     parser.add_argument("--dry_run", action="store_true", help="only say what would be run")
     return parser.parse_args(arguments)
 

@@ -5,9 +5,8 @@
     python -m benchmarks speed --one_text_tasks 1 4 16 --text 512   # suffixes, prefixes and LoRA over one text
     python -m benchmarks speed --suite benchmarks/suites/cpu.yaml --data_dir path/to/rows   # what runs of a suite cost
 
-Each method has a process of its own, so that its peak memory is its own; the processes are interleaved, because
-machines are not equally fast all day. Each line goes to the results file as soon as it is known; then a table is
-printed from the lines of this command.
+Each method has a process of its own, which has a peak memory of its own; the processes are interleaved. Each line goes
+to the results file as soon as it is known; the table at the end is of the lines of this command.
 """
 
 import argparse
@@ -19,21 +18,10 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from .harness.steps import LENGTHS, PROMPTED, measure
+from .harness.steps import LENGTHS, METHODS, PROMPTED, measure
+from .harness.suite import PRECISIONS, load_suites
 
 
-WHAT = {
-    "stock": "PEFT's PromptTuningConfig",
-    "packed": "this plugin, train_logits='supervised'",
-    "packed_all": "this plugin, train_logits='all'",
-    "suffix": "this plugin, prompt_position='suffix', texts computed in each step",
-    "suffix_kept": "the same, texts kept between steps",
-    "lora": "PEFT's LoraConfig, r=8 on its default layers",
-    "lora_last": "the same, head at labels",
-    "full": "full fine-tuning",
-    "floor": "the frozen model over the real tokens alone, backward to its input embeddings, head at labels",
-}
-PRECISIONS = ("float32", "bfloat16", "int8", "nf4")
 Row = dict[str, Any]
 
 
@@ -43,9 +31,13 @@ def main(arguments: list[str]) -> None:
     if options.worker:
         print(json.dumps(measure(json.loads(options.worker))))
         return
-    rows = []
     options.output.parent.mkdir(parents=True, exist_ok=True)
-    for row in _suite_rows(options) if options.suite else map(_run, _grid(options)):
+    rows, steps = [], map(_run, _grid(options))
+    if options.suite:
+        from .harness.step_times import time_suite
+
+        steps = time_suite(load_suites(options.suite, options.data_dir)[0], options.data_dir)
+    for row in steps:
         with options.output.open("a", encoding="utf-8") as file:
             file.write(json.dumps(row) + "\n")
         rows.append(row)
@@ -53,10 +45,10 @@ def main(arguments: list[str]) -> None:
 
 
 def _options(arguments: list[str]) -> argparse.Namespace:
-    methods = "methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in WHAT.items())
+    methods = "methods:\n" + "\n".join(f"  {name:11} {text}" for name, text in METHODS.items())
     form = {"formatter_class": argparse.RawDescriptionHelpFormatter, "description": __doc__, "epilog": methods}
     parser = argparse.ArgumentParser("python -m benchmarks speed", **form)
-    parser.add_argument("--methods", nargs="+", choices=WHAT, default=list(WHAT))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--num_virtual_tokens", nargs="+", type=int, help="20 and 100; 12 over one text")
     parser.add_argument("--text", nargs="+", choices=LENGTHS, default=["short"])
     parser.add_argument("--batch_size", nargs="+", type=int, default=[16])
@@ -80,40 +72,28 @@ def _options(arguments: list[str]) -> argparse.Namespace:
     return parser.parse_args(arguments)
 
 
-def _suite_rows(options: argparse.Namespace) -> Iterator[Row]:
-    from .harness.step_times import time_suite
-    from .harness.suite import SuiteError, check_data, load_suites
-
-    try:
-        specs, _ = load_suites(options.suite)
-        check_data(specs, options.data_dir)
-    except SuiteError as error:
-        raise SystemExit(f"error: {error}") from None
-    return time_suite(specs, options.data_dir)
-
-
 def _grid(options: argparse.Namespace) -> Iterator[Row]:
-    common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
-    lengths = options.num_virtual_tokens or ([12] if options.one_text_tasks else [20, 100])
+    lengths, sizes = options.num_virtual_tokens or [20, 100], options.batch_size
     if options.one_text_tasks:
-        grid = product(options.text, options.precision, lengths, options.one_text_tasks)
-        names = ("text", "precision", "num_virtual_tokens", "tasks")
-        kinds = [{"method": "one_text", "batch_size": 1, **dict(zip(names, cell, strict=True))} for cell in grid]
+        lengths, sizes = options.num_virtual_tokens or [12], [1]
+        kinds = [{"method": "one_text", "tasks": tasks} for tasks in options.one_text_tasks]
     elif options.mixed_tasks:
-        mixed = {"method": "mixed", "tasks": options.mixed_tasks, "rows_per_task": options.rows_per_task}
-        mixed |= {"logits": options.logits, "single_path": options.single_path, "text": "short"}
-        mixed |= {"precision": "float32", "batch_size": options.mixed_tasks * options.rows_per_task}
-        kinds = [{**mixed, "num_virtual_tokens": virtual} for virtual in lengths]
+        kinds, sizes = (
+            [{"method": "mixed", "tasks": options.mixed_tasks}],
+            [options.mixed_tasks * options.rows_per_task],
+        )
+        kinds[0] |= {name: getattr(options, name) for name in ("rows_per_task", "logits", "single_path")}
     else:
         kinds = [
-            {"method": method, "num_virtual_tokens": virtual, "text": text, "batch_size": size, "precision": precision}
-            | {"gradient_checkpointing": options.gradient_checkpointing}
-            for text, size, precision in product(options.text, options.batch_size, options.precision)
-            for method in options.methods
-            for virtual in (lengths if method in PROMPTED else [0])
+            {"method": name, "gradient_checkpointing": options.gradient_checkpointing} for name in options.methods
         ]
-    for _ in range(options.turns):
-        yield from ({**kind, **common} for kind in kinds)
+    common = {"steps": options.steps, "model": options.model_name_or_path, "seed": options.seed}
+    cells = list(product(options.text, sizes, options.precision, kinds))
+    for text, size, precision, kind in cells * options.turns:
+        has_prompt = "tasks" in kind or kind["method"] in PROMPTED
+        for virtual in lengths if has_prompt else [0]:
+            cell = {"text": text, "batch_size": size, "precision": precision, "num_virtual_tokens": virtual}
+            yield {**kind, **cell, **common}
 
 
 def _run(spec: Row) -> Row:
@@ -131,17 +111,15 @@ def show(rows: list[Row]) -> None:
     """Print a table for each batch: medians over all turns, and ratios to PEFT, LoRA and the floor; then failures."""
     import pandas as pd
 
-    from .report.tables import mixed_table, one_text_table, step_table
+    from .report.tables import step_table, ways_table
 
     good = pd.DataFrame([row for row in rows if not row.get("error")])
     if "kind" in good:
         for row in good.itertuples():
             what = " ".join(filter(None, (row.kind[name] for name in ("task", "method", "quantization"))))
             print(f"{what}: {row.step_s:.2f} s a step")
-    elif "mixed_time_s" in good:
-        print(mixed_table(good))
-    elif "largest_differences" in good:
-        print(one_text_table(good))
+    elif "tasks" in good:
+        print(ways_table(good))
     elif len(good):
         for batch, group in good.groupby(["text", "batch_size", "precision", "gradient_checkpointing"]):
             text, size, precision, checkpointing = batch

@@ -215,6 +215,8 @@ def _methods() -> Iterator[Row]:
         yield {"method": "stock", "num_virtual_tokens": virtual, "attention": None}
         for attention in ("varlen", "flex", "sdpa"):
             yield {"method": "packed", "num_virtual_tokens": virtual, "attention": attention}
+    for method, attention in product(("suffix", "suffix_kept"), ("varlen", "sdpa")):
+        yield {"method": method, "num_virtual_tokens": 12, "attention": attention}
     for method in ("lora", "lora_last", "full"):
         yield {"method": method, "num_virtual_tokens": 0, "attention": None}
     best = "varlen" if _device() == "cuda" else "sdpa"
@@ -229,13 +231,14 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
     from ..harness.machine import peak, reset_peak
     from ..harness.steps import method_step
 
-    if spec["method"] == "packed":
+    on_engine = spec["method"].startswith(("packed", "suffix"))
+    if on_engine:
         os.environ[VARIABLE] = spec["attention"]
     base.requires_grad_(False)
     model: Any = None
     try:
         model, step = method_step(base, {**spec, "gradient_checkpointing": False}, batch)
-        if spec["method"] == "packed":
+        if on_engine:
             status = engine_status(model)
             if status.attention != spec["attention"]:
                 raise RuntimeError(status.reason)
@@ -249,7 +252,7 @@ def _measure(base: Any, spec: Row, batch: Any, options: argparse.Namespace) -> R
         before = reset_peak(_device())
         times = _times(whole_step, 3, options.steps)
         row = {"step_time_s": times, "peak_memory_bytes": peak(_device()) - before, "weights_bytes": before}
-        if spec["method"] == "packed":
+        if on_engine:
             row["device_waits"] = _waits(whole_step)
         return row
     finally:
@@ -269,8 +272,9 @@ def mixed_rows(options: argparse.Namespace) -> Iterator[Row]:
     tasks, each = (2, 2) if options.dry_run else (8, 4)
     batch = random_batch(LENGTHS["short"], tasks * each, base.config.vocab_size, options.seed)
     for virtual in (20, 100):
-        row = compare(base, batch, tasks, virtual, repeats=2 if options.dry_run else 10)
-        yield {"model": MODELS[0], "tasks": tasks, "rows_per_task": each, "num_virtual_tokens": virtual, **row}
+        spec = {"tasks": tasks, "num_virtual_tokens": virtual, "steps": 2 if options.dry_run else 10}
+        row = compare(base, batch, {**spec, "single_path": "stock", "logits": "last"})
+        yield {"model": MODELS[0], "rows_per_task": each, **spec, **row}
 
 
 def real_rows(options: argparse.Namespace) -> Iterator[Row]:

@@ -8,11 +8,12 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from .machine import FILE, ROOT
-from .store import SCHEMA_VERSION, Event, RunStore, now, wanted
+from .store import SCHEMA_VERSION, Event, RunStore, wanted
 from .suite import Spec, run_id
 
 
@@ -72,7 +73,7 @@ def begin(grid: Grid, spec: Spec, last: Event | None) -> Event:
         "attempt": last["attempt"] + 1 if last else 1,
         "status": "started",
         "spec": spec,
-        "started_at": now(),
+        "started_at": datetime.now(UTC).isoformat(timespec="seconds"),
         **dict.fromkeys(("finished_at", "error", "result", "env")),
     }
     grid.store.append(started)
@@ -81,7 +82,7 @@ def begin(grid: Grid, spec: Spec, last: Event | None) -> Event:
 
 def end(grid: Grid, started: Event, outcome: dict[str, Any]) -> Event:
     """Say in the store how it ended; the outcome in its folder is not needed any more, the trained adapter stays."""
-    ended = {**started, "finished_at": now(), **outcome}
+    ended = {**started, "finished_at": datetime.now(UTC).isoformat(timespec="seconds"), **outcome}
     grid.store.append(ended)
     (grid.runs / started["run_id"] / "outcome.json").unlink(missing_ok=True)
     return ended

@@ -15,32 +15,32 @@ from peft_prompt_ext.peft_models.padding import real_last
 from .machine import clock
 
 
-def compare(
-    base: Any, batch: Any, tasks: int, num_virtual_tokens: int, repeats: int, packed: bool = False, last: bool = True
-) -> dict[str, Any]:
+def compare(base: Any, batch: Any, spec: dict[str, Any]) -> dict[str, Any]:
     """Time one batch of all tasks, and a batch for each, interleaved, and compare their logits of the next token.
 
-    The batch, right-padded, has as many rows for each task. `packed`: the batch of one task is packed as well, else it
-    takes PEFT's path. `last`: logits of the next token alone.
+    The batch, right-padded, has as many rows for each task. The batch of one task takes the path `single_path`.
     """
-    mixed, single = _batches(base, batch, tasks, partial(_prompt, num_virtual_tokens, "prefix"), packed, last)
+    how = spec["single_path"] == "packed", spec["logits"] == "last"
+    make = partial(_prompt, spec["num_virtual_tokens"], "prefix")
+    mixed, single = _batches(base, batch, spec["tasks"], make, *how)
     with torch.inference_mode():
         difference = float((mixed() - single()).abs().max())
-        return {**_time({"mixed": mixed, "single": single}, repeats), "largest_difference": difference}
+        return {**_time({"mixed": mixed, "single": single}, spec["steps"]), "largest_difference": difference}
 
 
-def compare_on_one_text(load: Any, ids: Any, tasks: int, num_virtual_tokens: int, repeats: int) -> dict[str, Any]:
+def compare_on_one_text(load: Any, ids: Any, spec: dict[str, Any]) -> dict[str, Any]:
     """Time a batch that has one text [1, T] for each task, with suffixes, prefixes and LoRA adapters, interleaved.
 
     `load` makes the base model. The largest differences are those of a row's logits from its adapter alone.
     """
-    configs = {way: partial(_prompt, num_virtual_tokens, way) for way in ("suffix", "prefix")}
+    tasks = spec["tasks"]
+    configs = {way: partial(_prompt, spec["num_virtual_tokens"], way) for way in ("suffix", "prefix")}
     configs["lora"] = lambda _: LoraConfig(task_type="CAUSAL_LM", r=8, init_lora_weights=False)  # else all are equal
     batch = {"input_ids": ids.expand(tasks, -1), "attention_mask": torch.ones_like(ids).expand(tasks, -1)}
     ways = {way: _batches(load(), batch, tasks, config) for way, config in configs.items()}
     with torch.inference_mode():
         differences = {way: float((mixed() - single()).abs().max()) for way, (mixed, single) in ways.items()}
-        times = _time({way: mixed for way, (mixed, _) in ways.items()}, repeats)
+        times = _time({way: mixed for way, (mixed, _) in ways.items()}, spec["steps"])
     return {**times, "largest_differences": differences}
 
 

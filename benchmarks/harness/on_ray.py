@@ -26,13 +26,12 @@ def run_on_ray(grid: Grid, address: str | None = None, num_cpus: float = 2, num_
     is the one that `ray start` has made here, or a new one on this machine.
 
     Raises:
-        ImportError: Ray is not installed.
-        SuiteError: No node of the cluster has what a run holds.
+        SuiteError: Ray is not installed, or no node of the cluster has what a run holds.
     """
     try:
         import ray
     except ImportError as error:
-        raise ImportError("--executor ray needs Ray: pip install 'peft-prompt-ext[ray]'") from error
+        raise SuiteError("--executor ray needs Ray: pip install 'peft-prompt-ext[ray]'") from error
 
     if not ray.is_initialized():
         ray.init(address=address, logging_level=logging.WARNING, runtime_env={"env_vars": {"PYTHONPATH": str(ROOT)}})

@@ -50,16 +50,15 @@ def without_overlap(
 ) -> list[int]:
     """The source's rows of which no text is in a text of a scored row, nor holds one.
 
-    Case, punctuation and spaces make no difference, and texts of fewer than `SHARED_WORDS` words are not looked for.
-
-    The texts are in the named columns. Returns the numbers of the rows that stay, ascending.
+    The texts are in the named columns; case, punctuation and spaces make no difference, and texts of fewer than
+    `SHARED_WORDS` words are not looked for. Returns the numbers of the rows that stay, ascending.
     """
     known = sorted({text for row in scored for text in _texts(row, scored_columns)})
     together = "|".join(known)
-    long = [text for text in known if _is_long(text)]
+    long = [text for text in known if len(text.split()) >= SHARED_WORDS]
 
     def shares(text: str) -> bool:
-        return (_is_long(text) and text in together) or any(one in text for one in long)
+        return (len(text.split()) >= SHARED_WORDS and text in together) or any(one in text for one in long)
 
     return [number for number, row in enumerate(source) if not any(map(shares, _texts(row, source_columns)))]
 
@@ -69,7 +68,3 @@ def _texts(row: Row, columns: Iterable[str]) -> Iterator[str]:
     for name in columns:
         words = re.findall(r"[^\W_]+", str(row[name]).lower())
         yield f" {' '.join(words)} "
-
-
-def _is_long(text: str) -> bool:
-    return len(text.split()) >= SHARED_WORDS

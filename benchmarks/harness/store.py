@@ -21,7 +21,6 @@ import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -122,11 +121,6 @@ def wanted(event: Event | None, rerun: str) -> bool:
     if event is None or event["status"] == "started" or rerun == "always":
         return True
     return rerun == "failed" and event["status"] != "ok"
-
-
-def now() -> str:
-    """The time in UTC."""
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def _write_whole(handle: int, line: bytes, size: int) -> None:

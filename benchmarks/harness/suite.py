@@ -60,19 +60,18 @@ def run_id(spec: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(spec, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def load_suites(paths: Iterable[str | Path]) -> tuple[list[Spec], float]:
-    """Read suites: the runs, each once, and the longest time limit in seconds."""
+def load_suites(paths: Iterable[str | Path], data_dir: str | None) -> tuple[list[Spec], float]:
+    """Read suites: the runs, each once, and the longest time limit in seconds.
+
+    A suite that cannot be run, or whose folders of `data` are not below `data_dir`, is a SuiteError.
+    """
     paths = [Path(path) for path in paths]
     specs = {run_id(spec): spec for path in paths for spec in load_suite(path)}
-    return list(specs.values()), max(float(_read(path).get("time_limit_s", TIME_LIMIT_S)) for path in paths)
-
-
-def check_data(specs: list[Spec], data_dir: str | None) -> None:
-    """Raise SuiteError if a folder of `data` is not below --data_dir."""
-    folders = {spec["data"] for spec in specs} | {(spec["source"] or {}).get("data") for spec in specs}
+    folders = {part.get("data") for spec in specs.values() for part in (spec, spec["source"] or {})}
     for folder in sorted(folders - {None}):
         if data_dir is None or not Path(data_dir, folder).is_dir():
             raise SuiteError(f"give --data_dir, a folder that must hold {folder}; got {data_dir}")
+    return list(specs.values()), max(float(_read(path).get("time_limit_s", TIME_LIMIT_S)) for path in paths)
 
 
 def load_suite(path: str | Path) -> list[Spec]:

@@ -57,7 +57,8 @@ def load_runs(paths: Iterable[Path], step_times: Iterable[Path] = ()) -> pd.Data
 def _row(event: dict[str, Any], step_s: dict[str, float]) -> dict[str, Any]:
     spec, env, result = event["spec"], event["env"] or {}, event["result"] or {}
     arguments = spec["arguments"]
-    wrong = [name for name in _NUMBERS if not _is_number(result.get(name))] if event["status"] == "ok" else []
+    numbers = {name: result.get(name) for name in _NUMBERS} if event["status"] == "ok" else {}
+    wrong = [name for name, value in numbers.items() if type(value) not in (int, float) or not math.isfinite(value)]
     row = {name: event[name] for name in ("run_id", "status", "error", "started_at")}
     row |= {name: spec[name] for name in ("task", "method", "init", "quantization", "seed")}
     if wrong:
@@ -88,10 +89,6 @@ def _latency(method: str, result: dict[str, Any]) -> float | None:
     if method not in {"prompt_tuning", "lora"}:
         return 1.0
     return result["inference_time_s"] / result["bare_inference_time_s"] if result else None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _seconds(spec: dict[str, Any], step_s: dict[str, float]) -> float:

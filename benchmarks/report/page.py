@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+from ..gpu.table import engine_gpu
 from . import tables
 from .load import NAMES
 from .statistics import FOUND
@@ -17,6 +18,8 @@ WORDS = """Clearly: two tests find the difference, the 95 % interval over the se
 scored rows (p < 0.05). Probably: one of them does. Tied: neither does. No correction for the number of comparisons."""
 PADDED = """LoRA here is padded, with the head at every position. In the comparison above both group rows by length \
 and run the head at labels, and there is no lead in time."""
+IN_READMES = (tables.headline, tables.tasks, tables.bits, tables.engine_cpu, tables.suffix, tables.one_text)
+FOR_READMES = {make.__name__: make for make in (*IN_READMES, engine_gpu, tables.mixed)}
 STORE = "Every run, with its settings, versions and machine, is a line in `benchmarks/results`{}."
 HERE = " (speed alone was measured on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
 
@@ -25,9 +28,9 @@ def filled(text: str, summary: Summary) -> str:
     """A README with the tables that the results give now; a marker of an unknown table is a ValueError."""
 
     def fill(found: re.Match[str]) -> str:
-        if found[2] not in tables.FOR_READMES:
-            raise ValueError(f"There is no table of results {found[2]!r}; there are {', '.join(tables.FOR_READMES)}.")
-        return f"{found[1]}{tables.FOR_READMES[found[2]](summary)}\n{found[3]}"
+        if found[2] not in FOR_READMES:
+            raise ValueError(f"There is no table of results {found[2]!r}; there are {', '.join(FOR_READMES)}.")
+        return f"{found[1]}{FOR_READMES[found[2]](summary)}\n{found[3]}"
 
     return _MARKED.sub(fill, text)
 
@@ -42,7 +45,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
     """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
     prompt = summary.best("prompt_tuning")
     inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
-    engine = [tables.engine_cpu(summary), PADDED, tables.engine_gpu(summary), tables.mixed(summary)] if is_own else []
+    engine = [tables.engine_cpu(summary), PADDED, engine_gpu(summary), tables.mixed(summary)] if is_own else []
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),

@@ -1,7 +1,6 @@
 """Pictures as SVG files that follow the reader's dark or light theme and are legible on a telephone.
 
-Each method has a marker of its own. What matplotlib draws in `TEXT` and `GRID` becomes
-a variable of the picture.
+Each method has a marker of its own. What matplotlib draws in `TEXT` and `GRID` becomes a variable of the picture.
 """
 
 import io

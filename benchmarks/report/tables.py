@@ -4,18 +4,22 @@ from collections.abc import Callable, Iterable, Sequence
 
 import pandas as pd
 
+from ..harness.steps import METHODS
 from .load import NAMES, read_lines
 from .statistics import FOUND, Difference, Mean
 from .summary import Summary
 
 
-ENGINE = {"stock": "PEFT's prompt tuning", "packed": 'this plugin, `train_logits="supervised"`'}
-ENGINE |= {"suffix": "suffix, texts computed", "suffix_kept": "suffix, texts kept"}
-ENGINE |= {"packed_all": 'this plugin, `train_logits="all"`', "lora": "PEFT's LoRA, r 8"}
-ENGINE |= {"lora_last": "the same, head at labels", "full": "full fine-tuning", "floor": "floor"}
-GPU = {("stock", ""): "PEFT's prompt tuning", ("packed", "varlen"): "this plugin"}
-GPU |= {("packed", "sdpa"): "this plugin, SDPA", ("lora", ""): "LoRA, r 8", ("lora_last", ""): "LoRA, head at labels"}
-GPU |= {("full", ""): "full", ("floor", "varlen"): "frozen model alone"}
+KINDS = {"tasks": "tasks", "rows_per_task": "rows a task", "text": "tokens", "num_virtual_tokens": "virtual tokens"}
+KINDS |= {"logits": "logits", "single_path": "path of single batches", "precision": "precision", "machine": "machine"}
+PATHS = {"stock": "PEFT's path", "packed": "this plugin"}
+WAYS = {
+    "mixed": "one batch",
+    "single": "a batch a task",
+    "suffix": "suffixes",
+    "prefix": "prefixes",
+    "lora": "LoRA, r 8",
+}
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -177,11 +181,11 @@ def step_table(lines: pd.DataFrame) -> str:
         return f"{values[key] / values[other]:.2f}" if other in values else "-"
 
     rows = []
-    for key in sorted(steps.index, key=lambda key: (list(ENGINE).index(key[0]), key[1])):
+    for key in sorted(steps.index, key=lambda key: (list(METHODS).index(key[0]), key[1])):
         stock = ("stock", key[1])
         times = [ratio(steps, key, other) for other in (stock, ("lora", 0), ("floor", 0))]
         memory = [f"{peaks[key] / 2**30:.2f} GiB", ratio(peaks, key, stock)]
-        rows.append([ENGINE[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
+        rows.append([METHODS[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
     head = ["method", "virtual tokens", "step", "step / PEFT's", "step / LoRA's", "step / floor"]
     return table([*head, "peak memory above the weights", "memory / PEFT's"], rows)
 
@@ -193,74 +197,38 @@ def suffix(summary: Summary) -> str:
     steps = lines.explode("step_time_s").groupby(keys)["step_time_s"].median().unstack()
     peaks = lines.groupby(keys)["peak_memory_bytes"].max().unstack()
     columns, rows = sorted(steps, key=int), []
-    for key in sorted(steps.index, key=lambda key: (key[0], list(ENGINE).index(key[1]), key[2])):
-        lora = (key[0], "lora_last", 0)
-        times = [f"{steps.loc[key, c]:.2f} s, {steps.loc[key, c] / steps.loc[lora, c]:.2f}" for c in columns]
-        rows.append(
-            [key[0], ENGINE[key[1]], str(key[2] or ""), *times, f"{peaks.loc[key, columns[-1]] / 2**30:.2f} GiB"]
-        )
+    for key in sorted(steps.index, key=lambda key: (key[0], list(METHODS).index(key[1]), key[2])):
+        ratios = steps.loc[key] / steps.loc[(key[0], "lora_last", 0)]
+        times = ["" if pd.isna(ratios[c]) else f"{steps.loc[key, c]:.2f} s, {ratios[c]:.2f}" for c in columns]
+        peak = "" if pd.isna(peaks.loc[key, columns[-1]]) else f"{peaks.loc[key, columns[-1]] / 2**30:.2f} GiB"
+        rows.append([key[0], METHODS[key[1]], str(key[2] or ""), *times, peak])
     head = ["precision", "method", "virtual tokens", *(f"{c} tokens" for c in columns)]
-    caption = (
-        f"SmolLM2-135M, 8 rows of equal length, {', '.join(lines['machine'].unique())}; a step, and its ratio to that"
-    )
-    caption += " of LoRA with its head at labels; kept texts count as memory:"
-    steps_table = table([*head, f"peak memory, {columns[-1]} tokens"], rows)
-    return f"{caption}\n\n{steps_table}".replace("nan s, nan", "").replace("nan GiB", "")
-
-
-def engine_gpu(summary: Summary) -> str:
-    """A training step on the GPU at 100 virtual tokens; the first of the runs had other code for attention."""
-    lines = read_lines("gpu.jsonl").dropna(subset=["peak_memory_bytes"]).fillna({"attention": ""})
-    lines = lines[lines["num_virtual_tokens"].isin([0, 100]) & lines["code"].str.startswith("attention in one call")]
-    rows = []
-    for (text, model, precision), same in lines.groupby(["text", "model", "precision"]):
-        cells = [_gpu_cell(same[(same["method"] == method) & (same["attention"] == how)]) for method, how in GPU]
-        rows.append([f"{model.rsplit('-', 1)[1].upper()}, {precision.replace('bfloat16', 'bf16')}, {text}", *cells])
-    caption = "One NVIDIA H200, Llamas with random weights, 16 rows (short: 8 to 54 tokens, long: 256 to 512), 100"
-    caption += " virtual tokens; time of a step, and peak memory above the weights:"
-    return f"{caption}\n\n{table(['model and rows', *GPU.values()], rows)}"
-
-
-def _gpu_cell(lines: pd.DataFrame) -> str:
-    """Of the last run that has the cell."""
-    lines = lines[lines["run"] == lines["run"].max()]
-    step, peak = lines.explode("step_time_s")["step_time_s"].median(), lines["peak_memory_bytes"].max()
-    return "" if lines.empty else f"{1e3 * step:.0f} ms, {peak / 2**30:.1f} GiB"
+    caption = f"SmolLM2-135M, 8 rows of equal length, {', '.join(lines['machine'].unique())}; a step, and its ratio to"
+    caption += " that of LoRA with its head at labels; kept texts count as memory:"
+    return f"{caption}\n\n{table([*head, f'peak memory, {columns[-1]} tokens'], rows)}"
 
 
 def mixed(summary: Summary) -> str:
     """One batch of many tasks, and a batch for each task."""
-    caption = "SmolLM2-135M in fp32, no gradients, a prompt of 20 virtual tokens for each of 8 tasks: one forward pass"
-    return f"{caption} for all tasks, or one for each:\n\n{mixed_table(read_lines('mixed_cpu.jsonl'))}"
-
-
-def mixed_table(lines: pd.DataFrame) -> str:
-    """Medians of both ways."""
-    rows = []
-    for line in lines.to_dict("records"):
-        together, apart = (pd.Series(line[f"{name}_time_s"]).median() for name in ("mixed", "single"))
-        path = {"stock": "PEFT's path", "packed": "this plugin"}[line["single_path"]]
-        kinds = [f"{line['tasks']} x {line['rows_per_task']} rows", line["logits"], path, line["machine"]]
-        rows.append([*kinds, f"{together:.2f} s", f"{apart:.2f} s", f"{apart / together:.1f} x"])
-    return table(["batch", "logits", "single batches by", "machine", "one batch", "a batch a task", "faster"], rows)
+    return f"SmolLM2-135M in fp32, no gradients, short reviews:\n\n{ways_table(read_lines('mixed_cpu.jsonl'))}"
 
 
 def one_text(summary: Summary) -> str:
     """Many tasks over one text."""
     caption = "SmolLM2-135M, no gradients, one row and its next token for each task, the text read for the first time"
-    return f"{caption}:\n\n{one_text_table(read_lines('one_text_cpu.jsonl'))}"
+    return f"{caption}:\n\n{ways_table(read_lines('one_text_cpu.jsonl'))}"
 
 
-def one_text_table(lines: pd.DataFrame) -> str:
-    """Medians of each way, and how many times those of suffixes they are."""
+def ways_table(lines: pd.DataFrame) -> str:
+    """Median times of each way to run several tasks, and how many times that of the first way they are."""
+    ways = {f"{way}_time_s": name for way, name in WAYS.items()}
+    kinds, ways = ({name: head for name, head in heads.items() if name in lines} for heads in (KINDS, ways))
     rows = []
     for line in lines.to_dict("records"):
-        suffix, *others = (pd.Series(line[f"{way}_time_s"]).median() for way in ("suffix", "prefix", "lora"))
-        kinds = [str(line[name]) for name in ("tasks", "text", "num_virtual_tokens", "precision", "machine")]
-        times = [f"{suffix:.2f} s", *(f"{other:.2f} s ({other / suffix:.1f} x)" for other in others)]
-        rows.append([*kinds, *times, f"{max(line['largest_differences'].values()):.0e}"])
-    head = ["tasks", "tokens", "virtual tokens", "precision", "machine", "suffixes", "prefixes", "LoRA, r 8"]
-    return table([*head, "largest difference"], rows)
+        first, *others = (pd.Series(line[way]).median() for way in ways)
+        times = [f"{first:.2f} s", *(f"{other:.2f} s ({other / first:.1f} x)" for other in others)]
+        rows.append([*(PATHS.get(line[name], str(line[name])) for name in kinds), *times])
+    return table([*kinds.values(), *ways.values()], rows)
 
 
 def runs_by_task(summary: Summary) -> str:
@@ -273,8 +241,3 @@ def _cell(runs: pd.DataFrame) -> str:
     bad = [f"seed {row.seed}: {row.status}, {row.error}" for row in runs[runs["status"] != "ok"].itertuples()]
     good = [f"{100 * score:.1f}" for score in runs.sort_values("seed")["score"].dropna()]
     return "; ".join(filter(None, [", ".join(good), *bad]))
-
-
-FOR_READMES: dict[str, Callable[[Summary], str]] = {
-    table.__name__: table for table in (headline, tasks, bits, engine_cpu, suffix, one_text, engine_gpu, mixed)
-}

@@ -95,10 +95,10 @@ class TextCache:
         sizes = [-(-tensor.numel() * tensor.element_size() // ALIGNED) * ALIGNED for tensor in tensors]
         if self._forms != forms or self.num_bytes + sum(sizes) > self.budget or key in self.store:
             return
-        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        flat = torch.empty(sum(sizes), dtype=torch.uint8, device=tensors[0].device)
         for part, tensor in zip(flat.split(sizes), tensors, strict=True):
             part[: tensor.numel() * tensor.element_size()].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-        self.store[key] = flat
+        self.store[key] = flat.cpu()  # one copy for all layers
         if key in self.store:  # a full disk keeps no more
             self.num_bytes += len(flat)
 

@@ -96,6 +96,7 @@ class TextFolder:
         path = self._path(key)
         partial = path.with_name(f"{path.name}.{secrets.token_hex(8)}.partial")
         try:
+            self.folder.mkdir(0o700, parents=True, exist_ok=True)  # where the texts were deleted meanwhile
             with os.fdopen(os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
                 file.write(save({TENSOR: flat}))
             partial.replace(path)

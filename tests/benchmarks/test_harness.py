@@ -13,6 +13,7 @@ import pytest
 import yaml
 
 from benchmarks import run
+from benchmarks.__main__ import main
 from benchmarks.harness import execute as execution
 from benchmarks.harness.store import RunStore
 from benchmarks.harness.suite import load_suite, run_id
@@ -203,7 +204,7 @@ def test_a_dry_run_runs_nothing_and_shows_the_grid(suite, stub, tmp_path, capsys
 def test_ray_that_is_not_installed_is_one_clear_error(suite, tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "ray", None)
     with pytest.raises(SystemExit, match=r"error: --executor ray needs Ray: pip install"):
-        run.main([str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--executor", "ray"])
+        main(["run", str(suite()), "--results", str(tmp_path / "runs.jsonl"), "--executor", "ray"])
 
 
 def test_two_harnesses_share_a_grid(suite, stub, tmp_path):
@@ -233,5 +234,5 @@ def test_what_cannot_be_run_is_said_before_anything_runs(suite, stub, tmp_path, 
     newer.write_text('{"schema_version": 99}\n')
     names = {"data": data, "grid": grid, "newer": newer, "tmp": tmp_path}
     with pytest.raises(SystemExit, match=said):
-        run.main([argument.format(**names) for argument in arguments])
+        main(["run", *(argument.format(**names) for argument in arguments)])
     assert stub() == []

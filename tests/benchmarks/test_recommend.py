@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import recommend
+from benchmarks.__main__ import main
 from tests.benchmarks.events import event, grid, spec, step_times, write
 
 
@@ -21,7 +21,7 @@ def ask(tmp_path, monkeypatch, capsys):
 
     def run(*arguments, events=None):
         path = write(tmp_path / "runs.jsonl", list(grid()) if events is None else events)
-        recommend.main(["--results", str(path), *arguments])
+        main(["recommend", "--results", str(path), *arguments])
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -83,7 +83,7 @@ def test_a_method_with_too_few_seeds_is_not_picked(ask):
 @pytest.mark.parametrize("arguments", [["--memory", "big"], ["--tasks", "0"], ["--least_score", "nan"]])
 def test_a_value_that_makes_no_sense_is_an_error(arguments, capsys):
     with pytest.raises(SystemExit):
-        recommend.main(arguments)
+        main(["recommend", *arguments])
     assert "wanted" in capsys.readouterr().err
 
 

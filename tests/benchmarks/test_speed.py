@@ -60,7 +60,7 @@ def test_mixed_tasks_are_an_option(saved_model, movie_reviews, tmp_path, pytestc
     command += ["--mixed_tasks", "3", "--num_virtual_tokens", "2", "--steps", "2", "--turns", "1"]
     command += ["--output", str(tmp_path / "mixed.jsonl")]
     ran = subprocess.run(command, capture_output=True, text=True, cwd=pytestconfig.rootpath)
-    assert ran.returncode == 0 and "| 3 x 1 rows | last | PEFT's path |" in ran.stdout, ran.stderr
+    assert ran.returncode == 0 and "| 3 | 1 | short | 2 | last | PEFT's path | float32 |" in ran.stdout, ran.stderr
     (line,) = map(json.loads, (tmp_path / "mixed.jsonl").read_text().splitlines())
     assert len(line["mixed_time_s"]) == len(line["single_time_s"]) == 2 and line["largest_difference"] < 1e-4
 

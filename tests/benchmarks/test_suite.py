@@ -133,11 +133,11 @@ def test_a_wrong_suite_is_one_clear_error(write, suite, said):
 
 def test_two_suites_share_runs(write, tmp_path):
     one, two = write(SMALL, "one"), write(changed(time_limit_s=7200), "two")
-    specs, time_limit_s = load_suites([one, two])
+    specs, time_limit_s = load_suites([one, two], None)
     assert len(specs) == len(load_suite(one))
     assert time_limit_s == 7200
     with pytest.raises(SuiteError, match="There is no suite"):
-        load_suites([tmp_path / "none.yaml"])
+        load_suites([tmp_path / "none.yaml"], None)
 
 
 @pytest.mark.parametrize("path", SUITES, ids=lambda path: path.stem)

@@ -557,3 +557,21 @@ def test_a_trainer_that_reads_the_loss_alone_runs_the_head_at_labels(build_model
     model.train()
     assert model(**make_suffix_batch("none")).logits.shape == (3, VIRTUAL + 12, 331)
     assert (texts_of(model) is not None and texts_of(model).hits > 0) == (position == "suffix")
+
+
+class ReadsOutputs(Trainer):
+    def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
+        loss, outputs = super().compute_loss(model, inputs, return_outputs=True, **kwargs)
+        self.read = outputs["logits"].abs().amin(-1)
+        return loss
+
+
+@pytest.mark.parametrize("reader", ["a hook", "the trainer"])
+def test_who_reads_outputs_beside_a_trainer_gets_all_logits(build_model, tmp_path, reader):
+    model = prompted(build_model("llama"), "CAUSAL_LM", prompt_position="suffix")
+    trainer = make_suffix_trainer(model, tmp_path, kind=ReadsOutputs if reader == "the trainer" else Trainer)
+    if reader == "a hook":
+        model.register_forward_hook(lambda _, __, outputs: setattr(trainer, "read", outputs.logits.abs().amin(-1)))
+    trainer.train()
+    assert trainer.read.shape == (3, VIRTUAL + 12)
+    assert trainer.read.min() > 0

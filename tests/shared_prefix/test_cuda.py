@@ -15,6 +15,7 @@ from peft_prompt_ext._versions import checkpoint_activations
 from peft_prompt_ext.shared_prefix.attention import select
 from peft_prompt_ext.shared_prefix.attention.select import ATTENTIONS, AttentionCall, differs
 from tests.helpers import prompt_of, prompted
+from tests.peft_models.suffix import make_suffix_batch, run_alone
 from tests.shared_prefix.helpers import alone, mixed_model, padded
 
 
@@ -116,6 +117,27 @@ def test_mixed_batches_and_kept_prompts(build_model, monkeypatch, attention):
     for result in results:
         assert (result - torch.cat(wanted)).norm() <= 5e-2 * torch.cat(wanted).norm()
     assert set(model._engine.prefixes) == {"b", "c"}
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3_text", "mistral"])
+def test_a_suffix_batch_equals_each_row_alone(build_model, monkeypatch, numbers, architecture, attention):
+    """The windows are 16: texts of up to eleven tokens and 13 virtual ones."""
+    dtype, tolerance = numbers
+    monkeypatch.setenv(select.VARIABLE, attention)
+    base_model = build_model(architecture, head_dim=16).to("cuda", dtype)
+    model = prompted(base_model, "CAUSAL_LM", prompt_position="suffix", num_virtual_tokens=13).train()
+    batch = {name: x.cuda() for name, x in make_suffix_batch("holes").items()}
+    prompt = prompt_of(model)
+    wanted_loss, _, _ = run_alone(base_model, [prompt.to(dtype)] * 3, batch)
+    wanted_loss.backward()
+    wanted = prompt.grad.clone()
+    for _ in range(2):  # the second step finds the texts
+        prompt.grad = None
+        loss = model(**batch).loss
+        loss.backward()
+        assert abs(loss.item() - wanted_loss.item()) <= tolerance * abs(wanted_loss.item())
+        assert (prompt.grad - wanted).norm() <= 2 * tolerance * wanted.norm()
 
 
 @pytest.mark.parametrize("reentrant", [True, False])

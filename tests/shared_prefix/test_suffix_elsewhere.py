@@ -212,6 +212,9 @@ def test_quantised_backbones_give_what_each_row_gives_alone(quantized_base):
         assert_near(gradient_of(model, batch), wanted, rtol)
         assert engine_status(model).packed
         assert texts_of(model).hits == hits
+    model.peft_config["default"].text_cache = "disk"
+    with pytest.raises(ValueError, match="not for quantised weights"):
+        model(**batch)
 
 
 @pytest.mark.filterwarnings("ignore")  # tracing reads deprecated attributes

@@ -3,6 +3,7 @@
 import errno
 import os
 import stat
+from pathlib import Path
 
 import pytest
 import torch
@@ -147,3 +148,27 @@ def test_they_are_shown_and_deleted(build_model, tmp_path, capsys):
     assert "deleted" in capsys.readouterr().out
     assert [path.name for path in files(tmp_path)] == ["notes.safetensors"]
     assert clear_text_cache(tmp_path) == 0
+
+
+def test_texts_that_are_deleted_during_training_are_kept_again(build_model, tmp_path, caplog):
+    model = keeping(build_model("llama"), tmp_path)
+    loss, _ = run(model)
+    assert clear_text_cache(tmp_path) > 0
+    assert files(tmp_path) == list(tmp_path.iterdir()) == []
+    torch.testing.assert_close(run(model)[0], loss)
+    assert len(files(tmp_path)) == 3
+    assert "No more texts" not in caplog.text
+    test_only_the_user_can_read_them(build_model, tmp_path)
+
+
+def test_a_text_that_comes_while_others_are_deleted_stays(build_model, tmp_path, monkeypatch):
+    run(keeping(build_model("llama"), tmp_path))
+    folder, rmdir = files(tmp_path)[0].parent, Path.rmdir
+
+    def write_and_remove(path):
+        (path / "new.safetensors").write_bytes(b"new")
+        rmdir(path)
+
+    monkeypatch.setattr(Path, "rmdir", write_and_remove)
+    clear_text_cache(tmp_path)
+    assert files(tmp_path) == [folder / "new.safetensors"]
