@@ -14,6 +14,8 @@ from peft import PeftModel, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, DataCollatorForSeq2Seq, Trainer, TrainingArguments
 
 from peft_prompt_ext import PromptTuningExtConfig, engine_status, load_frozen_backbone
+from tests.helpers import prompt_of
+from tests.peft_models.suffix import assert_equals_rows_alone
 
 
 pytestmark = pytest.mark.real
@@ -130,6 +132,26 @@ def test_the_engine_gives_the_loss_the_gradient_and_the_logits_of_stock_peft(row
     assert (grad - stock_grad).norm() <= 1e-5 * stock_grad.norm()
     for ours, stock in zip(logits, stock_logits, strict=True):
         torch.testing.assert_close(ours, stock, rtol=0, atol=1e-4)
+
+
+def test_a_suffix_gives_what_each_row_gives_alone(rows, smollm2):
+    base_model = AutoModelForCausalLM.from_pretrained(smollm2, dtype=torch.float32)
+    flags = {"prompt_position": "suffix", "train_logits": "supervised"}
+    model = get_peft_model(base_model, PromptTuningExtConfig(task_type="CAUSAL_LM", num_virtual_tokens=12, **flags))
+    tokenizer = AutoTokenizer.from_pretrained(smollm2)
+    for side in ("left", "right"):
+        tokenizer.padding_side = side
+        batch = dict(DataCollatorForSeq2Seq(tokenizer)(rows[5:11]))
+        wanted = assert_equals_rows_alone(model.eval(), batch).loss
+        gradient = prompt_of(model).grad
+        model.train()
+        for hits in (0, 6):
+            prompt_of(model).grad = None
+            loss = model(**batch).loss
+            loss.backward()
+            torch.testing.assert_close(loss, wanted, rtol=1e-5, atol=0)
+            assert (prompt_of(model).grad - gradient).norm() <= 1e-5 * gradient.norm()
+            assert engine_status(model).packed and engine_status(model).texts.hits >= hits
 
 
 @pytest.mark.parametrize("quantization", ["int8", "nf4"])

@@ -18,7 +18,7 @@ METHODS = {
     "lora": "PEFT's LoRA, r 8",
     "lora_last": "the same, head at labels",
     "full": "full fine-tuning",
-    "floor": "floor",  # the frozen model over the real tokens alone, backward to its input embeddings, head at labels
+    "floor": "frozen model alone",  # over the real tokens, backward to its input embeddings, head at labels
 }
 PROMPTED = ("stock", "packed", "packed_all", "suffix", "suffix_kept")
 # tokens of a row with the answer: short ones are a review line, others several; a number is the length of all rows

@@ -21,7 +21,7 @@ and run the head at labels, and there is no lead in time."""
 IN_READMES = (tables.headline, tables.tasks, tables.bits, tables.engine_cpu, tables.suffix, tables.one_text)
 FOR_READMES = {make.__name__: make for make in (*IN_READMES, engine_gpu, tables.mixed)}
 STORE = "Every run, with its settings, versions and machine, is a line in `benchmarks/results`{}."
-HERE = " (speed alone was measured on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
+HERE = " (only speed and memory on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
 
 
 def filled(text: str, summary: Summary) -> str:

@@ -119,21 +119,24 @@ def headline(summary: Summary) -> str:
     """Prompt tuning, LoRA, full fine-tuning and zero-shot: score and costs."""
     rows = []
     for variant in summary.compared:
-        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2:0:-1]]
-        rows.append([variant, percent(summary.score(variant, summary.common)), *costs, stored(summary, variant)])
+        costs = [form(summary.cost(variant, summary.common, column)) for column, form, _ in COSTS[2::-1]]
+        rows.append([variant, percent(summary.score(variant, summary.common)), *costs])
     return f"{table(['method', 'score', *(what for _, _, what in COSTS[2::-1])], rows)}\n\n{on_what(summary)}"
 
 
 def tasks(summary: Summary) -> str:
-    """Prompt tuning beside LoRA, task by task."""
+    """Prompt tuning beside LoRA and prompts behind the text, task by task."""
     pair, rows = [best for method in ("prompt_tuning", "lora") if (best := summary.best(method)) is not None], []
+    behind = [variant for variant in summary.variants("prompt_tuning", whole=True) if ", suffix" in variant]
     for task in summary.tasks if len(pair) == 2 else []:
-        runs = [summary.of(variant, [task]) for variant in pair]
+        runs = [summary.of(variant, [task]) for variant in (*pair, *behind)]
         means = [f"{_cell(of_one)}: {100 * of_one['score'].mean():.1f} %" if len(of_one) else "" for of_one in runs]
         learnt = "no method clearly beats the majority class" if task in summary.at_majority else ""
         count = f"{summary.usable.loc[summary.usable['task'] == task, 'eval_samples'].max():.0f}"
-        rows.append([task, count, *means, learnt or _against(summary, pair[0], pair[1], [task])])
-    return table(["task", "scored rows", *(f"{variant}, by seed" for variant in pair), "prompt - LoRA"], rows)
+        differences = [_against(summary, *two, [task]) for two in (pair, *((variant, pair[0]) for variant in behind))]
+        rows.append([task, count, *means, learnt or differences[0], *differences[1:]])
+    head = ["task", "scored rows", *(f"{variant}, by seed" for variant in (*pair, *behind)), "prompt - LoRA"]
+    return table([*head, *("suffix - prefix" for _ in behind)], rows)
 
 
 def inits(summary: Summary, variants: Sequence[str]) -> str:
@@ -158,8 +161,8 @@ def bits(summary: Summary) -> str:
         costs = [size(weights), size(memory - weights), seconds(summary.cost(variant, common, "seconds"))]
         scores = [percent(summary.score(variant, common)), _against(summary, variant, best, common)]
         rows.append([variant, *costs, *scores, ", ".join(f"{100 * score:.1f}" for score in over) or "not run"])
-    head = ["method", "weights", "peak memory above the weights", "training", "score", "against full precision"]
-    return table([*head, "movie_reviews over the other precision, by seed"], rows)
+    head = ["method", "weights", "peak memory above the weights", "training", "score", "against fp32"]
+    return table([*head, "movie_reviews scored in the other precision, by seed"], rows)
 
 
 def engine_cpu(summary: Summary) -> str:
@@ -167,8 +170,8 @@ def engine_cpu(summary: Summary) -> str:
     lines = read_lines("speed_cpu.jsonl")
     lines = lines[~lines["gradient_checkpointing"] & (lines["precision"] == "float32")]
     batch = lines[(lines["text"] == "short") & (lines["batch_size"] == 16)]
-    caption = "SmolLM2-135M in fp32, 16 reviews (8 to 54 tokens), two AVX2 cores; the floor is the frozen model alone"
-    return f"{caption}, without pads:\n\n{step_table(batch[batch['machine'] == batch['machine'].mode()[0]])}"
+    caption = "SmolLM2-135M in fp32, 16 reviews (8 to 54 tokens), two AVX2 cores; the frozen model alone has no pads"
+    return f"{caption}:\n\n{step_table(batch[batch['machine'] == batch['machine'].mode()[0]])}"
 
 
 def step_table(lines: pd.DataFrame) -> str:
@@ -186,7 +189,7 @@ def step_table(lines: pd.DataFrame) -> str:
         times = [ratio(steps, key, other) for other in (stock, ("lora", 0), ("floor", 0))]
         memory = [f"{peaks[key] / 2**30:.2f} GiB", ratio(peaks, key, stock)]
         rows.append([METHODS[key[0]], str(key[1] or ""), f"{steps[key]:.2f} s", *times, *memory])
-    head = ["method", "virtual tokens", "step", "step / PEFT's", "step / LoRA's", "step / floor"]
+    head = ["method", "virtual tokens", "step", "step / PEFT's", "step / LoRA's", "step / frozen model"]
     return table([*head, "peak memory above the weights", "memory / PEFT's"], rows)
 
 

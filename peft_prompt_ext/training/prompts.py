@@ -13,6 +13,7 @@ from ..tasks.families import Family
 
 
 SHORTEST, LONGEST = 20, 100  # virtual tokens by default
+BEFORE_ENDING = 8  # virtual tokens behind a text, in front of the question's end, at least
 WHOLE = ("ENDING", "TRANSFER")  # inits of a whole prompt behind a text: how it ends is theirs
 
 
@@ -21,7 +22,8 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
 
     By default a prompt is initialised from the task's label words (Lester et al. 2021, section 3.2) and, for a
     language model, from the form of question and answer behind them. The init TEXT without a text is that form alone.
-    A prompt behind the text ends as the template does, and the init fills the tokens before.
+    A prompt behind the text ends as the template does, and the init fills the tokens before, by default with sampled
+    words: an untrained model answers worse if label words or examples stand between its text and the question.
 
     Args:
         family: The task and its tokenizer.
@@ -40,6 +42,7 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
                 f"--num_virtual_tokens {size}: behind its text the question says {family.ending!r}, which has {taken} "
                 f"tokens. Give {taken} or more."
             )
+        settings = {**settings, "prompt_tuning_init": init or "SAMPLE_VOCAB"}
         init, kwargs, text = _choose_init(family, settings, size - taken)
         init, kwargs = "ENDING", {"ending": family.ending, "fallback": init, "fallback_kwargs": kwargs}
     else:
@@ -98,8 +101,8 @@ FILLED_IN = {"CLASS_LABELS": _fill_labels, "TEXT": _fill_text}  # arguments that
 def prompt_size(settings: Mapping[str, Any], task: Task, tokenizer: Any, asks_question: bool) -> int:
     """Virtual tokens of a run: by default what the label words and the whole form of the question need.
 
-    A form that is cut to its last tokens holds the last answer alone, and the untrained model then prefers it. The
-    length is the same for every init.
+    A form that is cut to its last tokens holds the last answer alone, and the untrained model then prefers it.
+    Behind a text it needs the question's end and `BEFORE_ENDING` tokens. The length is the same for every init.
 
     Args:
         settings: The run's `num_virtual_tokens`, or None there.
@@ -110,8 +113,10 @@ def prompt_size(settings: Mapping[str, Any], task: Task, tokenizer: Any, asks_qu
     asked = settings["num_virtual_tokens"]
     if asked is not None or not asks_question:
         return SHORTEST if asked is None else int(asked)
-    ending = split_template(task.template)[1] if settings.get("prompt_position") == "suffix" else ""
-    needed = len(task.label_words) + _count(tokenizer, _whole_form(task)) + _count(tokenizer, ending)
+    if settings.get("prompt_position") == "suffix":
+        needed = BEFORE_ENDING + _count(tokenizer, split_template(task.template)[1])
+    else:
+        needed = len(task.label_words) + _count(tokenizer, _whole_form(task))
     return min(max(needed, SHORTEST), LONGEST)
 
 

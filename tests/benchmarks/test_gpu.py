@@ -28,7 +28,9 @@ def test_a_dry_run_walks_every_part_and_writes_each_line(tmp_path, monkeypatch, 
     failed = {row["attention"] for row in rows if "error" in row}
     assert failed <= {"varlen", "flex"}  # those are a GPU's
     steps = [row for row in rows if row["part"] == "speed_rows" and "step_time_s" in row and "error" not in row]
-    assert {row["method"] for row in steps} == {"stock", "packed", "lora", "lora_last", "full", "floor"}
+    assert {row["method"] for row in steps} == {
+        *("stock", "packed", "suffix", "suffix_kept", "lora", "lora_last", "full", "floor")
+    }
     assert {(row["model"], row["precision"], row["text"]) for row in steps} == {
         (model, precision, text)
         for model in gpu.MODELS

@@ -42,25 +42,28 @@ def test_a_head_reads_the_whole_text_and_trains(train, tmp_path):  # noqa: F811
 
 
 def test_the_prompt_ends_as_the_question_does_and_the_init_fills_the_rest(train, tmp_path, saved_model):  # noqa: F811
-    train("sst2", *SUFFIX, "--num_virtual_tokens", "30", "--learning_rate", "0")
+    train("sst2", *SUFFIX, "--learning_rate", "0")
 
     record = read(tmp_path / "out" / "prompt_init.json")
     assert record["prompt_tuning_init"] == "ENDING"
-    assert record["prompt_tuning_init_kwargs"] == {
-        "ending": "\nSentiment:",
-        "fallback": "CLASS_LABELS",
-        "fallback_kwargs": {"labels": [" negative", " positive"], "fallback": "TEXT"},
-    }
+    sampled = {"ending": "\nSentiment:", "fallback": "SAMPLE_VOCAB", "fallback_kwargs": {}}
+    assert record["prompt_tuning_init_kwargs"] == sampled
     tokenizer = AutoTokenizer.from_pretrained(saved_model("llama"))
     ids = tokenizer("\nSentiment:")["input_ids"]
     assert [slot["token_ids"] for slot in record["slots"][-len(ids) :]] == [[i] for i in ids]
-    assert record["slots"][0]["label"] == " negative" and len(record["slots"]) == 30
+    assert len(record["slots"]) == max(20, 8 + len(ids))
 
 
 @pytest.mark.parametrize(
     ("flags", "kwargs"),
     [
-        (["--prompt_tuning_init", "SAMPLE_VOCAB"], {"fallback": "SAMPLE_VOCAB", "fallback_kwargs": {}}),
+        (
+            ["--prompt_tuning_init", "CLASS_LABELS"],
+            {
+                "fallback": "CLASS_LABELS",
+                "fallback_kwargs": {"labels": [" negative", " positive"], "fallback": "TEXT"},
+            },
+        ),
         (
             ["--prompt_tuning_init", "CLASS_LABELS", "--prompt_tuning_init_kwargs", '{"labels": ["a"]}'],
             {"fallback": "CLASS_LABELS", "fallback_kwargs": {"labels": ["a"]}},
