@@ -5,8 +5,7 @@
     python -m benchmarks speed --one_text_tasks 1 4 16 --text 512   # suffixes, prefixes and LoRA over one text
     python -m benchmarks speed --suite benchmarks/suites/cpu.yaml --data_dir path/to/rows   # what runs of a suite cost
 
-Each method has a process of its own, which has a peak memory of its own; the processes are interleaved. Each line goes
-to the results file as soon as it is known; the table at the end is of the lines of this command.
+Each method has a process, and so a peak memory, of its own; processes are interleaved. Each line is written at once.
 """
 
 import argparse

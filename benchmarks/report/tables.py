@@ -92,8 +92,7 @@ def examples(summary: Summary) -> str:
 def stored(summary: Summary, variant: str) -> str:
     """The fewest and the most bytes that a task stores: a prompt is as long as its question needs."""
     least, most = map(size, summary.of(variant, summary.tasks)["adapter_bytes"].agg(["min", "max"]))
-    same_unit = least.split()[-1] == most.split()[-1]
-    return most if least == most else f"{least.split()[0] if same_unit else least} to {most}"
+    return most if least == most else f"{least} to {most}"
 
 
 def overview(summary: Summary) -> str:
@@ -167,9 +166,8 @@ def bits(summary: Summary) -> str:
 
 def engine_cpu(summary: Summary) -> str:
     """A training step on the CPU: medians over all turns of the machine with most lines."""
-    lines = read_lines("speed_cpu.jsonl")
-    lines = lines[~lines["gradient_checkpointing"] & (lines["precision"] == "float32")]
-    batch = lines[(lines["text"] == "short") & (lines["batch_size"] == 16)]
+    wanted = "not gradient_checkpointing and precision == 'float32' and text == 'short' and batch_size == 16"
+    batch = read_lines("speed_cpu.jsonl").query(wanted)
     caption = "SmolLM2-135M in fp32, 16 reviews (8 to 54 tokens), two AVX2 cores; the frozen model alone has no pads"
     return f"{caption}:\n\n{step_table(batch[batch['machine'] == batch['machine'].mode()[0]])}"
 
