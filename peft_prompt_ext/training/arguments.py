@@ -89,13 +89,13 @@ class MethodArguments:
     num_virtual_tokens: int | None = field(
         default=None,
         metadata={
-            "help": "Length of the prompt; by default that of label words and question (behind the text: of the "
-            "question's end and 8 more), between 20 and 100"
+            "help": "Length of the prompt; by default what label words and question need, between 20 and 100 (behind "
+            "the text the question's end and 8 more)"
         },
     )
     prompt_tuning_init: str | None = field(
         default=None,
-        metadata={"help": "By default CLASS_LABELS; SAMPLE_VOCAB behind the text or without label words"},
+        metadata={"help": "By default CLASS_LABELS, or SAMPLE_VOCAB for a task without label words"},
     )
     prompt_tuning_init_text: str | None = field(default=None, metadata={"help": "Text for the init TEXT"})
     prompt_tuning_init_kwargs: str | None = field(default=None, metadata={"help": "The init's arguments as JSON"})

@@ -13,7 +13,7 @@ from ..tasks.families import Family
 
 
 SHORTEST, LONGEST = 20, 100  # virtual tokens by default
-BEFORE_ENDING = 8  # virtual tokens behind a text, in front of the question's end, at least
+BEFORE_ENDING = 8  # virtual tokens between a text and the question's end, at least
 WHOLE = ("ENDING", "TRANSFER")  # inits of a whole prompt behind a text: how it ends is theirs
 
 
@@ -22,8 +22,8 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
 
     By default a prompt is initialised from the task's label words (Lester et al. 2021, section 3.2) and, for a
     language model, from the form of question and answer behind them. The init TEXT without a text is that form alone.
-    A prompt behind the text ends as the template does, and the init fills the tokens before, by default with sampled
-    words: an untrained model answers worse if label words or examples stand between its text and the question.
+    A prompt behind the text ends as the template does, and the init fills the tokens before, without the form: a form
+    between its text and the question misleads the model.
 
     Args:
         family: The task and its tokenizer.
@@ -42,7 +42,6 @@ def prompt_config(family: Family, settings: Mapping[str, Any], seed: int) -> Pro
                 f"--num_virtual_tokens {size}: behind its text the question says {family.ending!r}, which has {taken} "
                 f"tokens. Give {taken} or more."
             )
-        settings = {**settings, "prompt_tuning_init": init or "SAMPLE_VOCAB"}
         init, kwargs, text = _choose_init(family, settings, size - taken)
         init, kwargs = "ENDING", {"ending": family.ending, "fallback": init, "fallback_kwargs": kwargs}
     else:
@@ -83,10 +82,11 @@ Filled = tuple[dict[str, Any], str | None]
 
 
 def _fill_labels(family: Family, size: int, kwargs: dict[str, Any], text: str | None) -> Filled:
-    """The task's label words; behind them the question's form, if there is room and the user gave no arguments."""
+    """The task's label words; then the question's form, if there is room and the user gave no arguments."""
     words = list(family.task.label_words)
     room = size - len(words)
-    if (family.asks_question or text) and room > 0 and not kwargs:
+    has_form = family.asks_question and not family.prompt_behind
+    if (has_form or text) and room > 0 and not kwargs:
         kwargs, text = {"fallback": "TEXT"}, text or question_form(family, room)
     return {"labels": words, **kwargs}, text
 
@@ -102,7 +102,7 @@ def prompt_size(settings: Mapping[str, Any], task: Task, tokenizer: Any, asks_qu
     """Virtual tokens of a run: by default what the label words and the whole form of the question need.
 
     A form that is cut to its last tokens holds the last answer alone, and the untrained model then prefers it.
-    Behind a text it needs the question's end and `BEFORE_ENDING` tokens. The length is the same for every init.
+    Behind a text: what the label words and the question's end need. The length is the same for every init.
 
     Args:
         settings: The run's `num_virtual_tokens`, or None there.
@@ -114,9 +114,9 @@ def prompt_size(settings: Mapping[str, Any], task: Task, tokenizer: Any, asks_qu
     if asked is not None or not asks_question:
         return SHORTEST if asked is None else int(asked)
     if settings.get("prompt_position") == "suffix":
-        needed = BEFORE_ENDING + _count(tokenizer, split_template(task.template)[1])
-    else:
-        needed = len(task.label_words) + _count(tokenizer, _whole_form(task))
+        ending = _count(tokenizer, split_template(task.template)[1])
+        return min(max(BEFORE_ENDING, len(task.label_words)) + ending, LONGEST)
+    needed = len(task.label_words) + _count(tokenizer, _whole_form(task))
     return min(max(needed, SHORTEST), LONGEST)
 
 

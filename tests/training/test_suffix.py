@@ -46,24 +46,18 @@ def test_the_prompt_ends_as_the_question_does_and_the_init_fills_the_rest(train,
 
     record = read(tmp_path / "out" / "prompt_init.json")
     assert record["prompt_tuning_init"] == "ENDING"
-    sampled = {"ending": "\nSentiment:", "fallback": "SAMPLE_VOCAB", "fallback_kwargs": {}}
-    assert record["prompt_tuning_init_kwargs"] == sampled
+    labels = {"fallback": "CLASS_LABELS", "fallback_kwargs": {"labels": [" negative", " positive"]}}
+    assert record["prompt_tuning_init_kwargs"] == {"ending": "\nSentiment:", **labels}
     tokenizer = AutoTokenizer.from_pretrained(saved_model("llama"))
     ids = tokenizer("\nSentiment:")["input_ids"]
     assert [slot["token_ids"] for slot in record["slots"][-len(ids) :]] == [[i] for i in ids]
-    assert len(record["slots"]) == max(20, 8 + len(ids))
+    assert record["slots"][0]["label"] == " negative" and len(record["slots"]) == 8 + len(ids)
 
 
 @pytest.mark.parametrize(
     ("flags", "kwargs"),
     [
-        (
-            ["--prompt_tuning_init", "CLASS_LABELS"],
-            {
-                "fallback": "CLASS_LABELS",
-                "fallback_kwargs": {"labels": [" negative", " positive"], "fallback": "TEXT"},
-            },
-        ),
+        (["--prompt_tuning_init", "SAMPLE_VOCAB"], {"fallback": "SAMPLE_VOCAB", "fallback_kwargs": {}}),
         (
             ["--prompt_tuning_init", "CLASS_LABELS", "--prompt_tuning_init_kwargs", '{"labels": ["a"]}'],
             {"fallback": "CLASS_LABELS", "fallback_kwargs": {"labels": ["a"]}},
