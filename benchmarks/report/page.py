@@ -20,6 +20,7 @@ PADDED = """LoRA here is padded, with the head at every position. In the compari
 and run the head at labels, and there is no lead in time."""
 IN_READMES = (tables.headline, tables.tasks, tables.bits, tables.engine_cpu, tables.suffix, tables.one_text)
 FOR_READMES = {make.__name__: make for make in (*IN_READMES, engine_gpu, tables.mixed)}
+ENGINE = "Mixed-task batches, prompts behind the text: [shared_prefix](../peft_prompt_ext/shared_prefix/README.md)."
 STORE = "Every run, with its settings, versions and machine, is a line in `benchmarks/results`{}."
 HERE = " (only speed and memory on an H200)", " (encoders: [single runs](../peft_prompt_ext/training/DEFAULTS.md))"
 
@@ -45,7 +46,7 @@ def markdown(summary: Summary, is_own: bool) -> str:
     """The page as Markdown, with the project's own measurements of the engine if `is_own`."""
     prompt = summary.best("prompt_tuning")
     inits = [v for v in summary.variants("prompt_tuning", whole=True) if summary.score(v, summary.common)]
-    engine = [tables.engine_cpu(summary), PADDED, engine_gpu(summary), tables.mixed(summary)] if is_own else []
+    engine = [tables.engine_cpu(summary), PADDED, engine_gpu(summary), ENGINE] if is_own else []
     parts = [
         "# Prompt tuning, LoRA or full fine-tuning?",
         headline(summary),
@@ -60,10 +61,10 @@ def markdown(summary: Summary, is_own: bool) -> str:
         *_when(summary),
         _not_measured(summary, is_own),
         _fold("Task by task", tables.tasks(summary)),
-        _fold("Inits of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
+        _fold("Inits and positions of the prompt", tables.inits(summary, inits), _diverged(summary)) if inits else "",
         _fold("The base model in 4 bits", tables.bits(summary)),
         _fold("Score over seconds of training", CURVES),
-        _fold("The engine: training steps and mixed-task batches", *engine) if engine else "",
+        _fold("The engine: training steps", *engine) if engine else "",
         _fold("Runs by method", tables.runs_by_task(summary)),
     ]
     return "\n\n".join(filter(None, parts)) + "\n"
