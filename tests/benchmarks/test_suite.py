@@ -133,7 +133,8 @@ def test_a_wrong_suite_is_one_clear_error(write, suite, said):
 
 def test_two_suites_share_runs(write, tmp_path):
     one, two = write(SMALL, "one"), write(changed(time_limit_s=7200), "two")
-    specs, time_limit_s = load_suites([one, two], None)
+    (tmp_path / "glue" / "sst2").mkdir(parents=True)
+    specs, time_limit_s = load_suites([one, two], str(tmp_path))
     assert len(specs) == len(load_suite(one))
     assert time_limit_s == 7200
     with pytest.raises(SuiteError, match="There is no suite"):
