@@ -19,6 +19,7 @@ from ..packed import PackedMixin
 from ..padding import reorder
 from .feed import CACHES, PromptFeed, cache_name, check_rows, find_cache, get_place, has_keys, take_cache
 from .held_prompt import HeldPrompt, Place, count_text, drop_virtual, get_held, set_held
+from .kept import find_mode_obstacle, put_prompt
 from .modes import allow_candidates, check_mode, check_suffix, make_room
 
 
@@ -249,6 +250,8 @@ class PromptedGeneration(PackedMixin):
         stored = find_cache(kwargs)
         check_mode(view, config, kwargs)
         feed = self._make_feed(kwargs, config)
+        obstacle = find_mode_obstacle(config, kwargs, feed.is_suffix)
+        feed.put_prompt = partial(put_prompt, self, feed.prompt, obstacle)
         prepare = view.prepare_inputs_for_generation
         view.prepare_inputs_for_generation = wraps(prepare)(partial(feed.step, prepare))
         make_room(view, len(feed.prompt))

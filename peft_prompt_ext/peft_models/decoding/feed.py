@@ -36,6 +36,8 @@ class PromptFeed:
         chunks: The number of text tokens that `generate` reads at once; None: all.
         is_suffix: Whether the prompt stands behind the text.
         in_front: With a suffix, the number of text columns in front of the prompt; else 0.
+        put_prompt: In `generate`, `kept.put_prompt` with its first arguments; if it writes the prompt to the cache of
+            the first step, that step reads only the text.
     """
 
     def __init__(self, model: Any) -> None:
@@ -45,6 +47,7 @@ class PromptFeed:
         self.embed = model.word_embeddings
         self.first: Place | None = None
         self.left_out, self.masked, self.chunks = 0, False, None
+        self.put_prompt: Callable[[Any, Place, torch.Tensor], bool] | None = None
         self.is_suffix, self.in_front = is_suffix(model.active_peft_config), 0
         self._detached_prompt = self.prompt.detach().clone()
         self._heads: dict[ModulesToSaveWrapper, Any] | None = None
@@ -162,6 +165,12 @@ class PromptFeed:
         if attention_mask is None and self.in_front:
             attention_mask = input_ids.new_ones(len(text), seen + new)
         where = self.place(stored, new, attention_mask)
+        put_prompt, self.put_prompt = self.put_prompt, None  # in the first step alone
+        if where.begins and put_prompt is not None:
+            words = text[:, :1] if text is inputs_embeds else self.embed(text[:, :1])
+            if put_prompt(stored, where, words):
+                set_held(stored, HeldPrompt(self._detached_prompt, where.virtual))
+                where = self.place(stored, new, attention_mask)
         if self.chunks is not None and where.blocks:
             raise ValueError(
                 f"prefill_chunk_size ({self.chunks}) needs rows without pads, because pads are moved to the front of "
@@ -258,7 +267,8 @@ class PromptFeed:
         """Mark a cache, if there is one, with its content after a call; `ids` are those of the whole text."""
         if stored is None:
             return
-        set_held(stored, HeldPrompt(self._detached_prompt, where.width, where.blocks, ids, in_front=where.in_front))
+        held = HeldPrompt(self._detached_prompt, where.width, where.blocks, ids, None, where.in_front, where.is_ahead)
+        set_held(stored, held)
 
 
 def get_place(inputs: Mapping[str, Any]) -> Place | None:
