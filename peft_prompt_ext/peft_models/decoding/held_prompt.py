@@ -71,10 +71,11 @@ class Place:
         text_mask: The mask of the text, [B, S + T], in the caller's order; None if the caller gave no mask.
         order: The column of `[prompt | text]` at each place of the cache, [B, P + S + T]; None: no reordering.
         blocks: The columns with pads, including those of this call.
-        padded: Whether the text has pads.
+        padded: Whether the row has pads.
         holes: Whether the text has pads that are not in front of a whole row.
         in_front: The number of text columns in front of the prompt: 0, or with a suffix those that `generate` got.
         is_ahead: Whether the prompt was in the cache before the text, so that all pads stand behind it.
+        virtual_mask: The mask of the virtual tokens, [B, P], where rows have prompts of their own; None: all are real.
     """
 
     virtual: int
@@ -88,6 +89,7 @@ class Place:
     holes: bool = False
     in_front: int = 0
     is_ahead: bool = False
+    virtual_mask: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -104,7 +106,10 @@ class Place:
         """The mask of prompt and text, [B, P + S + T], in the order of the cache."""
         if self.text_mask is None:
             return None
-        mask = torch.cat([self.text_mask.new_ones(len(self.text_mask), self.virtual), self.text_mask], dim=1)
+        virtual = self.virtual_mask
+        if virtual is None:
+            virtual = self.text_mask.new_ones(len(self.text_mask), self.virtual)
+        mask = torch.cat([virtual, self.text_mask], dim=1)
         return mask if self.order is None else reorder(mask, self.order)
 
     @property
