@@ -10,6 +10,7 @@ import pytest
 import torch
 from transformers import DynamicCache, StaticCache
 
+from peft_prompt_ext import engine_status
 from peft_prompt_ext.peft_models.decoding import kept
 from tests.helpers import one_thread, prompt_of  # noqa: F401
 from tests.peft_models.decoding import (
@@ -263,7 +264,8 @@ def test_calls_in_threads_share_one_kept_prompt(pair, computed, monkeypatch):
     with recomputing(model):
         want = [new_tokens(model, ids) for ids in texts]
     got, barrier, keep = [None] * len(texts), threading.Barrier(len(texts)), kept.keep_cache
-    monkeypatch.setattr(kept, "keep_cache", lambda *args: time.sleep(0.1) or keep(*args))  # the others run meanwhile
+    monkeypatch.setattr(kept, "keep_cache", lambda *args: time.sleep(0.3) or keep(*args))  # the others run meanwhile
+    assert engine_status(model).packed  # so that none waits for the proof
 
     def run(i):
         barrier.wait()
