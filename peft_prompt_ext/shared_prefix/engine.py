@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
-from typing import Any
+from threading import RLock
+from typing import Any, Protocol, TypeVar
 
 import torch
 
@@ -25,23 +26,38 @@ from .watch import Watch
 logger = logging.getLogger(__name__)
 
 
+class Kept(Protocol):
+    """What is computed once from a prompt [P, H]."""
+
+    @property
+    def prompt(self) -> torch.Tensor:
+        """The virtual tokens, [P, H]."""
+
+
+K = TypeVar("K", bound=Kept)
+
+
 class Engine:
     """The engine of one PeftModel. A copied or unpickled model gets a new one.
 
     Attributes:
         last: The base model's attention and the status in the last batch; None before a batch.
         prefixes: The kept prefix of each adapter, with its proof key; valid while the watch holds.
+        caches: The same for `generate`: the base model's own cache of each adapter's prompt.
+        lock: Held by `generate`, which may run in several threads, while it proves and keeps.
         texts: The kept texts; None before the first.
     """
 
     def __init__(self) -> None:
         self.last: tuple[Any, EngineStatus] | None = None
         self.prefixes: dict[str, tuple[Any, KeptPrefix]] = {}
+        self.caches: dict[str, tuple[Any, Any]] = {}
         self.texts: TextCache | None = None
         self._proved: dict[Any, EngineStatus] = {}
         self._watch: Watch | None = None
         self._text_state: TextState | None = None
         self._is_causal = False
+        self.lock = RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Engine, ()
@@ -89,17 +105,44 @@ class Engine:
 
     def keep(self, base_model: Any, words: Any, prompts: Mapping[str, torch.Tensor]) -> KeptPrefixes | None:
         """Get the kept prefixes of prompts [P, H]; None if the base model does not allow it as it is now."""
-        if self._watch is None or not self._watch.holds():
-            self._watch, self.prefixes = Watch(base_model), {}
-        if not self._watch.constant:
+        kept = self._keep(self.prefixes, keep_prefix, base_model, words, prompts)
+        return None if kept is None else KeptPrefixes(kept)
+
+    def keep_caches(
+        self, base_model: Any, words: Any, prompts: Mapping[str, torch.Tensor], make: Callable[..., K]
+    ) -> list[K] | None:
+        """Get the kept caches of prompts [P, H]; None if the base model does not allow it as it is now.
+
+        Args:
+            base_model: A model of transformers with its head.
+            words: Its word embeddings.
+            prompts: By the name of their adapter.
+            make: `make(base_model, prompt)` computes one.
+        """
+        return self._keep(self.caches, make, base_model, words, prompts)
+
+    def _keep(
+        self,
+        store: dict[str, tuple[Any, K]],
+        make: Callable[..., K],
+        base_model: Any,
+        words: Any,
+        prompts: Mapping[str, torch.Tensor],
+    ) -> list[K] | None:
+        watch = self._watch
+        if watch is None or not watch.holds():
+            self.forget_prefixes()
+            self._watch = watch = Watch(base_model)
+        if not watch.constant:
             return None
-        key = make_proof_key(base_model, words)
+        key, found = make_proof_key(base_model, words), []
         for name, prompt in prompts.items():
-            kept = self.prefixes.get(name)
+            kept = store.get(name)
             if kept is None or kept[0] != key or not torch.equal(kept[1].prompt, prompt):
-                self.prefixes[name] = key, keep_prefix(base_model, prompt)
-                self._watch.expect()
-        return KeptPrefixes(self.prefixes[name][1] for name in prompts)
+                kept = store[name] = key, make(base_model, prompt)
+                watch.expect()
+            found.append(kept[1])
+        return found
 
     def keep_texts(self, base_model: Any, words: Any, attention: Any, config: Any) -> TextCache | None:
         """Get the cache of texts; None if the config or the base model, as it is now, does not allow one.
@@ -133,8 +176,10 @@ class Engine:
             self._text_state.expect()
 
     def forget_prefixes(self) -> None:
-        """Drop all kept prefixes."""
-        self.prefixes, self._watch = {}, None
+        """Drop all kept prefixes and caches."""
+        self._watch = None
+        self.prefixes.clear()
+        self.caches.clear()
 
     def recheck_texts(self) -> None:
         """Compare checksums of the weights before kept texts are used again."""

@@ -15,10 +15,11 @@ import torch
 
 from ...labels import IGNORE_INDEX
 from ...shared_prefix.status import EngineStatus
-from ..packed import PackedMixin
+from ..packed import BASE, PackedMixin
 from ..padding import reorder
 from .feed import CACHES, PromptFeed, cache_name, check_rows, find_cache, get_place, has_keys, take_cache
 from .held_prompt import HeldPrompt, Place, count_text, drop_virtual, get_held, set_held
+from .kept import check_names, find_mode_obstacle, put_prompts
 from .modes import allow_candidates, check_mode, check_suffix, make_room
 
 
@@ -228,13 +229,14 @@ class PromptedGeneration(PackedMixin):
         """See PEFT's class. With the cache of an earlier call, pass the whole text, or an attention mask over it.
 
         With `prompt_position="suffix"`, rows are `[text | prompt | answer]`, and the cache cannot be continued.
+        `adapter_names` selects an adapter for each row, `"__base__"` none; that cache cannot be continued either.
 
         Returns:
             As the base model's `generate`, without virtual tokens.
 
         Raises:
             ValueError: The cache does not have the active prompt, or an argument does not fit the text.
-            NotImplementedError: The decoding mode is not supported with a prompt.
+            NotImplementedError: The decoding mode is not supported with a prompt, or with a prompt for each row.
         """
         from transformers import GenerationMixin
 
@@ -243,22 +245,31 @@ class PromptedGeneration(PackedMixin):
         view: Any = self._view()
         if self._adapters_disabled:
             return self._generate_unprompted(kwargs)
+        texts = (kwargs.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))
+        names = check_names(self, kwargs.pop("adapter_names", None), next((x for x in texts if x is not None), None))
+        if names and set(names) == {BASE}:
+            return self._generate_unprompted(kwargs)
         self._check_token_path(kwargs)
         options = {name: value for name, value in kwargs.items() if name not in own}
         config = view._prepare_generation_config(kwargs.get("generation_config"), **options)[0]
         stored = find_cache(kwargs)
         check_mode(view, config, kwargs)
-        feed = self._make_feed(kwargs, config)
+        feed = PromptFeed(self, names)
+        obstacle = find_mode_obstacle(config, kwargs, feed)
+        self._prepare_feed(feed, kwargs, config)
+        feed.put_prompts = partial(put_prompts, self, feed, obstacle)
         prepare = view.prepare_inputs_for_generation
         view.prepare_inputs_for_generation = wraps(prepare)(partial(feed.step, prepare))
         make_room(view, len(feed.prompt))
         allow_candidates(view)
         output = self._generate(view, kwargs)
-        if config.num_beams > 1:
+        if config.num_beams > 1 or names:
             stored = stored if stored is not None else find_cache(output)
             held = get_held(stored)
+            refusal = "it has the last rows of a beam search, which are not the returned sequences"
+            if names:
+                refusal = "its rows have the prompts of several adapters"
             if held is not None:
-                refusal = "it has the last rows of a beam search, which are not the returned sequences"
                 set_held(stored, replace(held, refusal=refusal))
         if feed.first is not None and feed.first.blocks and not isinstance(output, torch.Tensor):
             for name in ("hidden_states", "attentions"):
@@ -266,9 +277,9 @@ class PromptedGeneration(PackedMixin):
                     output[name] = _put_back(output[name], feed.first)
         return output
 
-    def _make_feed(self, kwargs: dict[str, Any], config: Any) -> PromptFeed:
+    def _prepare_feed(self, feed: PromptFeed, kwargs: dict[str, Any], config: Any) -> None:
         """Check the text that `generate` gets, and cut virtual tokens off its mask."""
-        feed, stored = PromptFeed(self), take_cache(self.get_base_model(), kwargs)
+        stored = take_cache(self.get_base_model(), kwargs)
         virtual, seen, feed.chunks = len(feed.prompt), feed.count_seen(stored) or 0, config.prefill_chunk_size
         if feed.is_suffix:
             check_suffix(config, seen)
@@ -292,7 +303,7 @@ class PromptedGeneration(PackedMixin):
             check_rows(stored, len(ids if embeds is None else embeds), each)
         feed.left_out = total - (ids.shape[1] if ids is not None else total * (embeds is None))
         feed.masked, feed.in_front = mask is not None, total * feed.is_suffix
-        self._check_length(total)
+        self._check_length(total, len(feed.prompt))
         if mask is not None:
             kwargs["attention_mask"] = mask = drop_virtual(mask, total, virtual)
         _check_positions(kwargs.pop("position_ids", None), Place(virtual, not seen, 0, total, mask))
@@ -300,7 +311,6 @@ class PromptedGeneration(PackedMixin):
         self._adjust_prompt_learning_kwargs(self.active_peft_config, kwargs=kwargs)
         if total > 1:
             _check_token_inputs(kwargs, (ids if embeds is None else embeds).shape[:2])
-        return feed
 
 
 def _put_back(value: Any, where: Place) -> Any:

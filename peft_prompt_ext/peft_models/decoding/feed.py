@@ -1,11 +1,11 @@
-"""Adds a prompt to the base model's inputs at each decoding step.
+"""Adds prompts to the base model's inputs at each decoding step.
 
 Shapes: B rows, P virtual tokens, S text tokens in a cache, T text tokens of a call, H hidden size.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from inspect import signature
@@ -26,26 +26,35 @@ _PLACE = "_peft_prompt_ext_place"  # attribute of ids and embeddings from `Promp
 
 
 class PromptFeed:
-    """Adds the prompt that is active in `__init__` to the base model's inputs.
+    """Adds the prompt that is active in `__init__`, or the prompt of each row, to the base model's inputs.
 
     Attributes:
-        prompt: [P, H].
+        names: The adapter of each row of `generate`; none: the active one.
+        prompts: By the name of their adapter, [their P, H].
+        prompt: The longest, [P, H].
         first: The place of the first call's tokens; None before it.
         left_out: The number of text tokens that are missing in the ids of `generate`.
         masked: Whether the caller gave an attention mask; if so, no mask in a step means no pads.
         chunks: The number of text tokens that `generate` reads at once; None: all.
         is_suffix: Whether the prompt stands behind the text.
         in_front: With a suffix, the number of text columns in front of the prompt; else 0.
+        put_prompts: In `generate`, `kept.put_prompts` with its first arguments; if it writes the prompts to the cache
+            of the first step, that step reads only the text.
     """
 
-    def __init__(self, model: Any) -> None:
-        """Read a model's active prompt."""
+    def __init__(self, model: Any, names: Sequence[str] = ()) -> None:
+        """Read a model's active prompt, or those that are named."""
         self.base_model = unwrap(model.get_base_model())
-        self.prompt = model.get_prompt(batch_size=1)[0, : model.active_peft_config.num_virtual_tokens]
+        active = model.get_prompt(batch_size=1)[0, : model.active_peft_config.num_virtual_tokens]
+        self.names, self.prompts = list(names), {model.active_adapter: active}
+        if names:
+            self.prompts = model._embed_prompts(self.names, active)
+        self.prompt = max(self.prompts.values(), key=len)
         self.embed = model.word_embeddings
         self.first: Place | None = None
         self.left_out, self.masked, self.chunks = 0, False, None
-        self.is_suffix, self.in_front = is_suffix(model.active_peft_config), 0
+        self.put_prompts: Callable[[Any, Place, torch.Tensor], bool] | None = None
+        self.is_suffix, self.in_front = not names and is_suffix(model.active_peft_config), 0
         self._detached_prompt = self.prompt.detach().clone()
         self._heads: dict[ModulesToSaveWrapper, Any] | None = None
 
@@ -62,6 +71,8 @@ class PromptFeed:
                 more than one token.
         """
         where = place(stored, self.count_seen(stored), new, mask, len(self.prompt), self.in_front)
+        if self.names and mask is not None:
+            where = replace(where, virtual_mask=self._mask_virtual(mask), padded=True)
         room = _find_room(stored, self.base_model.config)
         if where.width > room:
             raise ValueError(
@@ -79,6 +90,17 @@ class PromptFeed:
                 f"at once (got {new}). Begin with an empty cache and the whole text."
             )
         return where
+
+    def number_prompts(self, rows: int) -> torch.Tensor:
+        """Number the prompts of B rows, several for each name, [B]; `len(self.prompts)`: none."""
+        known = list(self.prompts)
+        numbers = [known.index(name) if name in known else len(known) for name in self.names]
+        return torch.tensor(numbers).repeat_interleave(rows // len(numbers))
+
+    def _mask_virtual(self, mask: torch.Tensor) -> torch.Tensor:
+        """Make the mask of the virtual tokens, [B, P], as the text's mask is; a shorter prompt stands last."""
+        lengths = torch.tensor([*map(len, self.prompts.values()), 0])[self.number_prompts(len(mask))]
+        return (torch.arange(len(self.prompt), 0, -1) <= lengths[:, None]).to(mask)
 
     @torch.no_grad()
     def _can_continue(self) -> bool:
@@ -159,9 +181,15 @@ class PromptFeed:
             new = text.shape[1] + (self.left_out if text is input_ids else 0) - seen
         if attention_mask is None and self.masked:
             attention_mask = input_ids.new_ones(len(text), seen + new) if seen else None
-        if attention_mask is None and self.in_front:
+        if attention_mask is None and (self.in_front or self.names):
             attention_mask = input_ids.new_ones(len(text), seen + new)
         where = self.place(stored, new, attention_mask)
+        put_prompts, self.put_prompts = self.put_prompts, None  # in the first step alone
+        if where.begins and put_prompts is not None:
+            words = text[:, :1] if text is inputs_embeds else self.embed(text[:, :1])
+            if put_prompts(stored, where, words):
+                set_held(stored, HeldPrompt(self._detached_prompt, where.virtual))
+                where = self.place(stored, new, attention_mask)
         if self.chunks is not None and where.blocks:
             raise ValueError(
                 f"prefill_chunk_size ({self.chunks}) needs rows without pads, because pads are moved to the front of "
@@ -258,7 +286,8 @@ class PromptFeed:
         """Mark a cache, if there is one, with its content after a call; `ids` are those of the whole text."""
         if stored is None:
             return
-        set_held(stored, HeldPrompt(self._detached_prompt, where.width, where.blocks, ids, in_front=where.in_front))
+        held = HeldPrompt(self._detached_prompt, where.width, where.blocks, ids, None, where.in_front, where.is_ahead)
+        set_held(stored, held)
 
 
 def get_place(inputs: Mapping[str, Any]) -> Place | None:

@@ -25,7 +25,8 @@ class Block:
     """Text columns of one call up to its last pad. In the cache, each row's pads come first, then its real tokens.
 
     Attributes:
-        start: The first column. The first block of a text includes the prompt, behind the pads.
+        start: The first column. The first block of a text includes the prompt, behind the pads, unless the prompt was
+            in the cache before.
         stop: The column after the last one.
         is_reordered: Whether pads behind real tokens were moved.
     """
@@ -46,6 +47,7 @@ class HeldPrompt:
         text: The ids of the text, [B, S or more]; None: unknown.
         refusal: The reason if the cache cannot be continued, else None.
         in_front: See `Place`.
+        is_ahead: See `Place`.
     """
 
     prompt: torch.Tensor
@@ -54,6 +56,7 @@ class HeldPrompt:
     text: torch.Tensor | None = None
     refusal: str | None = None
     in_front: int = 0
+    is_ahead: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,9 +71,11 @@ class Place:
         text_mask: The mask of the text, [B, S + T], in the caller's order; None if the caller gave no mask.
         order: The column of `[prompt | text]` at each place of the cache, [B, P + S + T]; None: no reordering.
         blocks: The columns with pads, including those of this call.
-        padded: Whether the text has pads.
+        padded: Whether the row has pads.
         holes: Whether the text has pads that are not in front of a whole row.
         in_front: The number of text columns in front of the prompt: 0, or with a suffix those that `generate` got.
+        is_ahead: Whether the prompt was in the cache before the text, so that all pads stand behind it.
+        virtual_mask: The mask of the virtual tokens, [B, P], where rows have prompts of their own; None: all are real.
     """
 
     virtual: int
@@ -83,6 +88,8 @@ class Place:
     padded: bool = False
     holes: bool = False
     in_front: int = 0
+    is_ahead: bool = False
+    virtual_mask: torch.Tensor | None = None
 
     @property
     def width(self) -> int:
@@ -99,7 +106,10 @@ class Place:
         """The mask of prompt and text, [B, P + S + T], in the order of the cache."""
         if self.text_mask is None:
             return None
-        mask = torch.cat([self.text_mask.new_ones(len(self.text_mask), self.virtual), self.text_mask], dim=1)
+        virtual = self.virtual_mask
+        if virtual is None:
+            virtual = self.text_mask.new_ones(len(self.text_mask), self.virtual)
+        mask = torch.cat([virtual, self.text_mask], dim=1)
         return mask if self.order is None else reorder(mask, self.order)
 
     @property
@@ -302,31 +312,32 @@ def place(cache: Any, seen: int | None, new: int, mask: torch.Tensor | None, vir
     """
     before = 0 if seen is None else seen
     held = get_held(cache) if seen is not None else None
-    old_blocks = [block for block in (held.blocks if held else ()) if block.start < before]
+    old_blocks = [block for block in (held.blocks if held else ()) if block.start < before or _has_prompt(block, held)]
+    is_ahead = held is not None and (held.is_ahead or not before)
     if mask is None and old_blocks:
         raise ValueError(
             f"past_key_values has rows with pads. Pass an attention_mask over the whole text, [B, {before + new}]."
         )
     if mask is None:
-        return Place(virtual, seen is None, before, new)
+        return Place(virtual, seen is None, before, new, is_ahead=is_ahead)
     mask = drop_virtual(mask, before + new, virtual)
-    blocks = [_crop(block, before, mask) for block in old_blocks]
+    blocks = [_crop(block, before, mask, _has_prompt(block, held)) for block in old_blocks]
     fresh = mask[:, before:] != 0
     if not bool(fresh.all()):
         last = int((~fresh).any(0).nonzero()[-1])  # real columns behind it stay in place, and may be cropped
         blocks.append(Block(before, before + last + 1, bool((fresh[:, :-1] & ~fresh[:, 1:]).any())))
     padded = bool((mask == 0).any())
     if not blocks and not in_front:
-        return Place(virtual, seen is None, before, new, mask, padded=padded, holes=padded)
+        return Place(virtual, seen is None, before, new, mask, padded=padded, holes=padded, is_ahead=is_ahead)
     full = torch.cat([mask.new_ones(len(mask), virtual), mask], dim=1)
     order = _order_known(full, in_front, virtual)
     full = reorder(full, order)
     for block in blocks:
-        part = slice(0 if block.start == 0 else virtual + block.start, virtual + block.stop)
+        part = slice(0 if block.start == 0 and not is_ahead else virtual + block.start, virtual + block.stop)
         order[:, part] = reorder(order[:, part], real_last(full[:, part]))
-    start = blocks[0].stop if blocks and blocks[0].start == 0 else 0
+    start = blocks[0].stop if blocks and blocks[0].start == 0 and not is_ahead else 0
     holes = bool((mask[:, start:] == 0).any())
-    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes, in_front)
+    return Place(virtual, seen is None, before, new, mask, order, tuple(blocks), padded, holes, in_front, is_ahead)
 
 
 def _order_known(like: torch.Tensor, in_front: int, virtual: int) -> torch.Tensor:
@@ -335,15 +346,20 @@ def _order_known(like: torch.Tensor, in_front: int, virtual: int) -> torch.Tenso
     return order_columns(start, like.shape[1] - virtual, virtual)
 
 
-def _crop(block: Block, seen: int, mask: torch.Tensor) -> Block:
+def _has_prompt(block: Block, held: HeldPrompt | None) -> bool:
+    """Whether the prompt is in a block, behind the pads."""
+    return held is not None and not held.is_ahead and block.start == 0
+
+
+def _crop(block: Block, seen: int, mask: torch.Tensor, has_prompt: bool) -> Block:
     """Crop a block to `seen` text tokens, as the last columns of its cache were."""
     if block.stop <= seen:
         return block
-    lost_prompt = block.start == 0 and not bool(mask[:, :seen].any(1).all())  # in a row with few real tokens
+    lost_prompt = has_prompt and not bool(mask[:, :seen].any(1).all())  # in a row with few real tokens
     if block.is_reordered or lost_prompt:
         raise ValueError(
             f"past_key_values was cropped to {seen} text tokens, among {block.stop} with pads. In the cache, pads "
-            "come before the prompt, so the crop removed tokens that attention_mask still has. Crop less, or begin "
+            "come before real tokens, so the crop removed tokens that attention_mask still has. Crop less, or begin "
             "with an empty cache."
         )
     return Block(block.start, seen, False)
