@@ -16,7 +16,7 @@ from .adapters import Prompt, read_prompts
 from .head import check_untied, find_low_row, grow, untie, write_low_rows, write_vectors
 from .pages import client_page, client_strings
 from .proof import NEW_TOKENS, TOLERANCES, Answer, ask, check_same, check_tolerance, find_margin
-from .texts import OWN, check_lengths, fill, random_batches, read_texts
+from .texts import FIT_TOKENS, OWN, TEST_TOKENS, TOKENS_PER_SIZE, check_lengths, fill, random_batches, read_texts
 from .tokens import Added, add_prompts, add_to_chat, added_by, check_markers
 
 
@@ -140,8 +140,9 @@ class _Work:
         tied = untie(model)
         grow(model, max(new) + 1)
         rounding = {p.name: write_vectors(model, ids[p.name], p.vectors) for p in self.prompts}
-        fit = self._random_batches(model, ids, seed=0) + self._text_batches(ids)
-        low = find_low_row(model, fit, self._random_batches(model, ids, seed=1))
+        fit_tokens = max(FIT_TOKENS, TOKENS_PER_SIZE * model.config.hidden_size)
+        fit = self._random_batches(ids, fit_tokens, seed=0) + self._text_batches(ids)
+        low = find_low_row(model, fit, self._random_batches(ids, TEST_TOKENS, seed=1))
         write_low_rows(model, new, low)
         model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *new]
         model.save_pretrained(partial)
@@ -166,8 +167,8 @@ class _Work:
         write_json(partial / "prompts.json", strings, ensure_ascii=False)
         write_whole(partial / "README.md", client_page(self.prompts[0].base_model, strings))
 
-    def _random_batches(self, model: Any, ids: dict[str, list[int]], seed: int) -> list[torch.Tensor]:
-        return random_batches(self.prompts, ids, self.words, model.config.hidden_size, seed)
+    def _random_batches(self, ids: dict[str, list[int]], tokens: int, seed: int) -> list[torch.Tensor]:
+        return random_batches(self.prompts, ids, self.words, tokens, seed)
 
     def _rows(self, prompt: Prompt, ids: Mapping[str, list[int]]) -> list[list[int]]:
         """The texts of a prompt with its tokens where PEFT has its vectors."""
@@ -203,7 +204,7 @@ class _Work:
                 "largest_difference_of_log_probabilities": difference,
             }
         new = [token for tokens in ids.values() for token in tokens]
-        batches = behind + self._random_batches(model, ids, seed=2)
+        batches = behind + self._random_batches(ids, TEST_TOKENS, seed=2)
         return {
             "tolerance": TOLERANCES[model.dtype],
             "prompts": proofs,

@@ -35,7 +35,8 @@ OWN = (
     "Is the first sentence true if the second one is?",
 )
 LENGTH = 32  # text tokens of a random row
-LEAST_TOKENS, TOKENS_PER_SIZE = 2048, 8  # of the fit: at least so many, and so many for each hidden unit
+FIT_TOKENS, TOKENS_PER_SIZE = 2048, 8  # of the fit: at least so many, and so many for each hidden unit
+TEST_TOKENS = 2048  # that the fit is tested on
 BATCH = 8
 
 
@@ -81,7 +82,7 @@ def _fill_one(line: str, family: Family) -> str:
 
 
 def random_batches(
-    prompts: Sequence[Prompt], ids: dict[str, list[int]], words: int, hidden: int, seed: int
+    prompts: Sequence[Prompt], ids: dict[str, list[int]], words: int, tokens: int, seed: int
 ) -> list[torch.Tensor]:
     """Draw rows of random tokens, each prompt around as many of them as no prompt.
 
@@ -89,7 +90,7 @@ def random_batches(
         prompts: The prompts.
         ids: The ids of their tokens.
         words: Tokens to draw from: those below it.
-        hidden: Hidden size, which decides how many rows are drawn.
+        tokens: How many to draw.
         seed: Of the draw.
 
     Returns:
@@ -98,7 +99,7 @@ def random_batches(
     generator = torch.Generator().manual_seed(seed)
     kinds = [None, *prompts]
     batches = []
-    for number in range(max(LEAST_TOKENS, TOKENS_PER_SIZE * hidden) // (BATCH * LENGTH)):
+    for number in range(-(-tokens // (BATCH * LENGTH))):
         text = torch.randint(words, (BATCH, LENGTH), generator=generator)
         prompt = kinds[number % len(kinds)]
         if prompt is None:
