@@ -116,19 +116,28 @@ def _read(adapter: str, base_model: str | None) -> Prompt:
     if not base:
         raise ValueError(f"{folder} does not say which base model it was trained on: give --base_model.")
     base = resolve(base)
+    if Path(base).is_dir():  # one folder has several paths, and no commits
+        base, revision = str(Path(base).resolve()), None
     return Prompt(
         name=name,
         folder=folder,
         position=config.prompt_position,
         vectors=_read_vectors(folder, config),
-        base_model=str(Path(base).resolve()) if Path(base).is_dir() else base,
-        revision=revision,
+        base_model=base,
+        revision=None if revision == "main" else revision,
         settings=settings,
     )
 
 
 def _read_config(folder: str) -> PromptTuningExtConfig:
-    saved = _read_json(folder, "adapter_config.json")
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        saved = _read_json(folder, "adapter_config.json")
+    except (OSError, HFValidationError) as error:
+        raise ValueError(
+            f"{folder} is no folder, and the Hub has no such adapter, or is not reached: {error}"
+        ) from error
     if saved is None:
         raise ValueError(f"{folder} holds no adapter_config.json: give the folder of a trained prompt.")
     kind = saved.get("peft_type")

@@ -63,6 +63,8 @@ def export_checkpoint(
     _check_base(config, prompts)
     check_markers(tokenizer, prompts)
     work = _Work(prompts, lines, tokenizer, dtype)
+    for prompt in prompts:
+        check_lengths(config, prompt, work.encoded[prompt.name], NEW_TOKENS)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
     folder.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -123,9 +125,7 @@ class _Work:
 
         answers = {}
         for prompt in self.prompts:
-            base = self._load_base()
-            check_lengths(base.config, prompt, self.encoded[prompt.name], NEW_TOKENS)
-            model = PeftModel.from_pretrained(base, prompt.folder).eval()
+            model = PeftModel.from_pretrained(self._load_base(), prompt.folder).eval()
             answers[prompt.name] = ask(model, self.encoded[prompt.name], self.families[prompt.name])
         return answers
 

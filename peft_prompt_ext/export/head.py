@@ -85,8 +85,9 @@ def write_vectors(model: Any, ids: Sequence[int], vectors: torch.Tensor) -> floa
     """
     embedding = model.get_input_embeddings()
     with torch.no_grad():
-        embedding.weight[ids] = (vectors.float() / scale_of(embedding)).to(embedding.weight.dtype)
-        read = embedding(torch.tensor(ids, device=embedding.weight.device)).float().cpu()
+        table = embedding.weight
+        table[ids] = (vectors.float() / scale_of(embedding)).to(table.device, table.dtype)
+        read = embedding(torch.tensor(ids, device=table.device)).float().cpu()
     return float(((read - vectors).norm(dim=1) / vectors.norm(dim=1).clamp(min=1e-12)).max())
 
 

@@ -25,7 +25,7 @@ def client_strings(
     Returns:
         `chat_template_variable` (None without a chat template) and `prompts`, by name: `in_front` and `behind` (the
         strings around a text), `marker`, `position`, `token_ids`; with a task also `task`, `template` (of the text,
-        columns in braces), `label_words` and `label_names`.
+        columns in braces), `label_words`, `label_names` and for a regression `values`.
     """
     described = {}
     for prompt in prompts:
@@ -41,6 +41,8 @@ def client_strings(
             task = family.task
             entry |= {"task": task.name, "template": family.question}
             entry |= {"label_words": list(task.label_words), "label_names": list(task.names)}
+            if task.is_regression:
+                entry["values"] = list(task.values)
         described[prompt.name] = entry
     return {"chat_template_variable": CHAT_VARIABLE if in_chat else None, "prompts": described}
 

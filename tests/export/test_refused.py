@@ -53,6 +53,7 @@ def test_an_adapter_that_is_no_prompt(no_weights, base, tmp_path):
 
     refuse([str(tmp_path / "lora")], tmp_path / "out", "is a LORA adapter, and only prompt tuning")
     refuse([str(tmp_path)], tmp_path / "out", r"holds no adapter_config\.json: give the folder")
+    refuse([str(tmp_path / "none")], tmp_path / "out", "none is no folder, and the Hub has no such adapter")
     refuse([], tmp_path / "out", "at least one adapter")
 
 
@@ -137,7 +138,7 @@ def test_a_head_that_cannot_be_untied(no_weights, base, save_prompt, tmp_path, m
     refuse([adapter], tmp_path / "out", "llama has no head that can be untied")
 
 
-def test_an_unknown_format(base, save_prompt, tmp_path, monkeypatch):
+def test_an_unknown_format(no_weights, base, save_prompt, tmp_path, monkeypatch):
     monkeypatch.delenv("PEFT_PROMPT_EXT_DEBUG", raising=False)
     argv = ["export", save_prompt(base, "mood"), "--format", "gguf", "--output_dir", str(tmp_path / "out")]
 
@@ -145,7 +146,7 @@ def test_an_unknown_format(base, save_prompt, tmp_path, monkeypatch):
         cli.main(argv)
 
 
-def test_texts_that_cannot_be_tried(base, save_prompt, tmp_path):
+def test_texts_that_cannot_be_tried(no_weights, base, save_prompt, tmp_path):
     adapter, texts = save_prompt(base, "mood", task=TASK), tmp_path / "texts.txt"
 
     for text, match in (
