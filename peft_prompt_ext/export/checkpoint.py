@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Mapping, Sequence
@@ -117,7 +118,7 @@ class _Work:
         model: Any = load_frozen_backbone(
             self.prompts[0].base_model, dtype=self.dtype, revision=self.prompts[0].revision
         )
-        return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+        return _place(model)
 
     def _ask_peft(self) -> dict[str, list[Answer]]:
         """What PEFT's model answers with each prompt."""
@@ -186,10 +187,8 @@ class _Work:
 
         from .. import __version__
 
-        model: Any = AutoModelForCausalLM.from_pretrained(partial)
-        model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-        tokenizer = AutoTokenizer.from_pretrained(partial)
-        self._check_tokens(tokenizer, partial, ids)
+        self._check_tokens(AutoTokenizer.from_pretrained(partial), partial, ids)
+        model = _place(AutoModelForCausalLM.from_pretrained(partial))
         proofs, behind = {}, []
         for prompt in self.prompts:
             rows, family = self._rows(prompt, ids), self.families[prompt.name]
@@ -220,8 +219,6 @@ class _Work:
 
     def _check_tokens(self, tokenizer: Any, partial: Path, ids: Mapping[str, list[int]]) -> None:
         """Raise ValueError if what a client sends does not become the tokens that the prompt was trained with."""
-        import json
-
         strings = json.loads((partial / "prompts.json").read_text(encoding="utf-8"))["prompts"]
         for prompt in self.prompts:
             around = strings[prompt.name]
@@ -233,6 +230,10 @@ class _Work:
                         f"were {row}. Nothing was written. This tokenizer treats a text behind another token "
                         "differently: serve the adapter with PEFT."
                     )
+
+
+def _place(model: Any) -> Any:
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
 
 def _family_of(prompt: Prompt) -> Any:

@@ -97,7 +97,7 @@ def client_page(base_model: str, strings: Mapping[str, Any]) -> str:
         name=name,
         text=first.get("template", "A text."),
         columns="its columns filled in" if "template" in first else "what the prompt was trained on",
-        adds="The tokenizer adds nothing to a text by itself, as that of the base model."
+        adds="The tokenizer adds nothing to a text by itself, nor does the base model's."
         if is_bare
         else "The tokenizer adds nothing to a text by itself: what the base model's adds is in these strings.",
         chat=f"In a chat: `tokenizer.apply_chat_template(messages, {variable}={name!r})`."

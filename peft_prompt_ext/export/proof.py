@@ -18,7 +18,7 @@ from .head import MARGIN, all_logits, lowest_margin
 
 
 NEW_TOKENS = 8
-TOLERANCES = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
+TOLERANCES = {torch.float64: 1e-4, torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 5e-3}
 
 
 @dataclass(frozen=True)

@@ -122,7 +122,7 @@ def test_new_tokens_are_never_near_an_answer(exported, alone, case):
     assert report["new_tokens_below_all_others_by"] >= 10
 
 
-@pytest.mark.parametrize("case", ["llama-tied", "gpt2-bos"])
+@pytest.mark.parametrize("case", ["llama-bos", "gpt2-bos"])
 def test_none_of_10000_sampled_tokens_is_a_new_one(exported, case):
     _, _, folder, _ = exported[case]
     model = AutoModelForCausalLM.from_pretrained(folder)
