@@ -1,4 +1,4 @@
-"""The command `peft-prompt-ext`: train, predict, memory and assets.
+"""The command `peft-prompt-ext`: train, predict, memory, assets, texts and export.
 
 Nothing here imports torch before a command runs, so that help is instant; see `peft_prompt_ext_cli`.
 """
@@ -20,6 +20,7 @@ COMMANDS = {
     "memory": "what training a model needs, in bytes, from its config alone",
     "assets": "fetch the embedded models and data, and print where they are",
     "texts": "the texts that a prompt behind them has kept on disk: where, how much; --clear deletes them",
+    "export": "trained prompts as a plain checkpoint, which answers without PEFT and without this package",
 }
 
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             f"error: There is no command {argv[0]!r}{nearest(argv[0], COMMANDS)}. The commands are: "
             f"{', '.join(COMMANDS)}."
         )
-    run = {"train": train, "predict": predict, "memory": memory, "assets": assets.main, "texts": texts}[argv[0]]
+    functions = {"train": train, "predict": predict, "memory": memory, "assets": assets.main, "texts": texts}
+    run = {**functions, "export": export}[argv[0]]
     try:
         run(argv[1:])
     except (ValueError, ImportError, OSError, assets.AssetError) as error:
@@ -92,6 +94,43 @@ def texts(argv: list[str]) -> None:
     size = sum(path.stat().st_size for path in files)
     freed = clear_text_cache(options.folder) if options.clear else 0
     sys.stdout.write(f"{root}: {len(files)} texts, {size / 1e6:.1f} MB{', deleted' if freed else ''}\n")
+
+
+def export(argv: list[str]) -> None:
+    """Export trained prompts, and print what was proved."""
+    options = vars(export_parser().parse_args(argv))
+    from .export import export as write
+
+    report = write(**options)
+    for name, proof in report["prompts"].items():
+        difference = proof["largest_difference_of_log_probabilities"]
+        sys.stdout.write(
+            f"{name}: {proof['texts']} texts answered as by PEFT, log-probabilities within {difference:.1e}\n"
+        )
+    sys.stdout.write(f"{options['output_dir']}: its README.md says what a client sends\n")
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """The flags of `export`."""
+    parser = argparse.ArgumentParser(
+        prog="peft-prompt-ext export",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        description="Write trained prompts as tokens of a plain checkpoint, and prove that it answers as PEFT does.",
+        epilog="""examples:
+  peft-prompt-ext export outputs/movies --format checkpoint --output_dir served
+  peft-prompt-ext export outputs/sst2 nli=outputs/rte --format checkpoint --output_dir served --texts texts.txt""",
+    )
+    parser.add_argument(
+        "adapters", metavar="adapter", nargs="+", help="adapter folders or Hub ids of one base model, or NAME=FOLDER"
+    )
+    parser.add_argument("--format", default="checkpoint", help="checkpoint (default: %(default)s)")
+    parser.add_argument("--output_dir", required=True, help="the folder to write; it must not exist")
+    parser.add_argument(
+        "--texts", help="a file with a text (or a JSON object with a task's columns) a line to prove it on"
+    )
+    parser.add_argument("--base_model", help="the base model, if it is not the one that the adapters name")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16 (default: %(default)s)")
+    return parser
 
 
 def predict_parser() -> argparse.ArgumentParser:

@@ -43,6 +43,7 @@ def run_alone(*argv):
         (["predict", "--help"], "--text"),
         (["memory", "--help"], "--card"),
         (["assets", "--help"], "smollm2-135m"),
+        (["export", "--help"], "--format"),
     ],
 )
 def test_help_imports_nothing_heavy(argv, expected):
