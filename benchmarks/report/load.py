@@ -17,11 +17,7 @@ RESULTS = Path(__file__).parents[1] / "results"
 NAMES = {"prompt_tuning": "prompt tuning", "lora": "LoRA", "full": "full fine-tuning", "linear_probe": "linear probe"}
 NAMES["zero_shot"] = "zero-shot"
 GROUPS = {"movie_reviews": "sentiment", "sst2": "sentiment"}  # share text: three in four of SST-2's scored sentences
-MAJORITY = {
-    "wic": 0.5,
-    "cb": 0.3611,
-    "plot_or_review": 0.4765,
-}  # main metric of the most common label, where runs did not measure it
+MAJORITY = {"wic": 0.5, "cb": 0.3611, "plot_or_review": 0.4765}  # where runs did not measure the main metric of it
 _NUMBERS = ("score", "score_before", "eval_samples", "steps", "train_time_s", "peak_memory_bytes", "weights_bytes")
 _NUMBERS += ("adapter_bytes", "inference_time_s", "bare_inference_time_s")
 _NOT_OF_A_VARIANT = {"model_name_or_path", "per_device_train_batch_size", "train_sampling_strategy", "max_seq_length"}
