@@ -22,7 +22,7 @@ test: $(VENV)/dev.ready ## the tests: CPU only, no Hub
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal $(TESTS)
 
 # what depends on other libraries; tasks, reports and grids of runs do not
-BOTH := tests/inits tests/peft_models tests/shared_prefix tests/benchmarks/test_gpu.py tests/benchmarks/test_speed.py
+BOTH := tests/export tests/inits tests/peft_models tests/shared_prefix tests/benchmarks/test_gpu.py tests/benchmarks/test_speed.py
 BOTH += $(patsubst %,tests/test_%.py,config encoder memory prompt_record quantization real_backbone seam trainer trl versions)
 BOTH += tests/recipes/test_existing_script.py tests/test_devices.py
 
