@@ -64,8 +64,8 @@ class Summary:
     def precisions(self, method: str) -> list[str]:
         """The best variant of a method, and those that differ from it in the precision of the base model alone."""
         runs, best = self.usable.fillna({"init": ""}), self.best(method)
-        inits = runs.loc[runs["variant"] == best, "init"].unique()
-        alike = runs[(runs["method"] == method) & runs["init"].isin(inits) & runs["task"].isin(self.common)]
+        same = ["method", "init", "is_suffix"]
+        alike = runs[runs["task"].isin(self.common)].merge(runs.loc[runs["variant"] == best, same].drop_duplicates())
         return sorted(alike["variant"].unique(), key=lambda variant: variant != best)
 
     @cached_property
