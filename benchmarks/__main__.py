@@ -25,8 +25,6 @@ def main(arguments: list[str]) -> None:
         lines = [f"  {command}  {text}" for command, text in COMMANDS.items()]
         print("\n".join(["usage: python -m benchmarks COMMAND [--help]", "", *lines]))
         raise SystemExit(0 if name in {"-h", "--help"} else 2)
-    if name == "recommend":  # an answer in ten lines
-        logging.disable(logging.WARNING)
     try:
         import_module(f"benchmarks.{MODULES.get(name, name)}").main(arguments[1:])
     except (StoreError, SuiteError) as error:
@@ -34,4 +32,6 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["recommend"]:  # an answer in ten lines
+        logging.disable(logging.WARNING)
     main(sys.argv[1:])

@@ -167,12 +167,16 @@ def _check_bits(folder: str, settings: dict[str, Any], base_model: str | None) -
 
 def _read_vectors(folder: str, config: PromptTuningExtConfig) -> torch.Tensor:
     """Read the vectors [P, H] of an adapter."""
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     path = find_file(folder, WEIGHTS)
     if path is None:
         raise ValueError(f"{folder} holds no {WEIGHTS}: save the adapter with PEFT's save_pretrained.")
-    tensors, wanted = load_file(path), TENSORS[config.prompt_position]
+    try:
+        tensors, wanted = load_file(path), TENSORS[config.prompt_position]
+    except SafetensorError as error:
+        raise ValueError(f"{path} is no whole safetensors file ({error}): save the adapter again.") from error
     if set(tensors) != {wanted}:
         raise ValueError(
             f"{path} holds {', '.join(sorted(tensors)) or 'nothing'}; wanted {wanted} alone. A prompt that was "

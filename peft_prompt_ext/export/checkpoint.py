@@ -39,7 +39,7 @@ def export_checkpoint(
         output_dir: The folder to write; it must not exist.
         base_model: The base model, in place of the one that the adapters name.
         texts: File with a text a line to prove the export on; see `texts.fill`. By default the export's own.
-        dtype: Of the checkpoint: "auto" (the base model's), "float32", "bfloat16" or "float16".
+        dtype: Of the checkpoint: "auto" (that of the runs, else the base model's), "float32", "bfloat16" or "float16".
 
     Returns:
         The report, which is also written as `export.json`.
@@ -61,9 +61,9 @@ def export_checkpoint(
         tokenizer: Any = AutoTokenizer.from_pretrained(first.base_model, revision=first.revision)
     except OSError as error:
         raise ValueError(f"{first.base_model} has no model that transformers can read: {error}") from error
-    _check_base(config, prompts)
+    _check_base(config, len(tokenizer), prompts)
     check_markers(tokenizer, prompts)
-    work = _Work(prompts, lines, tokenizer, dtype)
+    work = _Work(prompts, lines, tokenizer, _choose_dtype(dtype, config, prompts))
     for prompt in prompts:
         check_lengths(config, prompt, work.encoded[prompt.name], NEW_TOKENS)
     partial = folder.with_name(f"{folder.name}.{os.getpid()}.partial")
@@ -76,7 +76,17 @@ def export_checkpoint(
     return report
 
 
-def _check_base(config: Any, prompts: Sequence[Prompt]) -> None:
+def _choose_dtype(dtype: str, config: Any, prompts: Sequence[Prompt]) -> torch.dtype:
+    """Choose the dtype of the checkpoint: by default that of the runs, else the base model's."""
+    runs = {str((prompt.settings or {}).get("dtype", "auto")) for prompt in prompts} - {"auto"}
+    if dtype == "auto" and len(runs) > 1:
+        raise ValueError(f"The prompts were trained in {' and '.join(sorted(runs))}: choose one, --dtype.")
+    if dtype == "auto" and not runs:
+        return getattr(config, "dtype", None) or torch.float32
+    return getattr(torch, runs.pop() if dtype == "auto" else dtype)
+
+
+def _check_base(config: Any, words: int, prompts: Sequence[Prompt]) -> None:
     """Raise ValueError if a base model, of which only the config is read, cannot take the prompts."""
     name = prompts[0].base_model
     if getattr(config, "quantization_config", None) is not None:
@@ -85,6 +95,11 @@ def _check_base(config: Any, prompts: Sequence[Prompt]) -> None:
             "made from, --base_model FULL."
         )
     check_untied(config)
+    if words > config.get_text_config().vocab_size:
+        raise ValueError(
+            f"The tokenizer of {name} has {words} tokens, and its embedding {config.get_text_config().vocab_size} "
+            "rows: tokens without a trained row could be answered. Resize the model and train it, or choose another."
+        )
     for prompt in prompts:
         if prompt.vectors.shape[1] != config.hidden_size:
             raise ValueError(
@@ -96,11 +111,16 @@ def _check_base(config: Any, prompts: Sequence[Prompt]) -> None:
 class _Work:
     """One export, from the checked adapters to the finished folder."""
 
-    def __init__(self, prompts: list[Prompt], lines: list[str], tokenizer: Any, dtype: str) -> None:
-        self.prompts, self.tokenizer = prompts, tokenizer
-        self.dtype: Any = dtype if dtype == "auto" else getattr(torch, dtype)
+    def __init__(self, prompts: list[Prompt], lines: list[str], tokenizer: Any, dtype: torch.dtype) -> None:
+        self.prompts, self.tokenizer, self.dtype = prompts, tokenizer, dtype
         self.words = len(tokenizer)
         self.families = {prompt.name: _family_of(prompt) for prompt in prompts}
+        for name, family in self.families.items():
+            if family is not None and not family.task.label_words:
+                raise ValueError(
+                    f"{name!r} was trained for {family.task.name}, whose answers to choose from differ by row, and "
+                    "an export cannot prove their scores: serve the adapter with PEFT."
+                )
         self.texts = {prompt.name: fill(lines, self.families[prompt.name]) for prompt in prompts}
         self.encoded = {name: [tokenizer(text)["input_ids"] for text in texts] for name, texts in self.texts.items()}
 
@@ -126,8 +146,11 @@ class _Work:
 
         answers = {}
         for prompt in self.prompts:
-            model = PeftModel.from_pretrained(self._load_base(), prompt.folder).eval()
-            answers[prompt.name] = ask(model, self.encoded[prompt.name], self.families[prompt.name])
+            answers[prompt.name] = ask(
+                PeftModel.from_pretrained(self._load_base(), prompt.folder).eval(),
+                self.encoded[prompt.name],
+                self.families[prompt.name],
+            )
         return answers
 
     def _write(self, partial: Path) -> tuple[dict[str, Any], dict[str, list[int]]]:
@@ -145,7 +168,11 @@ class _Work:
         fit = self._random_batches(ids, fit_tokens, seed=0) + self._text_batches(ids)
         low = find_low_row(model, fit, self._random_batches(ids, TEST_TOKENS, seed=1))
         write_low_rows(model, new, low)
-        model.generation_config.suppress_tokens = [*(model.generation_config.suppress_tokens or []), *new]
+        generation = model.generation_config
+        generation.suppress_tokens = [*(generation.suppress_tokens or []), *new]
+        if not generation.do_sample:  # published configs have such options, with which no changed one can be saved
+            for option in ("temperature", "top_k", "top_p", "min_p", "typical_p"):
+                setattr(generation, option, getattr(type(generation)(), option))
         model.save_pretrained(partial)
         self.tokenizer.save_pretrained(partial)
         self._write_pages(partial, added, ids, in_chat)

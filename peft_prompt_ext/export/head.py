@@ -130,8 +130,9 @@ def find_low_row(model: Any, fit: Sequence[torch.Tensor], held_out: Sequence[tor
     squares = seen.T @ seen / len(seen)
     ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
     u = torch.linalg.solve(squares + ridge, seen.mean(0))
-    least = min(float((new.double() @ u).min()) for new, _ in _final_states(model, held_out))
-    if least < LEAST:
+    # NaN if one is
+    least = torch.stack([(new.double() @ u).min() for new, _ in _final_states(model, held_out)]).min().item()
+    if not least >= LEAST:
         raise ValueError(
             f"A prompt's token could be answered: a row of the head without a bias has to be low for every text, and "
             f"the final states of {type(model).__name__} do not lie on one side (smallest projection {least:.3f}, "

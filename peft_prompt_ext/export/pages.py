@@ -65,7 +65,7 @@ tokenizer, model = AutoTokenizer.from_pretrained("."), AutoModelForCausalLM.from
 prompt = json.load(open("prompts.json"))["prompts"][{name!r}]
 text = {text!r}  # {columns}
 inputs = tokenizer(prompt["in_front"] + text + prompt["behind"], return_tensors="pt")
-print(tokenizer.decode(model.generate(**inputs, max_new_tokens=3)[0], skip_special_tokens=True))
+print(tokenizer.decode(model.generate(**inputs, max_new_tokens=3, do_sample=False)[0], skip_special_tokens=True))
 ```
 
 - {adds}

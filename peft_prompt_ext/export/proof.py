@@ -5,6 +5,7 @@ Each text runs alone, so that no padding has a part in it. Shapes: T tokens of a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -62,7 +63,13 @@ def _ask_one(model: Any, ids: list[int], family: Family | None) -> Answer:
         )
     steps = torch.stack(done.logits)[:, 0].float().log_softmax(-1)
     tokens = done.sequences[0, -len(steps) :]
-    return Answer(tokens.tolist(), steps[torch.arange(len(steps)), tokens].tolist(), _score(model, ids, family))
+    answer = Answer(tokens.tolist(), steps[torch.arange(len(steps)), tokens].tolist(), _score(model, ids, family))
+    if not all(map(math.isfinite, answer.scores + answer.label_scores)):
+        raise ValueError(
+            f"The model gives NaN or infinite scores to a text of {len(ids)} tokens. Nothing was written. Its weights "
+            "may be too large for 16 bits: --dtype float32."
+        )
+    return answer
 
 
 def _score(model: Any, ids: list[int], family: Family | None) -> list[float]:
@@ -111,10 +118,11 @@ def find_margin(model: Any, batches: Sequence[torch.Tensor], ids: Sequence[int])
     """
     with torch.inference_mode():
         margins = [lowest_margin(all_logits(model, batch), ids) for batch in batches]
-    if not min(margins) >= MARGIN:
+    least = torch.tensor(margins).min().item()  # NaN if one is
+    if not least >= MARGIN:
         raise ValueError(
-            f"A prompt's token could be answered: its logit is {min(margins):.3g} below the lowest other one at some "
+            f"A prompt's token could be answered: its logit is {least:.3g} below the lowest other one at some "
             f"position; wanted {MARGIN:g} or more. Nothing was written. A model that caps its logits (Gemma 2) leaves "
             "no room below: serve the adapter with PEFT."
         )
-    return min(margins)
+    return least

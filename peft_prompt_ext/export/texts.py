@@ -46,7 +46,7 @@ def read_texts(path: str | Path) -> list[str]:
     Raises:
         ValueError: It has none.
     """
-    lines = [line for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+    lines = [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"{path} has no texts: write one a line, or leave --texts out.")
     return lines
@@ -70,8 +70,8 @@ def _fill_one(line: str, family: Family) -> str:
     task = family.task
     try:
         row = json.loads(line) if line.lstrip().startswith("{") else None
-    except json.JSONDecodeError:
-        row = None
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{line[:60]!r} begins as a JSON object and is none: {error}.") from error
     try:
         row = dict.fromkeys(task.columns, line) if row is None else task.prepared(row)
         return "".join(family.texts_of(row))

@@ -219,3 +219,21 @@ def test_texts_of_a_file_are_those_that_are_tried(save_base, save_prompt, tmp_pa
     report = export([save_prompt(base, "mood", task=TASK)], tmp_path / "out", texts=tmp_path / "texts.txt")
 
     assert report["prompts"]["mood"]["texts"] == 2
+
+
+def test_a_base_model_whose_generation_config_could_not_be_saved_again(save_base, save_prompt, tmp_path):
+    base = save_base("llama")
+    Path(base, "generation_config.json").write_text(json.dumps({"temperature": 0.9, "top_p": 0.6}))
+
+    export([save_prompt(base, "mood")], tmp_path / "out")
+
+    saved = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert "temperature" not in saved and len(saved["suppress_tokens"]) == 5
+
+
+def test_the_dtype_of_the_run_is_that_of_the_checkpoint(save_base, save_prompt, tmp_path):
+    base = save_base("llama", dtype=torch.bfloat16)
+
+    report = export([save_prompt(base, "mood", task=TASK, dtype="float32")], tmp_path / "out")
+
+    assert report["dtype"] == "float32" and report["tolerance"] == 1e-4

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from peft_prompt_ext import PromptTuningExtConfig, cli
 from peft_prompt_ext.export import checkpoint, export
+from peft_prompt_ext.tasks import get_task
 from tests.export.conftest import TASK
 from tests.helpers import one_thread  # noqa: F401
 
@@ -197,3 +198,47 @@ def test_rows_that_are_not_the_prompt(base, save_prompt, tmp_path, monkeypatch, 
     monkeypatch.setattr(checkpoint, "write_vectors", lambda model, ids, x: write(model, ids, factor * x))
 
     refuse([save_prompt(base, "mood", task=TASK)], tmp_path / "out", match)
+
+
+def test_choices_that_differ_by_row(no_weights, base, save_prompt, tmp_path):
+    refuse(
+        [save_prompt(base, "copa", task=get_task("copa"))], tmp_path / "out", "answers to choose from differ by row"
+    )
+
+
+def test_a_tokenizer_with_more_tokens_than_the_model_has_rows(no_weights, save_base, save_prompt, tmp_path):
+    base = save_base("llama")
+    adapter = save_prompt(base, "mood")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    tokenizer.add_tokens([f"<new{number}>" for number in range(100)])
+    tokenizer.save_pretrained(base)
+
+    refuse([adapter], tmp_path / "out", r"has \d+ tokens, and its embedding \d+ rows")
+
+
+def test_prompts_of_runs_in_several_dtypes(no_weights, base, save_prompt, tmp_path):
+    adapters = [save_prompt(base, "mood", task=TASK, dtype=dtype) for dtype in ("float32", "bfloat16")]
+    adapters[1] = f"other={adapters[1]}"
+
+    refuse(adapters, tmp_path / "out", "trained in bfloat16 and float32: choose one, --dtype")
+
+
+def test_an_adapter_file_that_is_torn_and_a_line_that_is_no_object(no_weights, base, save_prompt, tmp_path):
+    adapter = save_prompt(base, "mood", task=TASK)
+    (tmp_path / "texts.txt").write_text('{"text": "a film\n')
+    refuse([adapter], tmp_path / "out", "begins as a JSON object", texts=tmp_path / "texts.txt")
+
+    path = Path(adapter, "adapter_model.safetensors")
+    path.write_bytes(path.read_bytes()[:-8])
+    refuse([adapter], tmp_path / "out", "is no whole safetensors file")
+
+
+def test_scores_that_are_not_numbers(save_base, save_prompt, tmp_path):
+    base = save_base("llama")
+    adapter = save_prompt(base, "mood")
+    weights = Path(base, "model.safetensors")
+    tensors = load_file(weights)
+    tensors["model.norm.weight"][:] = float("nan")
+    save_file(tensors, weights, metadata={"format": "pt"})
+
+    refuse([adapter], tmp_path / "out", "NaN or infinite scores")

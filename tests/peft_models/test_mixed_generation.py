@@ -153,3 +153,23 @@ def test_prompts_run_once_for_all_calls_and_rows(mixed, monkeypatch):
         new_tokens(model, text(3))
     assert lengths == [P, LONG]
     assert len(new_tokens(model, text(3), adapter_names=NAMES)[0]) == NEW
+
+
+def test_a_model_that_reads_the_whole_text_again_is_refused(mixed, monkeypatch):
+    from tests import zoo
+
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 6, "long_factor": [3.0] * 6}
+    rope |= {"original_max_position_embeddings": LONG + TEXT + 2, "partial_rotary_factor": 1.0}
+    sizes = {"rope_parameters": rope, "original_max_position_embeddings": LONG + TEXT + 2, "pad_token_id": 2}
+    monkeypatch.setitem(zoo._SPECIFIC, "phi3", {**zoo._LLAMA, **sizes})
+    model = mixed("phi3")
+    few = {**OPTIONS, "max_new_tokens": 2, "min_new_tokens": 2}
+    assert model.generate(text(3), adapter_names=NAMES, **few).shape == (3, TEXT + 2)
+    with pytest.raises(NotImplementedError, match="reads the whole text again"):
+        model.generate(text(3), adapter_names=NAMES, **OPTIONS)
+
+
+def test_names_have_no_effect_without_adapters(mixed):
+    model = mixed()
+    with model.disable_adapter():
+        assert new_tokens(model, text(3), adapter_names=NAMES) == new_tokens(model, text(3))

@@ -244,6 +244,7 @@ class PromptedGeneration(PackedMixin):
         kwargs |= dict(zip(own, args, strict=False))
         view: Any = self._view()
         if self._adapters_disabled:
+            kwargs.pop("adapter_names", None)
             return self._generate_unprompted(kwargs)
         texts = (kwargs.get(name) for name in ("inputs_embeds", "inputs", "input_ids"))
         names = check_names(self, kwargs.pop("adapter_names", None), next((x for x in texts if x is not None), None))

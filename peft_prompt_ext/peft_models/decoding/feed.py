@@ -278,6 +278,12 @@ class PromptFeed:
 
     def put_in(self, text: torch.Tensor, where: Place) -> torch.Tensor:
         """Add the prompt to the text's embeddings [B, T, H] if the text begins, and put the columns in order."""
+        if where.begins and self.names:  # the first step reads kept prompts, so the base model begins anew
+            raise NotImplementedError(
+                f"generate with adapter_names needs a cache in all steps, and {type(self.base_model).__name__} reads "
+                "the whole text again: its rotary positions change at this length (LongRoPE). Generate for the rows "
+                "of each adapter alone, after set_adapter, or generate fewer tokens."
+            )
         if where.begins:
             text = torch.cat([self.prompt.to(text).expand(len(text), -1, -1), text], dim=1)
         return text if where.order_now is None else reorder(text, where.order_now)

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from ...shared_prefix.watch import is_sharded
 from ..packed import BASE
 from ..position import is_suffix
 from .feed import PromptFeed, cache_name, counts_columns, find_cache, takes
@@ -159,16 +160,18 @@ def _make_names_error(reason: str) -> NotImplementedError:
 
 def _get_kept(model: Any, prompts: dict[str, torch.Tensor], width: int) -> list[KeptCache] | str:
     """Get the kept caches of prompts [P, H] for rows of `width` tokens, or the reason why there are none."""
-    engine = model._engine
+    engine, base_model = model._engine, model.get_base_model()
+    if is_sharded(base_model.modules(), base_model.parameters()):  # a proof is a pass that other processes may not run
+        return "the base model gathers its weights for each pass"
     with engine.lock:  # of several threads, one computes
         status = model._prove(behind=False)
         if not status.packed:
             return str(status.reason)
         if status.max_tokens is not None and width > status.max_tokens:
             return f"a row of {width} tokens is longer than {status.max_tokens}, its window or its short positions"
-        kept = engine.keep_caches(model.get_base_model(), model.word_embeddings, prompts, keep_cache)
+        kept = engine.keep_caches(base_model, model.word_embeddings, prompts, keep_cache)
     if kept is None:
-        return "the base model is in training mode, has hooks, or gathers its weights for each pass"
+        return "the base model is in training mode or has hooks"
     unknown = _find_unknown_layer(kept[0].cache)
     if unknown is not None:
         return unknown
