@@ -130,7 +130,7 @@ def find_low_row(model: Any, fit: Sequence[torch.Tensor], held_out: Sequence[tor
     squares = seen.T @ seen / len(seen)
     ridge = RIDGE * squares.diagonal().mean() * torch.eye(len(squares), dtype=torch.float64)
     u = torch.linalg.solve(squares + ridge, seen.mean(0))
-    # NaN if one is
+    # of tensors, because the least of floats may leave a NaN out
     least = torch.stack([(new.double() @ u).min() for new, _ in _final_states(model, held_out)]).min().item()
     if not least >= LEAST:
         raise ValueError(

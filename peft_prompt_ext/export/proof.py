@@ -118,7 +118,7 @@ def find_margin(model: Any, batches: Sequence[torch.Tensor], ids: Sequence[int])
     """
     with torch.inference_mode():
         margins = [lowest_margin(all_logits(model, batch), ids) for batch in batches]
-    least = torch.tensor(margins).min().item()  # NaN if one is
+    least = torch.tensor(margins).min().item()  # the least of floats may leave a NaN out
     if not least >= MARGIN:
         raise ValueError(
             f"A prompt's token could be answered: its logit is {least:.3g} below the lowest other one at some "
